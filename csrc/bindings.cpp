@@ -1,0 +1,11 @@
+// dive_fast._build_info: how the library was compiled, and nothing else. The ops are reached through
+// torch's dispatcher; pybind11 stays out of the stable-ABI library, for it ties to one Python.
+
+#include <pybind11/pybind11.h>
+
+PYBIND11_MODULE(_build_info, m) {
+  m.doc() = "How the compiled library was built.";
+  m.attr("compiler") = DIVE_FAST_COMPILER;
+  m.attr("flags") = DIVE_FAST_FLAGS;
+  m.attr("torch_version") = DIVE_FAST_TORCH_VERSION;
+}

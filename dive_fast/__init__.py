@@ -1,0 +1,64 @@
+"""dive_fast: frozen conditional diffusion models as classifiers and detectors, fast.
+
+>>> import dive_fast
+>>> clf = dive_fast.DiffusionClassifier.from_pretrained("digits")
+>>> clf("three.png")[0].label
+'three'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dive_fast.classify import DiffusionClassifier
+    from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
+    from dive_fast.models import register_model_family
+    from dive_fast.probes import ProbeList
+    from dive_fast.results import Classification
+    from dive_fast.strategies import register_preset, register_strategy
+
+__version__ = "0.1.0"
+
+# Loaded when first used: the command line's --help should not wait for torch and diffusers.
+_HOMES = {
+    "Classification": "dive_fast.results",
+    "DataError": "dive_fast.errors",
+    "DiffusionClassifier": "dive_fast.classify",
+    "DiveFastError": "dive_fast.errors",
+    "ImageError": "dive_fast.errors",
+    "ModelError": "dive_fast.errors",
+    "ProbeList": "dive_fast.probes",
+    "RunError": "dive_fast.errors",
+    "register_model_family": "dive_fast.models",
+    "register_preset": "dive_fast.strategies",
+    "register_strategy": "dive_fast.strategies",
+}
+
+__all__ = [
+    "Classification",
+    "DataError",
+    "DiffusionClassifier",
+    "DiveFastError",
+    "ImageError",
+    "ModelError",
+    "ProbeList",
+    "RunError",
+    "__version__",
+    "register_model_family",
+    "register_preset",
+    "register_strategy",
+]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in ("ops", "strategies", "models", "zoo"):
+        return importlib.import_module(f"dive_fast.{name}")
+    raise AttributeError(f"module 'dive_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, "models", "ops", "strategies", "zoo"])

@@ -1,0 +1,29 @@
+"""The ops of diffusion classification, each with a plain-torch reference and compiled kernels.
+
+They are ordinary torch ops (namespace `torch.ops.dive_fast`), so autograd, `torch.compile` and
+fake tensors know them; the functions here check their arguments and call them.
+"""
+
+from __future__ import annotations
+
+from dive_fast import _native
+from dive_fast.ops._library import OpStatus, native_status
+from dive_fast.ops._noise_prediction_loss import (
+    NORMS,
+    TARGETS,
+    noise_prediction_error_map,
+    noise_prediction_loss,
+)
+from dive_fast.ops._q_sample import q_sample
+
+_native.load()
+
+__all__ = [
+    "NORMS",
+    "TARGETS",
+    "OpStatus",
+    "native_status",
+    "noise_prediction_error_map",
+    "noise_prediction_loss",
+    "q_sample",
+]

@@ -1,0 +1,15 @@
+"""The examples in the ops' documentation run and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ("_library", "_noise_prediction_loss", "_q_sample"))
+def test_documented_examples(module):
+    result = doctest.testmod(importlib.import_module(f"dive_fast.ops.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
