@@ -1,0 +1,294 @@
+"""Labelled pictures to evaluate on: the digits, a folder by class, or an ``.npz``.
+
+Pictures are loaded one by one when asked for, so that a bad one is one record's error and not the
+run's; labels are checked against the model's classes at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dive_fast.errors import DataError, ImageError
+from dive_fast.images import list_images, read_image
+from dive_fast.zoo import digits
+
+_NPZ_PAIRS = (("images", "labels"), ("x_test", "y_test"))
+_NAMED_AT_MOST = 5  # classes listed in an error message
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled picture.
+
+    Attributes:
+        id: unique in its data set and the same in every run.
+        label: index of the true class among the model's classes.
+        load: reads the picture: a PIL image, or an array [h, w] or [h, w, c]; raises
+            ``ImageError`` where it cannot.
+    """
+
+    id: str
+    label: int
+    load: Callable[[], Image.Image | np.ndarray]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Labelled pictures.
+
+    Attributes:
+        name: ``"digits"``, or the name of the folder or file.
+        examples: the pictures with their labels.
+        names: what the data itself calls its classes, or None if it only has numbers.
+        content: digest of the source's content (pixels for arrays; paths and sizes for files).
+    """
+
+    name: str
+    examples: list[Example]
+    names: tuple[str, ...] | None
+    content: str = ""
+
+    def identity(self) -> dict[str, str | int]:
+        """What tells this data set from another, for JSON: source, count, fingerprint.
+
+        The fingerprint covers the content and the ids and labels chosen from it, not where the
+        data lies, so a run resumes after the data were moved.
+        """
+        chosen = json.dumps([self.content, [(e.id, e.label) for e in self.examples]])
+        return {
+            "source": self.name,
+            "count": len(self.examples),
+            "fingerprint": hashlib.sha256(chosen.encode()).hexdigest()[:16],
+        }
+
+
+def open_dataset(spec: str | os.PathLike[str], class_names: Sequence[str]) -> DataSet:
+    """Open labelled pictures for a model with these classes.
+
+    Args:
+        spec: ``"digits"`` (the 397 held-out handwritten digits); a folder with one sub-folder per
+            class; or an ``.npz`` file with ``images`` and ``labels`` (or ``x_test`` and
+            ``y_test``): [n, h, w] or [n, h, w, c] and integers [n]. A folder *named* digits is
+            given as ``./digits``.
+        class_names: the model's classes in order. Sub-folders are matched to a whole name or to
+            one of its comma-separated synonyms (``"tench, Tinca tinca"``), without regard to
+            case; an integer that no class is called is the class of that index.
+
+    Raises:
+        DataError: there is no such data, it cannot be read, or it has classes that the model does
+            not know.
+    """
+    spec = os.fspath(spec)
+    if spec == "digits":
+        return _open_digits(class_names)
+    if os.path.isdir(spec):
+        return _open_folder(Path(spec), class_names)
+    if not os.path.exists(spec):
+        raise DataError(
+            f"{spec}: expected 'digits', a folder by class or an .npz file, but nothing is there."
+        )
+    if not spec.lower().endswith(".npz"):
+        raise DataError(f"{spec}: expected 'digits', a folder by class or an .npz file.")
+    return _open_npz(Path(spec), class_names)
+
+
+def select(dataset: DataSet, limit: int | None, seed: int) -> DataSet:
+    """A random subset of ``limit`` examples in their original order; None, or more, means all.
+
+    With one seed, a smaller subset is part of every larger one.
+
+    Raises:
+        DataError: ``limit`` is below 1 or ``seed`` below 0.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"expected a limit of at least 1 example, got {limit}.")
+    if seed < 0:
+        raise DataError(f"expected a seed of at least 0, got {seed}.")
+    if limit is None or limit >= len(dataset.examples):
+        return dataset
+    chosen = np.random.default_rng(seed).permutation(len(dataset.examples))[:limit]
+    return replace(dataset, examples=[dataset.examples[i] for i in sorted(chosen.tolist())])
+
+
+def _open_digits(class_names: Sequence[str]) -> DataSet:
+    index_of = _class_index(class_names)
+    # Models of digits call them by word or by figure; an index alone would let any model pass.
+    found = [index_of.get(n) or index_of.get(str(i)) for i, n in enumerate(digits.NAMES)]
+    unknown = [name for name, indices in zip(digits.NAMES, found, strict=True) if not indices]
+    if unknown:
+        raise DataError(f"digits: the model does not know the classes {_some(unknown)}.")
+    images, labels = digits.load_digits("test")
+    return DataSet(
+        name="digits",
+        examples=_array_examples(images, np.array([indices[0] for indices in found])[labels]),
+        names=digits.NAMES,
+        content=_array_digest(images, labels),
+    )
+
+
+def _open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
+    try:
+        subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        if not subfolders:
+            raise DataError(f"{folder}: expected a sub-folder for each class, got none.")
+        labels = _folder_labels(folder, [p.name for p in subfolders], class_names)
+        paths = [list_images(p, recursive=True) for p in subfolders]
+        labelled = [(p, label) for ps, label in zip(paths, labels, strict=True) for p in ps]
+        sizes = [_size(path) for path, _ in labelled]
+    except (OSError, ImageError) as error:
+        raise DataError(f"{folder}: cannot be read ({error}).") from error
+    if not labelled:
+        raise DataError(f"{folder}: expected pictures in its sub-folders, got none.")
+    ids = [path.relative_to(folder).as_posix() for path, _ in labelled]
+    content = json.dumps(list(zip(ids, sizes, strict=True)))
+    return DataSet(
+        name=folder.resolve().name,
+        examples=[
+            Example(name, label, partial(read_image, path))
+            for name, (path, label) in zip(ids, labelled, strict=True)
+        ],
+        names=tuple(p.name for p in subfolders),
+        content=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def _open_npz(path: Path, class_names: Sequence[str]) -> DataSet:
+    images, labels = _read_npz(path)
+    _check_arrays(path, images, labels, len(class_names))
+    return DataSet(
+        name=path.name,
+        examples=_array_examples(images, labels),
+        names=None,
+        content=_array_digest(images, labels),
+    )
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of the first pair of names that the file has, each member read once."""
+    try:
+        with open(path, "rb") as file:  # np.load leaves a damaged file open if it opens it itself
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: expected an .npz archive, got a single array.")
+            for pair in _NPZ_PAIRS:
+                if all(key in archive.files for key in pair):
+                    # A member that is no .npy comes back as bytes: an array without dimensions.
+                    return np.asarray(archive[pair[0]]), np.asarray(archive[pair[1]])
+            raise DataError(
+                f"{path}: expected the arrays images and labels, or x_test and y_test, "
+                f"got {_some(archive.files) or 'none'}."
+            )
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive fails in zipfile, zlib or numpy
+        if "pickle" in str(error).lower():
+            raise DataError(
+                f"{path}: expected an .npz archive of plain arrays, got pickled objects or no "
+                "archive at all; pickles are not loaded, because they can run code."
+            ) from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise DataError(f"{path}: unreadable, truncated or damaged ({reason}).") from error
+
+
+def _check_arrays(path: Path, images: np.ndarray, labels: np.ndarray, n_classes: int) -> None:
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3, 4)):
+        raise DataError(
+            f"{path}: expected images [n, h, w] or [n, h, w, c] with c of 1, 3 or 4, "
+            f"got shape {images.shape}."
+        )
+    if images.dtype not in (np.uint8, np.uint16) and images.dtype.kind != "f":
+        raise DataError(
+            f"{path}: expected images as uint8, uint16 or floating point in [0, 1], "
+            f"got {images.dtype}."
+        )
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: expected integer labels [n], got {labels.dtype} of shape {labels.shape}."
+        )
+    if len(images) != len(labels):
+        raise DataError(
+            f"{path}: expected as many labels as images, got {len(images)} images and "
+            f"{len(labels)} labels."
+        )
+    if images.size == 0:
+        raise DataError(f"{path}: expected at least one picture, got shape {images.shape}.")
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise DataError(
+            f"{path}: expected labels 0 to {n_classes - 1}, the model's classes, "
+            f"got {labels.min()} to {labels.max()}."
+        )
+
+
+def _folder_labels(folder: Path, found: list[str], class_names: Sequence[str]) -> list[int]:
+    """The class index of each sub-folder."""
+    index_of = _class_index(class_names)
+    indices = [_match(name, index_of, len(class_names)) for name in found]
+    unknown = [name for name, matches in zip(found, indices, strict=True) if not matches]
+    if unknown:
+        raise DataError(
+            f"{folder}: the model does not know the classes {_some(unknown)}: expected names such "
+            f"as {_some(class_names)} or indices 0 to {len(class_names) - 1}."
+        )
+    for name, matches in zip(found, indices, strict=True):
+        if len(matches) > 1:
+            raise DataError(
+                f"{folder}: the sub-folder {name!r} could be any of the model's classes "
+                f"{', '.join(map(str, matches))}: name it by its index."
+            )
+    return [matches[0] for matches in indices]
+
+
+def _match(name: str, index_of: dict[str, list[int]], n_classes: int) -> list[int]:
+    matches = index_of.get(name.casefold(), [])
+    if not matches and name.isascii() and name.isdigit() and int(name) < n_classes:
+        return [int(name)]
+    return matches
+
+
+def _class_index(class_names: Sequence[str]) -> dict[str, list[int]]:
+    """Case-folded name to the classes it can mean; a whole name goes before a synonym."""
+    whole: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
+    for index, name in enumerate(class_names):
+        whole.setdefault(name.casefold().strip(), []).append(index)
+        for synonym in {part.strip() for part in name.casefold().split(",")}:
+            synonyms.setdefault(synonym, []).append(index)
+    return synonyms | whole
+
+
+def _array_examples(images: np.ndarray, labels: np.ndarray) -> list[Example]:
+    return [
+        Example(f"{index:06d}", int(label), partial(operator.getitem, images, index))
+        for index, label in enumerate(labels)
+    ]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # a dangling link is one record's error, when it is loaded
+        return None
+
+
+def _array_digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(repr(name) for name in names[:_NAMED_AT_MOST])
+    more = len(names) - _NAMED_AT_MOST
+    return f"{listed} and {more} more" if more > 0 else listed

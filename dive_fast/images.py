@@ -1,0 +1,375 @@
+"""From whatever holds a picture to the network's input: float32 [channels, size, size] in [-1, 1].
+
+Every input first becomes an 8-bit picture (``as_image``), so the same picture gives the identical
+tensor whether it comes as a file, a PIL image, an array or a tensor. Input that is in model space
+already goes to the classifier as ``latents=`` and never comes here.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dive_fast.errors import ImageError
+
+MAX_PIXELS = 89_478_485  # Pillow's own default: a quarter of a gigabyte as RGB
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+_ARRAY_CHANNELS = (1, 3, 4)
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read and decode one picture file, turned upright by its EXIF orientation.
+
+    The whole file is decoded here, so that a truncated one fails here and not later. Of an
+    animation the first frame is read.
+
+    Raises:
+        ImageError: the file is missing, a directory, empty, truncated, no picture, or has more
+            than ``MAX_PIXELS`` pixels.
+    """
+    path = os.fspath(path)
+    _check_file(path)
+    try:
+        with warnings.catch_warnings():
+            # _decode refuses by our own limit, which does not depend on Pillow's global one.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(
+            f"{path}: expected a picture, got a file of no known image format."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got more.") from error
+    except Exception as error:  # decoders meet damaged headers with whatever they trip over
+        raise ImageError(f"{path}: cannot be read ({_reason(error)}).") from error
+    with image:
+        return _decode(image, path)
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Convert any PIL mode to ``"L"`` (1 channel) or ``"RGB"`` (3 channels), 8 bits each.
+
+    Transparency (alpha, or a transparent colour) is laid on white. Modes ``I`` and ``I;16`` hold
+    16-bit values and are divided by 257; mode ``F`` holds [0, 1].
+
+    Raises:
+        ImageError: ``channels`` is neither 1 nor 3, the values of an ``I`` or ``F`` image leave
+            their range, or Pillow cannot convert the mode.
+    """
+    if channels not in (1, 3):
+        raise ImageError(
+            f"pictures can be made for models of 1 or 3 channels, got {channels}: "
+            "give the input in model space as latents=."
+        )
+    if min(image.size) < 1:
+        raise ImageError(f"expected a picture of at least 1 pixel, got {_by(image.size)}.")
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_8bit(_deep_values(image)))
+    try:
+        if image.has_transparency_data:
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image.convert("RGBA"))
+        if channels == 1 and image.mode in ("1", "L"):
+            return image.convert("L")
+        # Through RGB: Pillow has no direct way to grey from every mode.
+        return image.convert("RGB").convert("L" if channels == 1 else "RGB")
+    except ValueError as error:
+        raise ImageError(f"a picture of mode {image.mode} cannot be used ({error}).") from error
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to ``size`` and cut out the central square.
+
+    The crop of ADM (arXiv 2105.05233), as the DiT and DIVE scripts use it: halve with a box
+    filter while the shorter side is at least twice ``size``, then one bicubic resize. A picture
+    of ``size`` x ``size`` passes unchanged. Convert with ``to_mode`` first: Pillow does not
+    interpolate palette pictures.
+
+    Raises:
+        ImageError: ``size`` or a side of the picture is below 1, or the picture is so long and
+            thin that the resized one would exceed ``MAX_PIXELS``.
+    """
+    if size < 1 or min(image.size) < 1:
+        raise ImageError(
+            f"expected a picture and a size of at least 1 pixel, got a picture of "
+            f"{_by(image.size)} and size {size}."
+        )
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"a picture of {_by(image.size)} is too long and thin: with its shorter side resized "
+            f"to {size} it would exceed {MAX_PIXELS:,} pixels."
+        )
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def image_to_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
+    """One picture as float32 [channels, size, size] in [-1, 1]: value / 127.5 - 1."""
+    pixels = np.array(center_crop(to_mode(image, channels), size), dtype=np.float32)
+    pixels = pixels.reshape(size, size, channels).transpose(2, 0, 1)  # [channels, size, size]
+    return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1.0
+
+
+def as_image(picture: object) -> Image.Image:
+    """One picture in any accepted form as a decoded PIL image.
+
+    Accepted: a PIL image; a path; a numpy array [h, w] or [h, w, c]; a torch tensor [h, w] or
+    [c, h, w]; with c of 1, 3 or 4 (alpha). Arrays and tensors are uint8, uint16 (divided by 257),
+    or floating point in [0, 1] (rounded to 8 bits).
+
+    Raises:
+        ImageError: anything else, NaN or infinity, or values outside the range.
+    """
+    if isinstance(picture, Image.Image):
+        return _decode(picture, f"the PIL image of {_by(picture.size)}")
+    if isinstance(picture, (str, os.PathLike)):
+        return read_image(picture)
+    if isinstance(picture, torch.Tensor):
+        return _array_to_image(_channels_last(picture))
+    if isinstance(picture, np.ndarray):
+        return _array_to_image(picture)
+    raise ImageError(
+        "expected a picture as PIL image, path, numpy array or torch tensor, "
+        f"got {type(picture).__name__}."
+    )
+
+
+def as_images(images: object, size: int, channels: int) -> list[torch.Tensor]:
+    """One or many pictures as a list of float32 [channels, size, size] in [-1, 1].
+
+    Args:
+        images: one picture as ``as_image`` takes it, a list or tuple of such, or a batch:
+            a numpy array [n, h, w] or [n, h, w, c], or a torch tensor [n, c, h, w]. An array of
+            three dimensions is one picture [h, w, c] if its last dimension is 1, 3 or 4, and
+            a batch [n, h, w] otherwise.
+        size: side of the model's input in pixels.
+        channels: 1 or 3.
+
+    Raises:
+        ImageError: there is no picture, or one of them cannot be used; with several pictures the
+            message begins with the number of the bad one, counted from 0.
+    """
+    pictures = _split(images, channels)
+    if not pictures:
+        raise ImageError("expected at least one picture, got none.")
+    tensors = []
+    for index, picture in enumerate(pictures):
+        try:
+            tensors.append(image_to_tensor(as_image(picture), size, channels))
+        except ImageError as error:
+            if len(pictures) == 1:
+                raise
+            raise ImageError(f"picture {index}: {error}") from error
+    return tensors
+
+
+def expand_inputs(arguments: Sequence[str]) -> list[Path]:
+    """Files from command-line arguments: files, folders and glob patterns, in the given order.
+
+    A folder gives the pictures directly in it, sorted by name; a pattern gives its files, sorted.
+
+    Raises:
+        ImageError: an argument gives no file.
+    """
+    paths: list[Path] = []
+    for argument in arguments:
+        if os.path.isdir(argument):
+            found = list_images(argument)
+            if not found:
+                raise ImageError(f"{argument}: expected pictures in this folder, got none.")
+        elif os.path.exists(argument):
+            found = [Path(argument)]
+        elif glob.has_magic(argument):
+            found = sorted(Path(p) for p in glob.glob(argument) if os.path.isfile(p))
+            if not found:
+                raise ImageError(f"{argument}: expected files of this pattern, got none.")
+        else:
+            raise ImageError(f"{argument}: no such file or folder.")
+        paths += found
+    if not paths:
+        raise ImageError("expected at least one picture, got none.")
+    return paths
+
+
+def list_images(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:
+    """The files with a picture's suffix in a folder, sorted; hidden files are left out.
+
+    Raises:
+        ImageError: the folder cannot be read.
+    """
+    found = []
+    try:
+        for directory, subfolders, files in os.walk(folder, onerror=_raise):
+            subfolders[:] = [s for s in subfolders if recursive and not s.startswith(".")]
+            found += [
+                Path(directory, name)
+                for name in files
+                if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+            ]
+    except OSError as error:
+        raise ImageError(f"{folder}: cannot be read ({_reason(error)}).") from error
+    return sorted(found)
+
+
+def _check_file(path: str) -> None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ImageError(f"{path!r}: cannot be read ({_reason(error)}).") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path}: expected a picture file, got a directory.")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{path}: expected a picture file, got a device, pipe or socket.")
+    if status.st_size == 0:
+        raise ImageError(f"{path}: expected a picture file, got an empty one (0 bytes).")
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Decode the pixels and apply the EXIF orientation."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"{name}: expected at most {MAX_PIXELS:,} pixels, got {_by(image.size)} = "
+            f"{image.width * image.height:,}."
+        )
+    try:
+        image.load()
+    except Exception as error:  # decoders meet damaged data with whatever they trip over
+        raise ImageError(f"{name}: truncated or damaged ({_reason(error)}).") from error
+    method = _UPRIGHT.get(_orientation(image))
+    if method is None:
+        return image
+    upright = image.transpose(method)
+    # The orientation is used up; only what the pixels need to be understood stays.
+    upright.info = {k: v for k, v in image.info.items() if k == "transparency"}
+    return upright
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # a damaged EXIF block does not make the pixels unreadable
+        return None
+
+
+def _split(images: object, channels: int) -> list[object]:
+    """One or many, as a list of single pictures."""
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if isinstance(images, torch.Tensor):
+        return list(images) if images.ndim == 4 else [images]
+    if not isinstance(images, np.ndarray):
+        return [images]
+    if images.ndim == 3 and images.shape[-1] not in _ARRAY_CHANNELS:
+        if channels == 3 and images.shape[0] == 3:
+            raise ImageError(
+                f"an array of shape {images.shape} could be one channel-first picture or three "
+                "grey ones: expected [h, w, c] or [n, h, w, c], or a channel-first torch tensor."
+            )
+        return list(images)
+    return list(images) if images.ndim == 4 else [images]
+
+
+def _channels_last(tensor: torch.Tensor) -> np.ndarray:
+    """[h, w] or [c, h, w] to [h, w] or [h, w, c] in numpy."""
+    if tensor.ndim == 3 and tensor.shape[0] not in _ARRAY_CHANNELS or tensor.ndim not in (2, 3):
+        raise ImageError(
+            "expected a tensor [c, h, w] or [n, c, h, w] with c of 1, 3 or 4, "
+            f"got shape {tuple(tensor.shape)}."
+        )
+    try:
+        tensor = tensor.detach().cpu()
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ImageError(
+            f"expected a dense tensor with values, got dtype {tensor.dtype}, layout "
+            f"{tensor.layout} on {tensor.device}."
+        ) from error
+    return array.transpose(1, 2, 0) if array.ndim == 3 else array
+
+
+def _array_to_image(array: np.ndarray) -> Image.Image:
+    """[h, w] or [h, w, c] to a picture of mode L, RGB or RGBA."""
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in _ARRAY_CHANNELS):
+        raise ImageError(
+            "expected one picture [h, w] or [h, w, c] with c of 1, 3 or 4, or an array [n, h, w] "
+            f"or [n, h, w, c] of several, got shape {array.shape}."
+        )
+    if array.size == 0:
+        raise ImageError(f"expected a picture of at least 1 pixel, got shape {array.shape}.")
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return Image.fromarray(np.ascontiguousarray(_to_8bit(array)))
+
+
+def _to_8bit(array: np.ndarray) -> np.ndarray:
+    """uint8, uint16 or floats in [0, 1] to uint8."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return np.rint(array / 257.0).astype(np.uint8)
+    if array.dtype.kind != "f":
+        raise ImageError(
+            f"expected pixels as uint8, uint16 or floating point in [0, 1], got {array.dtype}."
+        )
+    if not np.isfinite(array).all():
+        raise ImageError("expected finite pixels, got NaN or infinity.")
+    levels = np.rint(array.astype(np.float64) * 255.0)  # a resize's slight overshoot rounds away
+    if levels.min() < 0 or levels.max() > 255:
+        raise ImageError(
+            f"expected floating-point pixels in [0, 1], got {array.min():.4g} to "
+            f"{array.max():.4g}: scale them, or give model-space input as latents=."
+        )
+    return levels.astype(np.uint8)
+
+
+def _deep_values(image: Image.Image) -> np.ndarray:
+    """The values of a mode I, I;16 or F image, as uint16 or float32 [h, w]."""
+    values = np.asarray(image)
+    if values.dtype != np.int32:
+        return values
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(
+            f"expected 16-bit values 0 to 65535 in a picture of mode {image.mode}, got "
+            f"{values.min()} to {values.max()}."
+        )
+    return values.astype(np.uint16)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text or type(error).__name__).rstrip(".")
