@@ -1,0 +1,70 @@
+"""The command line, ``dive-fast``: parses arguments and turns errors into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from dive_fast import __version__
+from dive_fast.errors import DiveFastError
+
+DESCRIPTION = """\
+Frozen conditional diffusion models as classifiers.
+
+Asks a pretrained diffusion model which condition best explains an image: by trying every class
+(enumerate) or by optimising the condition (invert)."""
+
+EXAMPLES = """\
+examples:
+  dive-fast classify photo.png --model digits
+  dive-fast classify scans/ --model facebook/DiT-XL-2-256 --top 5 --json
+  dive-fast evaluate --model digits --data digits --strategy invert --out runs/invert
+  dive-fast info"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # Each command's module imports torch only when the command runs, so that --help is quick.
+    from dive_fast.cli import classify, demo, evaluate, info, train
+
+    parser = _Parser(
+        prog="dive-fast",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dive-fast {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+    for module in (classify, evaluate, train, demo, info):
+        module.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, or 2 after bad input, or 130 after an interrupt."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except DiveFastError as error:
+        print(f"dive-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dive-fast: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has left; python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"dive-fast: {error.strerror or error}: {error.filename or ''}.", file=sys.stderr)
+        return 2

@@ -1,0 +1,103 @@
+"""``dive-fast classify``: which class explains each image best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dive_fast.cli.options import add_model_options, add_strategy_options, count, load_classifier
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "classify",
+        help="classify images",
+        description="Prints one line per image: path, label and probability.",
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture files, folders of them, or globs"
+    )
+    add_model_options(parser)
+    add_strategy_options(parser)
+    parser.add_argument(
+        "--top", type=count, default=1, metavar="K", help="show the best K classes (default: 1)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from dive_fast.strategies import resolve_strategy
+
+    # A misspelt name should not wait for a large model to load.
+    strategy = resolve_strategy(options.strategy, options.preset, {})
+    errors: dict[int, str] = {}
+    paths = list(_expand(options.images, errors))
+    if len(errors) == len(paths):
+        return _report(paths, {}, errors, options)
+    classifier = load_classifier(options)
+    answers = {}
+    stream = classifier.stream(
+        _latents(classifier, paths, errors),
+        strategy=strategy,
+        probes=options.probes,
+        seed=options.seed,
+        progress=len(paths) if sys.stderr.isatty() else None,
+    )
+    for i, answer in stream:
+        answers[i] = answer
+    return _report(paths, answers, errors, options)
+
+
+def _expand(arguments: list[str], errors: dict[int, str]) -> Iterator[Path]:
+    """The files of all arguments; one that gives none keeps its place, with an error."""
+    from dive_fast.errors import ImageError
+    from dive_fast.images import expand_inputs
+
+    position = 0
+    for argument in arguments:
+        try:
+            found = expand_inputs([argument])
+        except ImageError as error:
+            errors[position] = str(error)
+            found = [Path(argument)]
+        yield from found
+        position += len(found)
+
+
+def _latents(classifier, paths: list[Path], errors: dict[int, str]) -> Iterator[tuple[int, Any]]:
+    from dive_fast.errors import ImageError
+
+    for i, path in enumerate(paths):
+        if i in errors:
+            continue
+        try:
+            x0 = classifier.encode(path)[0]
+        except ImageError as error:
+            errors[i] = str(error)
+            continue
+        yield i, x0
+
+
+def _report(
+    paths: list[Path], answers: dict[int, Any], errors: dict[int, str], options: argparse.Namespace
+) -> int:
+    """Prints everything in the order of the images. Returns 2 if an image could not be read."""
+    records = []
+    for i, path in enumerate(paths):
+        if i in errors:
+            records.append({"image": str(path), "error": errors[i]})
+            print(f"dive-fast: {errors[i]}", file=sys.stderr)
+            continue
+        top = answers[i].top(options.top)
+        records.append({"image": str(path), **answers[i].to_dict(), "top": top})
+        if not options.json:
+            best = ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in top)
+            print(f"{path}: {best}")
+    if options.json:
+        print(json.dumps(records, indent=2, allow_nan=False))
+    return 2 if errors else 0

@@ -1,0 +1,82 @@
+"""``dive-fast evaluate``: accuracy on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from dive_fast.cli.options import add_model_options, add_strategy_options, count, load_classifier
+
+DESCRIPTION = """\
+Classifies labelled images and reports accuracy, evaluations and seconds per image.
+
+RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
+Interrupted and run again with the same options it goes on where it stopped."""
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure accuracy on labelled images",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="digits|DIR|FILE.npz",
+        help="digits (the held-out ones), a folder with one sub-folder per class, or an .npz with "
+        "images and labels (or x_test and y_test)",
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
+    parser.add_argument("--limit", type=count, metavar="N", help="a random subset of N images")
+    add_model_options(parser)
+    add_strategy_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from dive_fast.data import open_dataset, select
+    from dive_fast.evaluate import evaluate
+    from dive_fast.strategies import resolve_strategy
+
+    resolve_strategy(options.strategy, options.preset, {})
+    classifier = load_classifier(options)
+    data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
+    try:
+        summary = evaluate(
+            classifier,
+            data,
+            options.out,
+            strategy=options.strategy,
+            preset=options.preset,
+            probes=options.probes,
+            seed=options.seed,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print(f"dive-fast: interrupted; run again to go on from {options.out}.", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(summary.to_dict(), allow_nan=False))
+    else:
+        print(as_text(summary))
+    return 0 if summary.n else 2
+
+
+def as_text(summary) -> str:
+    """The summary, one figure a line."""
+    if summary.n == 0:
+        return f"no image could be read ({summary.failed} failed)"
+    lines = [
+        f"accuracy                 {summary.accuracy:.2%} +- {summary.standard_error:.2%}",
+        f"mean per-class accuracy  {summary.mean_per_class_accuracy:.2%}",
+        f"images                   {summary.n}",
+        f"evaluations per image    {summary.evaluations_per_image:,.0f}",
+        f"seconds per image        {summary.seconds_per_image:.3f}",
+    ]
+    if summary.failed:
+        lines.append(f"images that failed       {summary.failed}")
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""``dive-fast info``: what is installed, and which ops are native."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="versions, devices, native ops",
+        description="Versions, devices, and which ops run compiled code (or why they do not).",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.set_defaults(run=run)
+
+
+def collect() -> dict:
+    import diffusers
+    import torch
+
+    import dive_fast
+    from dive_fast import ops, zoo
+    from dive_fast.strategies import preset_names, strategy_names
+
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "dive_fast": dive_fast.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "devices": {
+            "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "cuda": cuda,
+        },
+        "ops": {
+            name: {"native": status.native, "reason": status.reason}
+            for name, status in ops.native_status().items()
+        },
+        "models": list(zoo.names()),
+        "strategies": list(strategy_names()),
+        "presets": list(preset_names()),
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    found = collect()
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, version in found["versions"].items():
+        print(f"{name:12} {version}")
+    print(f"{'cpu':12} {found['devices']['cpu']}")
+    print(f"{'cuda':12} {', '.join(found['devices']['cuda']) or 'none'}")
+    for part in ("models", "strategies", "presets"):
+        print(f"{part:12} {', '.join(found[part])}")
+    print("ops")
+    for name, status in found["ops"].items():
+        kind = "native" if status["native"] else "reference"
+        print(f"  {name:28} {kind:10} {status['reason']}")
+    return 0

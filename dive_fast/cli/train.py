@@ -1,0 +1,31 @@
+"""``dive-fast train``: makes a model of the zoo anew."""
+
+from __future__ import annotations
+
+import argparse
+
+from dive_fast.cli.options import count
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="reproduce a model of the zoo",
+        description="Trains a model of the zoo from its real images and writes a diffusers model "
+        "directory. Cut off and started again it goes on where it stopped.",
+    )
+    parser.add_argument("model", choices=["digits"], help="which model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
+    parser.add_argument(
+        "--steps", type=count, metavar="N", help="fewer steps than the zoo's, for a try"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from dive_fast.train import train_digits
+
+    accuracy = train_digits(options.out, steps=options.steps, seed=options.seed)
+    print(f"{options.out}: {accuracy:.2%} of the held-out digits by enumeration, 100 probes")
+    return 0

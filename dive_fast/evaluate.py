@@ -1,0 +1,183 @@
+"""Accuracy of a classifier on labelled images, written as it comes and resumed where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import dive_fast
+from dive_fast.classify import DiffusionClassifier
+from dive_fast.data import DataSet, Example
+from dive_fast.errors import ImageError
+from dive_fast.rundir import RunDirectory
+from dive_fast.strategies import resolve_strategy
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an evaluation found; ``None`` stands for figures that no image supports.
+
+    Attributes:
+        accuracy: share of the images answered right.
+        standard_error: of the accuracy, sqrt(p (1 - p) / n).
+        mean_per_class_accuracy: mean over the classes that occur.
+        n: images answered.
+        failed: images that could not be read.
+        evaluations_per_image: forwards plus backwards of the network.
+        seconds_per_image: of wall time.
+    """
+
+    accuracy: float | None
+    standard_error: float | None
+    mean_per_class_accuracy: float | None
+    n: int
+    failed: int
+    evaluations_per_image: float | None
+    seconds_per_image: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    classifier: DiffusionClassifier,
+    data: DataSet,
+    out: str | Path,
+    *,
+    strategy: str | None = None,
+    preset: str | None = None,
+    probes: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Summary:
+    """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
+
+    ``out/run.json`` is written first. Run again with the same configuration it resumes: images that
+    have a line are not computed again. An image that cannot be read is recorded with its error, and
+    the rest go on.
+
+    Raises:
+        RunError: ``out`` holds another run, or cannot be written.
+        DiveFastError: an unknown strategy, preset or number of probes.
+    """
+    chosen = resolve_strategy(strategy, preset, {})
+    probe_list = classifier.probe_list(chosen, probes, seed)
+    config = {
+        "model": classifier.model.identity(),
+        "data": data.identity(),
+        "strategy": {"name": chosen.name, **_settings(chosen)},
+        "probes": len(probe_list),
+        "seed": seed,
+    }
+    with RunDirectory.open(out, config, environment(classifier)) as run:
+        todo = [example for example in data.examples if example.id not in run.done()]
+        with tqdm(
+            total=len(data.examples),
+            initial=len(data.examples) - len(todo),
+            unit="image",
+            disable=not progress,
+        ) as bar:
+            latents = _latents(classifier, todo, run, bar)
+            stream = classifier.stream(latents, strategy=chosen, probes=probe_list, seed=seed)
+            for example, answer in stream:
+                record = {"id": example.id, "label": example.label, **answer.to_dict()}
+                # to_dict() calls the answer's name "label"; here the label is the truth.
+                record |= {"label": example.label, "prediction": answer.index}
+                del record["index"]
+                run.append(record)
+                bar.update()
+        return summarise(_in_order(run.done(), data.examples))
+
+
+def summarise(records: Sequence[Mapping[str, Any]]) -> Summary:
+    """The figures over records of ``results.jsonl``."""
+    good = [record for record in records if "error" not in record]
+    failed = len(records) - len(good)
+    if not good:
+        return Summary(None, None, None, 0, failed, None, None)
+    right: dict[int, list[bool]] = {}
+    for record in good:
+        right.setdefault(record["label"], []).append(record["prediction"] == record["label"])
+    n = len(good)
+    p = sum(map(sum, right.values())) / n
+    return Summary(
+        accuracy=p,
+        standard_error=math.sqrt(p * (1 - p) / n),
+        mean_per_class_accuracy=sum(sum(c) / len(c) for c in right.values()) / len(right),
+        n=n,
+        failed=failed,
+        evaluations_per_image=sum(record["evaluations"] for record in good) / n,
+        seconds_per_image=sum(record["seconds"] for record in good) / n,
+    )
+
+
+def read_records(out: str | Path) -> dict[str, dict[str, Any]]:
+    """The finished records of a run directory by image id; a torn last line is left out."""
+    records = {}
+    for line in (Path(out) / "results.jsonl").read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            record = json.loads(line)
+            records.setdefault(record["id"], record)
+    return records
+
+
+def environment(classifier: DiffusionClassifier) -> dict[str, Any]:
+    """Versions, machine and commit, for the record; a run may be resumed under others."""
+    import diffusers
+
+    return {
+        "dive_fast": dive_fast.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": str(classifier.model.device),
+        "batch_size": classifier.batch_size,
+    }
+
+
+def _latents(
+    classifier: DiffusionClassifier, todo: Sequence[Example], run: RunDirectory, bar: tqdm
+) -> Iterator[tuple[Example, torch.Tensor]]:
+    """Reads and encodes images one by one; those that cannot be read go straight to the record."""
+    for example in todo:
+        try:
+            x0 = classifier.encode([example.load()])[0]
+        except ImageError as error:
+            tqdm.write(f"{example.id}: {error}", file=bar.fp)
+            run.append({"id": example.id, "label": example.label, "error": str(error)})
+            bar.update()
+            continue
+        yield example, x0
+
+
+def _in_order(done: Mapping[str, dict], examples: Sequence[Example]) -> list[dict]:
+    return [done[example.id] for example in examples if example.id in done]
+
+
+def _settings(strategy: Any) -> dict[str, Any]:
+    """A strategy's settings as JSON; tensors cannot be given on the command line."""
+    values = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else {}
+    return {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

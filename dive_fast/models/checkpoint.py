@@ -1,0 +1,132 @@
+"""Reading diffusers model directories: every way that one can be broken is one clear sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dive_fast.errors import ModelError
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        ModelError: missing, unreadable, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"expected {path.name} in {path.parent}, found none.") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def load_component(model_class: type, directory: Path, allow_pickle: bool) -> torch.nn.Module:
+    """One component (a diffusers ``ModelMixin``), complete, finite and frozen, in float32.
+
+    Args:
+        model_class: the diffusers class.
+        directory: the component's folder, with ``config.json`` and the weights.
+        allow_pickle: also take ``.bin`` weights (read with ``weights_only=True``).
+
+    Raises:
+        ModelError: no weights, pickled weights without ``allow_pickle``, or weights that are
+            truncated, incomplete, of another shape, or not finite.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"expected the folder {directory.name} in {directory.parent}, found none.")
+    read_json(directory / "config.json")
+    safe = any(directory.glob(f"{WEIGHTS}*.safetensors"))
+    if not safe and not any(directory.glob(f"{WEIGHTS}*.bin")):
+        raise ModelError(f"expected weights {WEIGHTS}.safetensors in {directory}, found none.")
+    if not safe and not allow_pickle:
+        raise ModelError(
+            f"{directory} holds pickled weights only ({WEIGHTS}.bin), which are refused unless "
+            f"asked for (allow_pickle=True, --allow-pickle)."
+        )
+    try:
+        with _quiet_diffusers():
+            model, report = model_class.from_pretrained(
+                directory,
+                use_safetensors=safe,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except Exception as error:  # safetensors, pickle, zip and torch each raise their own kinds
+        raise ModelError(f"the weights in {directory} cannot be loaded: {_first(error)}") from error
+    for key in ("missing_keys", "unexpected_keys"):
+        if report[key]:
+            names = sorted(report[key])
+            raise ModelError(
+                f"the weights in {directory} do not fit its config.json: {len(names)} "
+                f"{key.replace('_', ' ')}, the first is {names[0]}."
+            )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"the weights in {directory} are not finite: {name} holds NaN or inf.")
+    return model.eval().requires_grad_(False)
+
+
+def read_class_names(index: dict[str, Any], n: int) -> tuple[str, ...]:
+    """``id2label`` of ``model_index.json`` as n names; "class 0", ... where there is none.
+
+    diffusers itself drops ``id2label`` in ``save_pretrained``.
+
+    Raises:
+        ModelError: the ids are not exactly 0 ... n - 1.
+    """
+    labels = index.get("id2label")
+    if not labels:
+        return tuple(f"class {i}" for i in range(n))
+    try:
+        by_id = {int(key): str(value) for key, value in labels.items()}
+    except (AttributeError, ValueError) as error:
+        raise ModelError("id2label must map class ids to names.") from error
+    if sorted(by_id) != list(range(n)):
+        raise ModelError(f"id2label must name the classes 0 to {n - 1}, got {len(by_id)} ids.")
+    return tuple(by_id[i] for i in range(n))
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short digest of all weights: names and two sums of each, quick on large models too."""
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        weight = weight.detach().double().flatten()
+        # The second sum also tells apart weights in another order.
+        ramp = torch.arange(len(weight), dtype=torch.float64, device=weight.device)
+        digest.update(
+            f"{name} {weight.sum().item():.6e} {(weight * ramp).sum().item():.6e}".encode()
+        )
+    return digest.hexdigest()[:16]
+
+
+def _first(error: Exception) -> str:
+    """The first line of a library's message, ended by a full stop."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if text.endswith(".") else text + "."
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """diffusers logs what we are about to say in one sentence."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

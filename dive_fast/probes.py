@@ -1,0 +1,128 @@
+"""Probes: the fixed list of (timestep, noise) pairs on which every condition is judged.
+
+All images and all conditions share one list (common random numbers), so that differences between
+conditions are paired. Lists are drawn on the CPU: the same on every device, for every batch size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dive_fast.errors import DiveFastError
+
+
+@dataclass(frozen=True)
+class ProbeList:
+    """K probes over a table of noises.
+
+    Attributes:
+        timesteps: int64 [K], t_k.
+        noise: float32 [N, C, h, w].
+        noise_index: int64 [K], the row of ``noise`` that is eps_k; counts 0, 1, 2, ... if left out.
+    """
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    noise_index: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        t, noise = torch.as_tensor(self.timesteps), torch.as_tensor(self.noise)
+        if t.ndim != 1 or len(t) == 0 or t.is_floating_point():
+            raise DiveFastError(
+                f"timesteps must be whole numbers of shape [K] with K >= 1, "
+                f"got {t.dtype} of shape {list(t.shape)}."
+            )
+        index = torch.arange(len(t)) if self.noise_index is None else self.noise_index
+        index = torch.as_tensor(index).long()
+        if index.shape != t.shape:
+            raise DiveFastError(
+                f"noise_index must have the shape of timesteps, {list(t.shape)}, "
+                f"got {list(index.shape)}."
+            )
+        if noise.ndim != 4 or len(noise) <= int(index.max()) or int(index.min()) < 0:
+            raise DiveFastError(
+                f"noise must have shape [N, C, h, w] with N > {int(index.max())}, "
+                f"got {list(noise.shape)}."
+            )
+        if not torch.isfinite(noise).all():
+            raise DiveFastError("noise must be finite, got NaN or infinity.")
+        object.__setattr__(self, "timesteps", t.long().cpu())
+        object.__setattr__(self, "noise", noise.float().cpu())
+        object.__setattr__(self, "noise_index", index.cpu())
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def check(self, shape: tuple[int, ...], n_timesteps: int) -> None:
+        """Raises DiveFastError unless the list suits latents [C, h, w] and timesteps in [0, T)."""
+        if tuple(self.noise.shape[1:]) != tuple(shape):
+            raise DiveFastError(
+                f"the probes' noise must have shape [N, {', '.join(map(str, shape))}], "
+                f"got {list(self.noise.shape)}."
+            )
+        low, high = int(self.timesteps.min()), int(self.timesteps.max())
+        if low < 0 or high >= n_timesteps:
+            raise DiveFastError(
+                f"timesteps must lie in [0, {n_timesteps}), got values from {low} to {high}."
+            )
+
+
+def low_discrepancy_probes(
+    k: int, n_timesteps: int, shape: tuple[int, ...], seed: int = 0
+) -> ProbeList:
+    """K probes whose timesteps follow the van der Corput sequence, each with a noise of its own.
+
+    Every prefix covers the timesteps evenly, and a shorter list is a prefix of a longer one, so a
+    strategy may stop anywhere.
+
+    Args:
+        k: number of probes.
+        n_timesteps: T of the schedule.
+        shape: of a latent, (C, h, w).
+        seed: of the noises.
+    """
+    _check_count(k)
+    # Index 0 would be t = 0, where every condition explains the noise equally badly.
+    timesteps = [int(_van_der_corput(i) * n_timesteps) for i in range(1, k + 1)]
+    generator = torch.Generator().manual_seed(seed)
+    # One draw per probe: a single draw of [k, ...] would not be a prefix of a longer one.
+    noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(k)])
+    return ProbeList(torch.tensor(timesteps), noise)
+
+
+def published_probes(
+    k: int, n_timesteps: int, shape: tuple[int, ...], seed: int = 42, n_noises: int = 1024
+) -> ProbeList:
+    """The list of the published scripts: t = i//2, i//2 + i, ... with the interval i = T / K.
+
+    The noises are the first K of ``torch.manual_seed(seed); torch.randn(n_noises, C, h, w)``.
+
+    Raises:
+        DiveFastError: K does not divide T, or exceeds the number of noises.
+    """
+    _check_count(k)
+    if n_timesteps % k or k > n_noises:
+        raise DiveFastError(
+            f"the published probe list needs a number of probes that divides {n_timesteps} "
+            f"and is at most {n_noises}, got {k}."
+        )
+    interval = n_timesteps // k
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((n_noises, *shape), generator=generator)[:k].clone()
+    return ProbeList(torch.arange(interval // 2, n_timesteps, interval), noise)
+
+
+def _check_count(k: int) -> None:
+    if k < 1:
+        raise DiveFastError(f"the number of probes must be at least 1, got {k}.")
+
+
+def _van_der_corput(i: int) -> float:
+    """The i-th term in base 2: the binary digits of i, mirrored at the point."""
+    value, step = 0.0, 0.5
+    while i:
+        value += step * (i & 1)
+        i, step = i >> 1, step / 2
+    return value

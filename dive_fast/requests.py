@@ -1,0 +1,64 @@
+"""What a strategy asks for, and what it gives in the end.
+
+A strategy is a generator for one image: it yields requests, the engine answers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Asks for the losses of conditions on probes; answered by float32 [n, k] on the CPU.
+
+    Attributes:
+        conditions: float32 [n, D], embeddings.
+        probe_ids: int64 [k], rows of the probe list.
+    """
+
+    conditions: torch.Tensor
+    probe_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Asks for losses and for each embedding's gradient of its mean loss over the probes.
+
+    Answered by ``LossesAndGradients``. Attributes as in ``Losses``.
+    """
+
+    conditions: torch.Tensor
+    probe_ids: torch.Tensor
+
+
+class LossesAndGradients(NamedTuple):
+    """losses float32 [n, k]; gradients float32 [n, D] of ``losses.mean(dim=1)``; on the CPU."""
+
+    losses: torch.Tensor
+    gradients: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a strategy found for one image.
+
+    Attributes:
+        index: the best class.
+        losses: float32 [C], mean loss of each class, comparable between classes, NaN where it was
+            not measured.
+        n_probes: int64 [C], on how many probes.
+        trace: what the strategy saw on its way.
+    """
+
+    index: int
+    losses: torch.Tensor
+    n_probes: torch.Tensor
+    trace: dict[str, Any] = field(default_factory=dict)
+
+
+Search = Generator[Losses | Gradients, Any, Answer]

@@ -1,0 +1,100 @@
+"""What a classifier answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dive_fast.errors import DiveFastError
+from dive_fast.requests import Answer
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The answer for one image.
+
+    Attributes:
+        label: name of the best class.
+        index: its row in the vocabulary.
+        log_posterior: float32 [C], log p(y | x0), normalised; -inf where nothing was measured.
+        losses: float32 [C], mean noise-prediction loss of each class, NaN where not measured.
+        n_probes: int64 [C], how many probes stand behind each class.
+        names: the classes' names.
+        evaluations: forwards plus backwards of the network that this image took.
+        seconds: this image's share of the time, the packing of many images taken into account.
+        trace: what the strategy saw, if asked for.
+    """
+
+    label: str
+    index: int
+    log_posterior: torch.Tensor
+    losses: torch.Tensor
+    n_probes: torch.Tensor
+    names: tuple[str, ...]
+    evaluations: int
+    seconds: float
+    trace: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        c = len(self.names)
+        for name in ("log_posterior", "losses", "n_probes"):
+            shape = list(getattr(self, name).shape)
+            if shape != [c]:
+                raise DiveFastError(f"{name} must have shape [{c}], got {shape}.")
+        if not 0 <= self.index < c:
+            raise DiveFastError(f"index must lie in [0, {c}), got {self.index}.")
+
+    @property
+    def probability(self) -> float:
+        """p(y | x0) of the answer."""
+        return math.exp(self.log_posterior[self.index].item())
+
+    def top(self, k: int = 5) -> list[dict[str, Any]]:
+        """The best k measured classes, as the transformers pipelines give them.
+
+        Returns:
+            ``[{"label": ..., "score": ...}, ...]``, the answer first.
+        """
+        order = self.log_posterior.argsort(descending=True, stable=True).tolist()
+        # A strategy's answer need not be the class of the lowest mean it happened to see.
+        order = [self.index, *(i for i in order if i != self.index)]
+        return [
+            {"label": self.names[i], "score": math.exp(self.log_posterior[i].item())}
+            for i in order[:k]
+            if self.n_probes[i] > 0 or i == self.index
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON; null stands for what was not measured."""
+        return {
+            "label": self.label,
+            "index": self.index,
+            "probability": self.probability,
+            "log_posterior": [_finite(x) for x in self.log_posterior.tolist()],
+            "losses": [_finite(x) for x in self.losses.tolist()],
+            "n_probes": self.n_probes.tolist(),
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+        }
+
+
+def log_posterior(
+    answer: Answer, beta: float, log_prior: torch.Tensor | None = None
+) -> torch.Tensor:
+    """log p(y | x0) = -beta L(y; x0) + log p(y) + const, float32 [C]; -inf if never measured.
+
+    beta does not grow with the number of probes: more of them measure the same L more exactly,
+    they are no further evidence on y.
+    """
+    energy = -beta * answer.losses.double()
+    if log_prior is not None:
+        energy = energy + log_prior.double()
+    energy = torch.where(answer.n_probes > 0, energy, -math.inf)
+    return energy.log_softmax(dim=0).float()
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

@@ -1,0 +1,105 @@
+"""The noise schedule: which x_t a timestep stands for.
+
+    x_t = a_t x0 + s_t eps        a_t = sqrt(alpha_bar_t),  s_t = sqrt(1 - alpha_bar_t)
+
+Source: DDPM (arXiv 2006.11239); cosine: arXiv 2102.09672; rescaling: arXiv 2305.08891.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dive_fast.errors import ModelError
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TARGETS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The two factors of every timestep, and what the network predicts.
+
+    Attributes:
+        a: float32 [T], factor of x0.
+        s: float32 [T], factor of eps.
+        target: "epsilon", "v_prediction" (a eps - s x0) or "sample" (x0).
+    """
+
+    a: torch.Tensor
+    s: torch.Tensor
+    target: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 1 or self.a.shape != self.s.shape:
+            raise ModelError(
+                f"a schedule needs a and s of one shape [T], got {list(self.a.shape)} "
+                f"and {list(self.s.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    @classmethod
+    def from_betas(cls, betas: torch.Tensor, target: str = "epsilon") -> Schedule:
+        """From beta_t [T]: alpha_bar_t = prod_{i <= t} (1 - beta_i), in float64."""
+        return cls.from_alpha_bar(torch.cumprod(1 - betas.double(), dim=0), target)
+
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar: torch.Tensor, target: str = "epsilon") -> Schedule:
+        """From alpha_bar_t [T], also called ``alphas_cumprod``."""
+        alpha_bar = alpha_bar.double()
+        return cls(alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float(), target)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+        """Reads the ``scheduler_config.json`` of a diffusers scheduler (DDPM, DDIM and kin).
+
+        Raises:
+            ModelError: a beta schedule or a prediction type that is not supported.
+        """
+        target = config.get("prediction_type", "epsilon")
+        if target not in TARGETS:
+            raise ModelError(f"expected a prediction_type of {', '.join(TARGETS)}, got {target!r}.")
+        if config.get("trained_betas") is not None:
+            betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+        else:
+            betas = make_betas(
+                config.get("beta_schedule", "linear"),
+                config.get("num_train_timesteps", 1000),
+                config.get("beta_start", 1e-4),
+                config.get("beta_end", 0.02),
+            )
+        if config.get("rescale_betas_zero_snr", False):
+            return cls.from_alpha_bar(_rescale_to_zero_snr(torch.cumprod(1 - betas, 0)), target)
+        return cls.from_betas(betas, target)
+
+
+def make_betas(schedule: str, n: int, start: float = 1e-4, end: float = 0.02) -> torch.Tensor:
+    """beta_t as float64 [n] for one of ``BETA_SCHEDULES``; start and end do not enter the cosine.
+
+    Raises:
+        ModelError: another schedule is asked for.
+    """
+    if schedule == "linear":
+        return torch.linspace(start, end, n, dtype=torch.float64)
+    if schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+    if schedule == "squaredcos_cap_v2":
+
+        def alpha_bar(t: float) -> float:
+            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = [min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)]
+        return torch.tensor(betas, dtype=torch.float64)
+    raise ModelError(f"expected a beta_schedule of {', '.join(BETA_SCHEDULES)}, got {schedule!r}.")
+
+
+def _rescale_to_zero_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Shifts and scales sqrt(alpha_bar) so that it ends in zero (arXiv 2305.08891, algorithm 1)."""
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

@@ -1,0 +1,147 @@
+"""What a strategy is, and the register of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from dive_fast.errors import DiveFastError
+from dive_fast.probes import ProbeList, low_discrepancy_probes
+from dive_fast.requests import Answer, Search
+from dive_fast.vocabulary import Vocabulary
+
+DEFAULT_PROBES = 100
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a strategy knows of the one image it works for: nothing but the possible answers.
+
+    Attributes:
+        vocabulary: the possible answers.
+        probes: the probe list; requests name its rows.
+        seed: for strategies that draw at random.
+    """
+
+    vocabulary: Vocabulary
+    probes: ProbeList
+    seed: int = 0
+
+
+class Strategy(Protocol):
+    """The settings of a way to find the best condition: a frozen dataclass with two methods.
+
+    Attributes:
+        loss: "l2", "l1" or "huber".
+    """
+
+    name: ClassVar[str]
+    loss: str
+
+    def probes(
+        self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int
+    ) -> ProbeList:
+        """The probe list that this strategy wants when the user gives none."""
+        ...
+
+    def search(self, task: Task) -> Search:
+        """A generator that yields requests for one image and returns an ``Answer``."""
+        ...
+
+
+class DefaultProbes:
+    """Mixin: K probes (100 unless said) in low-discrepancy order."""
+
+    def probes(
+        self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int
+    ) -> ProbeList:
+        return low_discrepancy_probes(DEFAULT_PROBES if k is None else k, n_timesteps, shape, seed)
+
+
+_STRATEGIES: dict[str, Strategy] = {}
+_PRESETS: dict[str, tuple[str, Strategy]] = {}
+
+
+def register_strategy(name: str, default: Strategy) -> None:
+    """Makes ``strategy=name`` mean ``default``, everywhere and on the command line."""
+    _STRATEGIES[name] = default
+
+
+def register_preset(name: str, strategy: str, settings: Strategy) -> None:
+    """Makes ``preset=name`` mean ``settings``, a variant of the strategy called ``strategy``."""
+    _PRESETS[name] = (strategy, settings)
+
+
+def strategy_names() -> tuple[str, ...]:
+    return tuple(_STRATEGIES)
+
+
+def preset_names() -> tuple[str, ...]:
+    return tuple(_PRESETS)
+
+
+def resolve_strategy(
+    strategy: str | Strategy | None, preset: str | None, settings: dict[str, Any]
+) -> Strategy:
+    """The strategy that a user asked for by name, by preset, or as an object, with settings.
+
+    Raises:
+        DiveFastError: an unknown name or setting, or a preset of another strategy.
+    """
+    chosen = _by_name(strategy, preset) if isinstance(strategy, str | None) else strategy
+    if not isinstance(strategy, str | None) and preset is not None:
+        raise DiveFastError("expected a strategy object or a preset, got both.")
+    if not settings:
+        return chosen
+    known = [field.name for field in fields(chosen)] if is_dataclass(chosen) else []
+    for key in settings:
+        if key not in known:
+            raise DiveFastError(
+                f"unknown setting {key!r}: {type(chosen).__name__} has {', '.join(known)}."
+            )
+    return replace(chosen, **settings)
+
+
+def _by_name(strategy: str | None, preset: str | None) -> Strategy:
+    if preset is not None:
+        if preset not in _PRESETS:
+            raise DiveFastError(f"expected a preset of {', '.join(_PRESETS)}, got {preset!r}.")
+        owner, settings = _PRESETS[preset]
+        if strategy not in (None, owner):
+            raise DiveFastError(
+                f"preset {preset!r} belongs to strategy {owner!r}, got {strategy!r}."
+            )
+        return settings
+    name = "invert" if strategy is None else strategy
+    if name not in _STRATEGIES:
+        raise DiveFastError(f"expected a strategy of {', '.join(_STRATEGIES)}, got {name!r}.")
+    return _STRATEGIES[name]
+
+
+class Ledger:
+    """The losses seen so far: float32 [C, K], NaN where a class was not measured on a probe."""
+
+    def __init__(self, n_classes: int, n_probes: int) -> None:
+        self.losses = torch.full((n_classes, n_probes), torch.nan)
+
+    def add(self, classes: torch.Tensor, probe_ids: torch.Tensor, losses: torch.Tensor) -> None:
+        """Enters losses [n, k] of the classes [n] on the probes [k]."""
+        self.losses[classes[:, None], probe_ids[None, :]] = losses
+
+    def means(self) -> torch.Tensor:
+        """Each class's mean over the probes it was measured on, float32 [C]; NaN without any."""
+        return self.losses.nanmean(dim=1)
+
+    def answer(self, index: int, **trace: Any) -> Answer:
+        """The answer ``index``, with losses that can be compared.
+
+        A probe's loss depends on its timestep far more than on the class, so the mean of a class
+        over fewer probes is no measure by itself. It enters as the winner's mean plus the mean of
+        the paired differences to the winner, over the probes that both were measured on.
+        """
+        winner = self.losses[index]
+        losses = winner.nanmean() + (self.losses - winner).nanmean(dim=1)
+        n_probes = self.losses.isfinite().sum(dim=1)
+        return Answer(index, losses, n_probes, trace)

@@ -1,0 +1,92 @@
+"""The discrete vocabulary that a relaxed condition is projected onto."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dive_fast.errors import DiveFastError, ModelError
+
+METRICS = ("l2", "cosine")
+
+
+class Vocabulary:
+    """One row per answer: the embeddings that the network was trained with.
+
+    Attributes:
+        table: float32 [V, D] on the CPU; row c is the embedding of answer c.
+        names: one name per row.
+        unconditional: float32 [D], the embedding of "no condition", or None.
+    """
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        names: Sequence[str],
+        unconditional: torch.Tensor | None = None,
+    ) -> None:
+        if table.ndim != 2 or len(table) == 0:
+            raise ModelError(f"a vocabulary needs a table [V, D], got {list(table.shape)}.")
+        if len(names) != len(table):
+            raise ModelError(
+                f"a vocabulary of {len(table)} rows needs as many names, got {len(names)}."
+            )
+        self.table = table.detach().float().cpu().contiguous()
+        self.names = tuple(names)
+        self.unconditional = None
+        if unconditional is not None:
+            self.unconditional = unconditional.detach().float().cpu()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def dim(self) -> int:
+        return self.table.shape[1]
+
+    def mean(self) -> torch.Tensor:
+        """The neutral embedding v0 [D]: the mean of the answers' rows."""
+        return self.table.mean(dim=0)
+
+    def spread(self) -> tuple[float, float]:
+        """Scalar mean and standard deviation of all entries, the unconditional row included."""
+        rows = [self.table]
+        if self.unconditional is not None:
+            rows.append(self.unconditional[None])
+        entries = torch.cat(rows)
+        return entries.mean().item(), entries.std().item()
+
+    def nearest(self, v: torch.Tensor, metric: str = "l2") -> torch.Tensor:
+        """The nearest row of each embedding v [N, D], as int64 [N]; ties go to the lowest index.
+
+        Args:
+            v: float [N, D].
+            metric: "l2" (Euclidean) or "cosine".
+
+        Raises:
+            DiveFastError: another metric, or v of another width.
+        """
+        if v.ndim != 2 or v.shape[1] != self.dim:
+            raise DiveFastError(f"v must have shape [N, {self.dim}], got {list(v.shape)}.")
+        v = v.detach()
+        if metric == "l2":
+            # The form with a matrix product cancels digits when rows lie close together.
+            mode = "donot_use_mm_for_euclid_dist"
+            return torch.cdist(v, self.table, compute_mode=mode).argmin(dim=1)
+        if metric == "cosine":
+            rows = self.table / self.table.norm(dim=1, keepdim=True)
+            return (1 - (v / v.norm(dim=1, keepdim=True)) @ rows.T).argmin(dim=1)
+        raise DiveFastError(f"expected a metric of {', '.join(METRICS)}, got {metric!r}.")
+
+    def project(self, v: torch.Tensor, metric: str = "l2") -> tuple[torch.Tensor, torch.Tensor]:
+        """Projection with straight-through gradient: v' = v + stopgrad(P(v) - v).
+
+        Args:
+            v: float [N, D].
+
+        Returns:
+            v' [N, D], equal to the nearest rows up to rounding, with dv'/dv = 1; their index [N].
+        """
+        index = self.nearest(v, metric)
+        return v + (self.table[index] - v).detach(), index
