@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dive_fast.engine import Engine, Finished, Job
-from dive_fast.errors import DiveFastError, ImageError
+from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.images import as_images
 from dive_fast.models import load_model
 from dive_fast.models.protocol import Model
@@ -109,21 +109,23 @@ class DiffusionClassifier:
         Raises:
             DiveFastError: bad input, an unknown strategy, preset or setting.
         """
-        x0 = self._latents(images, latents)
-        answers: list[Classification | None] = [None] * len(x0)
-        stream = self.stream(
-            enumerate(x0),
-            strategy=strategy,
-            preset=preset,
-            probes=probes,
-            seed=seed,
-            prior=prior,
-            trace=trace,
-            progress=len(x0) if progress else None,
-            **settings,
-        )
-        for i, answer in stream:
-            answers[i] = answer
+        # Strategies need gradients even where the caller has switched them off.
+        with torch.inference_mode(False):
+            x0 = self._latents(images, latents)
+            answers: list[Classification | None] = [None] * len(x0)
+            stream = self.stream(
+                enumerate(x0),
+                strategy=strategy,
+                preset=preset,
+                probes=probes,
+                seed=seed,
+                prior=prior,
+                trace=trace,
+                progress=len(x0) if progress else None,
+                **settings,
+            )
+            for i, answer in stream:
+                answers[i] = answer
         return answers
 
     def stream(
@@ -241,7 +243,8 @@ class DiffusionClassifier:
             )
         if not torch.isfinite(x0).all():
             raise ImageError("latents must be finite, got NaN or infinity.")
-        return x0.detach().float()
+        # Cloned: a tensor made in inference mode cannot take part in a backward.
+        return x0.detach().float().clone()
 
     def _log_prior(self, prior: torch.Tensor | Sequence[float] | None) -> torch.Tensor | None:
         if prior is None:
@@ -257,6 +260,11 @@ class DiffusionClassifier:
     ) -> Classification:
         answer = finished.answer
         posterior = log_posterior(answer, self.model.beta, log_prior)
+        if posterior.isnan().any():
+            raise ModelError(
+                f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN or "
+                f"infinity: its weights, its schedule or this precision cannot be right."
+            )
         # With a prior the class of the lowest loss need not be the most probable one.
         index = answer.index if log_prior is None else int(posterior.argmax())
         return Classification(

@@ -1,0 +1,125 @@
+"""Schedules against diffusers' own, and the vocabulary's projection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from dive_fast import DiveFastError, ModelError, ProbeList
+from dive_fast.calibration import fit_beta
+from dive_fast.schedule import Schedule
+from dive_fast.vocabulary import Vocabulary
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction", "sample"])
+def test_read_from_a_scheduler_config(beta_schedule, target):
+    scheduler = DDPMScheduler(
+        num_train_timesteps=700,
+        beta_schedule=beta_schedule,
+        beta_start=2e-4,
+        beta_end=0.015,
+        prediction_type=target,
+    )
+    schedule = Schedule.from_config(scheduler.config)
+    assert len(schedule) == 700 and schedule.target == target
+    # diffusers multiplies up in float32.
+    torch.testing.assert_close(schedule.a**2, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-9)
+    torch.testing.assert_close(schedule.a**2 + schedule.s**2, torch.ones(700))
+
+
+def test_trained_betas_and_zero_snr():
+    betas = [0.1, 0.2, 0.3, 0.05]
+    schedule = Schedule.from_config({"trained_betas": betas})
+    torch.testing.assert_close(schedule.a[-1] ** 2, torch.tensor(0.9 * 0.8 * 0.7 * 0.95))
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
+    schedule = Schedule.from_config(scheduler.config)
+    assert schedule.a[-1] == 0 and schedule.s[-1] == 1
+    torch.testing.assert_close(schedule.a**2, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+
+
+def test_bad_schedules():
+    with pytest.raises(ModelError, match="beta_schedule of linear, .* got 'sigmoid'"):
+        Schedule.from_config({"beta_schedule": "sigmoid"})
+    with pytest.raises(ModelError, match="prediction_type of epsilon, .* got 'flow'"):
+        Schedule.from_config({"prediction_type": "flow"})
+    with pytest.raises(ModelError, match=r"one shape \[T\], got \[3\] and \[4\]"):
+        Schedule(torch.ones(3), torch.ones(4))
+
+
+def table_of(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def test_projection_is_straight_through_and_ties_go_to_the_lowest_index():
+    vocabulary = Vocabulary(table_of([1, 0], [-1, 0], [1, 0], [0, 5]), "abcd")
+    v = table_of([0, 0], [0.9, 0.1], [0.2, 4]).requires_grad_()
+    projected, index = vocabulary.project(v)
+    assert index.tolist() == [0, 0, 3]
+    torch.testing.assert_close(projected, vocabulary.table[index])
+    weight = torch.randn(3, 2)
+    (gradient,) = torch.autograd.grad((projected * weight).sum(), v)
+    assert torch.equal(gradient, weight)
+    # (0.6, 1.5) lies nearer to (1, 0), but points more to (0, 5).
+    assert vocabulary.nearest(table_of([0.6, 1.5])).item() == 0
+    assert vocabulary.nearest(table_of([0.6, 1.5]), "cosine").item() == 3
+
+
+def test_nearest_agrees_with_the_distances_of_a_large_table():
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = Vocabulary(torch.randn(501, 33, generator=generator), list(map(str, range(501))))
+    v = torch.randn(65, 33, generator=generator)
+    distance = (v[:, None].double() - vocabulary.table[None].double()).norm(dim=2)
+    assert torch.equal(vocabulary.nearest(v), distance.argmin(dim=1))
+
+
+def test_spread_counts_the_unconditional_row():
+    table, extra = table_of([1, 2], [3, 4]), torch.tensor([10.0, 20.0])
+    mean, std = Vocabulary(table, "ab", extra).spread()
+    entries = torch.cat([table, extra[None]])
+    assert mean == pytest.approx(entries.mean().item())
+    assert std == pytest.approx(entries.std().item())
+    assert torch.equal(Vocabulary(table, "ab", extra).mean(), torch.tensor([2.0, 3.0]))
+
+
+def test_bad_vocabularies():
+    vocabulary = Vocabulary(torch.randn(3, 4), "abc")
+    with pytest.raises(DiveFastError, match=r"v must have shape \[N, 4\], got \[2, 5\]"):
+        vocabulary.nearest(torch.zeros(2, 5))
+    with pytest.raises(DiveFastError, match="expected a metric of l2, cosine, got 'l1'"):
+        vocabulary.nearest(torch.zeros(2, 4), "l1")
+    with pytest.raises(ModelError, match=r"a table \[V, D\], got \[0, 4\]"):
+        Vocabulary(torch.zeros(0, 4), "")
+    with pytest.raises(ModelError, match="3 rows needs as many names, got 2"):
+        Vocabulary(torch.zeros(3, 4), "ab")
+
+
+def test_bad_probe_lists():
+    noise = torch.randn(3, 1, 2, 2)
+    for arguments, message in [
+        ((torch.zeros(0, dtype=torch.int64), noise), r"shape \[K\] with K >= 1"),
+        ((torch.zeros(2), noise), "whole numbers"),
+        ((torch.arange(4), noise), r"\[N, C, h, w\] with N > 3, got \[3, 1, 2, 2\]"),
+        ((torch.arange(2), noise[0]), r"\[N, C, h, w\]"),
+        ((torch.arange(2), noise, torch.arange(3)), r"shape of timesteps, \[2\], got \[3\]"),
+        ((torch.arange(2), noise / 0), "must be finite"),
+    ]:
+        with pytest.raises(DiveFastError, match=message):
+            ProbeList(*arguments)
+    with pytest.raises(DiveFastError, match=r"lie in \[0, 1000\), got values from -1 to 5"):
+        ProbeList(torch.tensor([5, -1]), noise).check((1, 2, 2), 1000)
+
+
+def test_fit_beta_finds_the_temperature_that_drew_the_labels():
+    generator = torch.Generator().manual_seed(0)
+    losses = 0.1 + 0.02 * torch.rand(4000, 5, generator=generator)
+    labels = torch.multinomial((-150.0 * losses).softmax(1), 1, generator=generator)[:, 0]
+    assert fit_beta(losses, labels) == pytest.approx(150, rel=0.1)
+
+
+def test_fit_beta_stays_finite_where_every_answer_is_right():
+    losses = torch.eye(4) * -0.1 + 0.5
+    assert 1 < fit_beta(losses, torch.arange(4)) < 1000
+    with pytest.raises(DiveFastError, match=r"losses \[B, C\] and labels \[B\], got \[4, 4\]"):
+        fit_beta(losses, torch.arange(3))

@@ -1,0 +1,219 @@
+"""Strategies on the analytic toy, where the right answer is known, and their register."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from toy_model import ToyModel
+
+from dive_fast import DiffusionClassifier, DiveFastError, register_preset, register_strategy
+from dive_fast.probes import low_discrepancy_probes, published_probes
+from dive_fast.requests import Gradients, Losses
+from dive_fast.strategies import (
+    DefaultProbes,
+    Enumerate,
+    Invert,
+    Ledger,
+    Task,
+    preset_names,
+    resolve_strategy,
+    strategy_names,
+)
+from dive_fast.strategies import base as register
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = ToyModel(n_classes=12, spread=0.6)
+    x0, labels = model.toy.sample(60, torch.Generator().manual_seed(3))
+    return model, x0, model.toy.log_posterior(x0)
+
+
+def test_enumeration_recovers_the_exact_posterior_ranking(toy):
+    model, x0, exact = toy
+    answers = DiffusionClassifier(model)(latents=x0, strategy="enumerate", probes=300)
+    found = torch.stack([answer.log_posterior for answer in answers])
+    # Pairs of classes of one image that the exact posterior tells apart by a factor of e^2: the
+    # rest of the order is within the noise of 300 probes.
+    apart = exact[:, :, None] - exact[:, None, :] > 2
+    wrong = apart & (found[:, :, None] <= found[:, None, :])
+    assert apart.sum() > 3000
+    assert wrong.sum() / apart.sum() < 0.003
+    clear = exact.topk(2, dim=1).values.diff(dim=1).abs()[:, 0] > 2
+    best = torch.tensor([answer.index for answer in answers])
+    assert clear.sum() > 30
+    assert torch.equal(best[clear], exact.argmax(dim=1)[clear])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "agreement"),
+    [
+        ({"strategy": "invert", "probes": 100}, 1.0),
+        ({"strategy": "invert", "probes": 100, "metric": "cosine"}, 0.9),
+        ({"preset": "diffusion-classifier", "n_samples": (25, 100)}, 0.95),
+        ({"preset": "dive-paper", "probes": 100, "learning_rate": 0.1}, 0.8),
+    ],
+)
+def test_every_strategy_finds_the_most_probable_class(toy, arguments, agreement):
+    model, x0, exact = toy
+    clear = exact.topk(2, dim=1).values.diff(dim=1).abs()[:, 0] > 3
+    x0, truth = x0[clear], exact.argmax(dim=1)[clear]
+    answers = DiffusionClassifier(model)(latents=x0, **arguments)
+    right = sum(a.index == t for a, t in zip(answers, truth.tolist(), strict=True))
+    assert len(truth) > 25 and right / len(truth) >= agreement
+
+
+def drive(search, losses_of, gradient_of):
+    """Answers a search's requests from two functions and keeps the requests."""
+    requests, reply = [], None
+    while True:
+        try:
+            request = search.send(reply)
+        except StopIteration as stop:
+            return stop.value, requests
+        requests.append(request)
+        losses = losses_of(request.conditions, request.probe_ids)
+        if isinstance(request, Gradients):
+            from dive_fast.requests import LossesAndGradients
+
+            reply = LossesAndGradients(losses, gradient_of(request.conditions))
+        else:
+            reply = losses
+
+
+def bowl(target):
+    """L(v) = |v - target|^2 plus a loss per probe that no condition changes."""
+
+    def losses(v, probe_ids):
+        return (v - target).square().sum(1)[:, None] + probe_ids[None, :] * 1.0
+
+    return losses, lambda v: 2 * (v - target)
+
+
+def task_of(model, k=60):
+    return Task(model.vocabulary, low_discrepancy_probes(k, 1000, model.latent_shape))
+
+
+def test_invert_measures_every_class_once_and_compares_the_best_two_on_all_probes(toy):
+    model, *_ = toy
+    target = model.vocabulary.table[7] + 0.05
+    answer, requests = drive(Invert().search(task_of(model)), *bowl(target))
+    assert answer.index == 7
+    searched = [r for r in requests if isinstance(r, Gradients)]
+    assert torch.equal(searched[0].conditions[0], model.vocabulary.mean())
+    measured = [model.vocabulary.nearest(r.conditions).item() for r in searched[1:]]
+    assert len(measured) == len(set(measured)), "a class on fixed probes never changes its loss"
+    *_, last = requests
+    if len(measured) > 1:
+        assert isinstance(last, Losses) and len(last.conditions) == 2
+        assert last.probe_ids.tolist() == list(range(25, 60))
+    assert int(answer.n_probes[7]) in (25, 60)
+
+
+def test_invert_ends_at_a_flat_point(toy):
+    model, *_ = toy
+    flat = lambda v: torch.zeros_like(v)  # noqa: E731
+    ones = lambda v, ids: torch.ones(len(v), len(ids))  # noqa: E731
+    answer, requests = drive(Invert().search(task_of(model)), ones, flat)
+    assert len(requests) == 2 and answer.n_probes.sum() == 25
+
+
+def test_invert_with_one_class():
+    model = ToyModel(n_classes=1)
+    (answer,) = DiffusionClassifier(model)(latents=torch.zeros(1, 2, 3, 3), strategy="invert")
+    assert answer.index == 0 and answer.probability == pytest.approx(1.0)
+
+
+def test_invert_with_fewer_probes_than_it_searches(toy):
+    model, x0, _ = toy
+    (answer,) = DiffusionClassifier(model)(latents=x0[:1], strategy="invert", probes=3)
+    assert answer.n_probes.max() == 3
+
+
+def test_means_over_different_probes_become_comparable():
+    ledger = Ledger(3, 4)
+    probes = torch.tensor([1.0, 2.0, 30.0, 40.0])  # what every condition loses on each probe
+    ledger.add(torch.tensor([0]), torch.arange(4), probes[None] + 0.1)
+    ledger.add(torch.tensor([2]), torch.arange(2), probes[None, :2] + 0.4)
+    answer = ledger.answer(0, note=1)
+    torch.testing.assert_close(answer.losses[2] - answer.losses[0], torch.tensor(0.3))
+    assert answer.losses[1].isnan()
+    assert answer.n_probes.tolist() == [4, 0, 2] and answer.trace == {"note": 1}
+
+
+def test_low_discrepancy_prefixes_cover_the_timesteps_and_are_stable():
+    probes = low_discrepancy_probes(63, 1000, (1, 2, 2), seed=5)
+    assert len(set(probes.timesteps.tolist())) == 63
+    for k in (3, 7, 15, 31):
+        gaps = probes.timesteps[:k].sort().values.diff()
+        assert gaps.max() - gaps.min() <= 1, "2^n - 1 terms of the sequence are evenly spaced"
+    shorter = low_discrepancy_probes(10, 1000, (1, 2, 2), seed=5)
+    assert torch.equal(shorter.timesteps, probes.timesteps[:10])
+    assert torch.equal(shorter.noise, probes.noise[:10])
+    other = low_discrepancy_probes(10, 1000, (1, 2, 2), seed=6)
+    assert not torch.equal(shorter.noise, other.noise)
+
+
+def test_published_probes_are_those_of_the_scripts():
+    probes = published_probes(250, 1000, (1, 2, 2))
+    assert probes.timesteps.tolist() == list(range(2, 1000, 4))
+    torch.manual_seed(42)
+    assert torch.equal(probes.noise, torch.randn(1024, 1, 2, 2)[:250])
+    with pytest.raises(DiveFastError, match="divides 1000 and is at most 1024, got 30"):
+        published_probes(30, 1000, (1, 2, 2))
+    with pytest.raises(DiveFastError, match="at least 1, got 0"):
+        published_probes(0, 1000, (1, 2, 2))
+
+
+@dataclass(frozen=True)
+class FirstProbe(DefaultProbes):
+    """Enumeration on one probe, as somebody outside would write it."""
+
+    name: ClassVar[str] = "first-probe"
+    loss: str = "l2"
+    probe: int = 0
+
+    def search(self, task):
+        table = task.vocabulary.table
+        losses = yield Losses(table, torch.tensor([self.probe]))
+        ledger = Ledger(len(table), len(task.probes))
+        ledger.add(torch.arange(len(table)), torch.tensor([self.probe]), losses)
+        return ledger.answer(int(losses.argmin()))
+
+
+def test_strategies_and_presets_register_from_outside(toy, monkeypatch):
+    monkeypatch.setattr(register, "_STRATEGIES", dict(register._STRATEGIES))
+    monkeypatch.setattr(register, "_PRESETS", dict(register._PRESETS))
+    register_strategy("first-probe", FirstProbe())
+    register_preset("third-probe", "first-probe", FirstProbe(probe=2))
+    assert "first-probe" in strategy_names() and "third-probe" in preset_names()
+    model, x0, _ = toy
+    classifier = DiffusionClassifier(model)
+    losses = classifier.losses(latents=x0[:4], probes=5)
+    for arguments, probe in [
+        ({"strategy": "first-probe"}, 0),
+        ({"preset": "third-probe"}, 2),
+        ({"strategy": FirstProbe(probe=4)}, 4),
+        ({"strategy": "first-probe", "probe": 1}, 1),
+    ]:
+        answers = classifier(latents=x0[:4], probes=5, **arguments)
+        assert [a.index for a in answers] == losses[:, :, probe].argmin(dim=1).tolist()
+        assert all(a.evaluations == 12 for a in answers)
+
+
+def test_bad_names_and_settings():
+    bad = [
+        (("nope", None, {}), "expected a strategy of enumerate, invert, got 'nope'"),
+        ((None, "nope", {}), "expected a preset of dive-paper, diffusion-classifier, got 'nope'"),
+        (("enumerate", "dive-paper", {}), "belongs to strategy 'invert'"),
+        ((Enumerate(), "dive-paper", {}), "a strategy object or a preset, got both"),
+        (("invert", None, {"stop": 1}), "unknown setting 'stop': Invert has search_probes, step"),
+        (("invert", None, {"patience": 0}), "patience must be at least 1, got 0"),
+        (("invert", None, {"step": 0.0}), "step must be greater than 0, got 0.0"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises(DiveFastError, match=message):
+            resolve_strategy(*arguments)

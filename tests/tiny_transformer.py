@@ -1,0 +1,35 @@
+"""A small DiT of diffusers' own class with random weights, scaled so that the class matters."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+N_CLASSES, CHANNELS, SIZE = 5, 2, 4
+
+
+def make_transformer(
+    seed: int = 0, *, learned_sigma: bool = True, tied: bool = True, width: int = 16
+) -> DiTTransformer2DModel:
+    """Two blocks on latents [2, 4, 4]; with ``tied`` the blocks' embedders hold equal copies."""
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=width // 2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS * (2 if learned_sigma else 1),
+        num_layers=2,
+        sample_size=SIZE,
+        patch_size=2,
+        num_embeds_ada_norm=N_CLASSES,
+    )
+    first, *others = model.transformer_blocks
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            block.norm1.emb.class_embedder.embedding_table.weight.normal_(std=0.05)
+            # A narrow table and a strong response: small steps change the class, and it matters.
+            block.norm1.linear.weight.normal_(std=3.0)
+    if tied:
+        for block in others:
+            block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    return model.eval().requires_grad_(False)
