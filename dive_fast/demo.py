@@ -18,7 +18,7 @@ from dive_fast.zoo import digits
 
 PROBES = 100
 # The published loop takes 6,000 evaluations an image, so the demo runs it on fewer images.
-PAPER_IMAGES = 40
+PAPER_IMAGES = 30
 FIGURE_ROWS = 8
 
 

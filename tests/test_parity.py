@@ -1,4 +1,4 @@
-"""Presets against the published loops as bench/baselines writes them: the same figures, draw for draw.
+"""Presets against the published loops as bench/baselines writes them: the same, draw for draw.
 
 The tolerance of 1e-4 is the one promised; what is seen is about 1e-6.
 """
