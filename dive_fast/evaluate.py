@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from dive_fast.classify import DiffusionClassifier
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
 from dive_fast.rundir import RunDirectory
-from dive_fast.strategies import resolve_strategy
+from dive_fast.strategies import Task, resolve_strategy
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def evaluate(
     """
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed)
+    # A strategy may refuse the probes when it starts: before the run directory is made.
+    next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed)), None)
     config = {
         "model": classifier.model.identity(),
         "data": data.identity(),
@@ -143,6 +146,7 @@ def environment(classifier: DiffusionClassifier) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "model": classifier.model.name,
         "device": str(classifier.model.device),
         "batch_size": classifier.batch_size,
     }
@@ -156,7 +160,9 @@ def _latents(
         try:
             x0 = classifier.encode([example.load()])[0]
         except ImageError as error:
-            tqdm.write(f"{example.id}: {error}", file=bar.fp)
+            # The message begins with the path, where there is one.
+            name = "" if example.id in str(error) else f"{example.id}: "
+            tqdm.write(f"dive-fast: {name}{error}", file=sys.stderr)
             run.append({"id": example.id, "label": example.label, "error": str(error)})
             bar.update()
             continue

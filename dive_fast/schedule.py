@@ -62,21 +62,33 @@ class Schedule:
         Raises:
             ModelError: a beta schedule or a prediction type that is not supported.
         """
+        if "FlowMatch" in str(config.get("_class_name", "")):
+            raise ModelError(f"flow schedules are not supported, got {config['_class_name']}.")
         target = config.get("prediction_type", "epsilon")
         if target not in TARGETS:
             raise ModelError(f"expected a prediction_type of {', '.join(TARGETS)}, got {target!r}.")
-        if config.get("trained_betas") is not None:
-            betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-        else:
-            betas = make_betas(
-                config.get("beta_schedule", "linear"),
-                config.get("num_train_timesteps", 1000),
-                config.get("beta_start", 1e-4),
-                config.get("beta_end", 0.02),
-            )
+        try:
+            betas = _read_betas(config)
+        except ModelError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"the scheduler's betas cannot be read: {error}.") from error
+        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ModelError("the scheduler's betas must be a list of numbers between 0 and 1.")
         if config.get("rescale_betas_zero_snr", False):
             return cls.from_alpha_bar(_rescale_to_zero_snr(torch.cumprod(1 - betas, 0)), target)
         return cls.from_betas(betas, target)
+
+
+def _read_betas(config: Mapping[str, Any]) -> torch.Tensor:
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    return make_betas(
+        config.get("beta_schedule", "linear"),
+        config.get("num_train_timesteps", 1000),
+        config.get("beta_start", 1e-4),
+        config.get("beta_end", 0.02),
+    )
 
 
 def make_betas(schedule: str, n: int, start: float = 1e-4, end: float = 0.02) -> torch.Tensor:

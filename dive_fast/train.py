@@ -8,12 +8,19 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from safetensors import SafetensorError
 
 from dive_fast.calibration import fit_beta
 from dive_fast.classify import DiffusionClassifier
 from dive_fast.errors import RunError
 from dive_fast.zoo import digits
-from dive_fast.zoo.training import DIGITS, TrainingConfig, augment_images, train_transformer
+from dive_fast.zoo.training import (
+    DIGITS,
+    LOG,
+    TrainingConfig,
+    augment_images,
+    train_transformer,
+)
 
 N_CALIBRATION = 400
 PROBES = 100
@@ -35,12 +42,17 @@ def train_digits(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
-    if (out / "model_index.json").exists():
+    # dive_fast.json comes last: a model of ours without it was cut off while it was measured.
+    unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
+    if (out / "model_index.json").exists() and not unfinished:
         raise RunError(f"{out} holds a model already; choose another --out.")
     config = dataclasses.replace(DIGITS, steps=steps or DIGITS.steps, seed=seed)
     train = digits.load_digits("train")
     transformer = train_transformer(train.images, train.labels, config, out, progress)
-    write_model(out, transformer, digits.NAMES)
+    try:
+        write_model(out, transformer, digits.NAMES)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} cannot be written ({error}).") from error
 
     classifier = DiffusionClassifier.from_pretrained(out)
     beta = fit_beta(*_calibration_losses(classifier, train, config, progress))

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
+from tiny import make_vae
 from tiny_transformer import CHANNELS, N_CLASSES, SIZE, make_transformer
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError
@@ -162,21 +163,9 @@ def test_the_convention_is_asked_stated_or_known_by_architecture():
         choose_timestep_embedding("both", None, small)
 
 
-def make_vae() -> AutoencoderKL:
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=CHANNELS,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_pipeline_saved_by_diffusers_loads_and_gives_the_same(tmp_path, tied):
-    transformer, vae = make_transformer(tied=tied), make_vae()
+    transformer, vae = make_transformer(tied=tied), make_vae().eval()
     scheduler = DDIMScheduler(beta_schedule="scaled_linear")
     DiTPipeline(transformer, vae, scheduler).save_pretrained(tmp_path)
     x_t, t, labels = inputs()
@@ -219,7 +208,7 @@ def make_square() -> DiTTransformer2DModel:
 
 
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
-    DiTPipeline(make_transformer(), make_vae(), DDIMScheduler()).save_pretrained(tmp_path)
+    DiTPipeline(make_transformer(), make_vae().eval(), DDIMScheduler()).save_pretrained(tmp_path)
     for component, message in [
         (SimpleNamespace(channels=3), "takes 3 channels, but its VAE gives 2"),
         (SimpleNamespace(channels=2, out=7), "expected 2 or 4 output channels .* got 7"),

@@ -44,6 +44,18 @@ def test_bad_schedules():
         Schedule.from_config({"beta_schedule": "sigmoid"})
     with pytest.raises(ModelError, match="prediction_type of epsilon, .* got 'flow'"):
         Schedule.from_config({"prediction_type": "flow"})
+    for config in (
+        {"num_train_timesteps": "x"},
+        {"num_train_timesteps": 0},
+        {"trained_betas": ["a"]},
+        {"trained_betas": []},
+        {"beta_start": float("nan")},
+        {"beta_end": 2.0},
+    ):
+        with pytest.raises(ModelError, match="the scheduler's betas (cannot be read|must be)"):
+            Schedule.from_config(config)
+    with pytest.raises(ModelError, match="flow schedules are not supported"):
+        Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ModelError, match=r"one shape \[T\], got \[3\] and \[4\]"):
         Schedule(torch.ones(3), torch.ones(4))
 

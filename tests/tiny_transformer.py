@@ -9,19 +9,25 @@ N_CLASSES, CHANNELS, SIZE = 5, 2, 4
 
 
 def make_transformer(
-    seed: int = 0, *, learned_sigma: bool = True, tied: bool = True, width: int = 16
+    seed: int = 0,
+    *,
+    learned_sigma: bool = True,
+    tied: bool = True,
+    n_classes: int = N_CLASSES,
+    channels: int = CHANNELS,
+    size: int = SIZE,
 ) -> DiTTransformer2DModel:
-    """Two blocks on latents [2, 4, 4]; with ``tied`` the blocks' embedders hold equal copies."""
+    """Two blocks of width 16; with ``tied`` the blocks' embedders hold equal copies."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=width // 2,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS * (2 if learned_sigma else 1),
+        attention_head_dim=8,
+        in_channels=channels,
+        out_channels=channels * (2 if learned_sigma else 1),
         num_layers=2,
-        sample_size=SIZE,
+        sample_size=size,
         patch_size=2,
-        num_embeds_ada_norm=N_CLASSES,
+        num_embeds_ada_norm=n_classes,
     )
     first, *others = model.transformer_blocks
     with torch.no_grad():

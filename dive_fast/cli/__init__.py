@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -54,17 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after bad input, or 130 after an interrupt."""
     options = build_parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        # What is still buffered is written here, where a failure can be told.
+        sys.stdout.flush()
+        return code
     except DiveFastError as error:
         print(f"dive-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dive-fast: interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (head, less) has left; python would complain once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has left
+        _flush_or_discard()
         return 0
     except OSError as error:
-        print(f"dive-fast: {error.strerror or error}: {error.filename or ''}.", file=sys.stderr)
+        _flush_or_discard()
+        subject = error.filename or "the output cannot be written"
+        print(f"dive-fast: {subject}: {error.strerror or error}.", file=sys.stderr)
         return 2
+
+
+def _flush_or_discard() -> None:
+    """Writes what is still buffered, or throws it away: python would fail on it again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # a stdout that is no file needs nothing more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dive_fast.cli.options import add_model_options, add_strategy_options, count, load_classifier
 
 
@@ -37,20 +39,19 @@ def run(options: argparse.Namespace) -> int:
     strategy = resolve_strategy(options.strategy, options.preset, {})
     errors: dict[int, str] = {}
     paths = list(_expand(options.images, errors))
-    if len(errors) == len(paths):
-        return _report(paths, {}, errors, options)
-    classifier = load_classifier(options)
-    answers = {}
-    stream = classifier.stream(
-        _latents(classifier, paths, errors),
-        strategy=strategy,
-        probes=options.probes,
-        seed=options.seed,
-        progress=len(paths) if sys.stderr.isatty() else None,
-    )
-    for i, answer in stream:
-        answers[i] = answer
-    return _report(paths, answers, errors, options)
+    report = _Report(paths, errors, options)
+    if len(errors) < len(paths):
+        classifier = load_classifier(options)
+        stream = classifier.stream(
+            _latents(classifier, paths, errors),
+            strategy=strategy,
+            probes=options.probes,
+            seed=options.seed,
+            progress=len(paths) if sys.stderr.isatty() else None,
+        )
+        for i, answer in stream:
+            report.add(i, answer)
+    return report.finish()
 
 
 def _expand(arguments: list[str], errors: dict[int, str]) -> Iterator[Path]:
@@ -83,21 +84,46 @@ def _latents(classifier, paths: list[Path], errors: dict[int, str]) -> Iterator[
         yield i, x0
 
 
-def _report(
-    paths: list[Path], answers: dict[int, Any], errors: dict[int, str], options: argparse.Namespace
-) -> int:
-    """Prints everything in the order of the images. Returns 2 if an image could not be read."""
-    records = []
-    for i, path in enumerate(paths):
-        if i in errors:
-            records.append({"image": str(path), "error": errors[i]})
-            print(f"dive-fast: {errors[i]}", file=sys.stderr)
-            continue
-        top = answers[i].top(options.top)
-        records.append({"image": str(path), **answers[i].to_dict(), "top": top})
-        if not options.json:
+class _Report:
+    """Prints in the order of the images, each as early as that order allows.
+
+    Args:
+        paths: the images.
+        errors: by position, of those that cannot be read; grows while others are classified.
+    """
+
+    def __init__(
+        self, paths: list[Path], errors: dict[int, str], options: argparse.Namespace
+    ) -> None:
+        self.paths, self.errors, self.options = paths, errors, options
+        self.answers: dict[int, Any] = {}
+        self.records: list[dict[str, Any]] = []
+
+    def add(self, i: int, answer: Any) -> None:
+        self.answers[i] = answer
+        self._print_known()
+
+    def finish(self) -> int:
+        """The exit code: 2 if an image could not be read."""
+        self._print_known()
+        if self.options.json:
+            print(json.dumps(self.records, indent=2, allow_nan=False))
+        return 2 if self.errors else 0
+
+    def _print_known(self) -> None:
+        while (i := len(self.records)) < len(self.paths):
+            if i in self.errors:
+                self.records.append({"image": str(self.paths[i]), "error": self.errors[i]})
+                # Above the progress bar, if there is one.
+                tqdm.write(f"dive-fast: {self.errors[i]}", file=sys.stderr)
+            elif i in self.answers:
+                self._print_answer(self.paths[i], self.answers.pop(i))
+            else:
+                return
+
+    def _print_answer(self, path: Path, answer: Any) -> None:
+        top = answer.top(self.options.top)
+        self.records.append({"image": str(path), **answer.to_dict(), "top": top})
+        if not self.options.json:
             best = ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in top)
-            print(f"{path}: {best}")
-    if options.json:
-        print(json.dumps(records, indent=2, allow_nan=False))
-    return 2 if errors else 0
+            tqdm.write(f"{path}: {best}", file=sys.stdout)

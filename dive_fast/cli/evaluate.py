@@ -12,7 +12,8 @@ DESCRIPTION = """\
 Classifies labelled images and reports accuracy, evaluations and seconds per image.
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
-Interrupted and run again with the same options it goes on where it stopped."""
+Interrupted and run again with the same options it goes on where it stopped. An image that cannot
+be read is recorded with its error and the rest go on; the exit code is then 2."""
 
 
 def add_parser(commands) -> None:
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
             preset=options.preset,
             probes=options.probes,
             seed=options.seed,
-            progress=True,
+            progress=sys.stderr.isatty(),
         )
     except KeyboardInterrupt:
         print(f"dive-fast: interrupted; run again to go on from {options.out}.", file=sys.stderr)
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(summary.to_dict(), allow_nan=False))
     else:
         print(as_text(summary))
-    return 0 if summary.n else 2
+    return 2 if summary.failed else 0
 
 
 def as_text(summary) -> str:

@@ -16,6 +16,19 @@ def count(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """A whole number that every generator takes."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to 2^63 - 1, got {text!r}"
+        )
+    return value
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -61,7 +74,7 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="(timestep, noise) pairs per image (default: 100; dive-paper 250)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of noise and draws (default: 0)")
+    group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
 
 def load_classifier(options: argparse.Namespace):

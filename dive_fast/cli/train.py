@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dive_fast.cli.options import count
+from dive_fast.cli.options import count, seed
 
 
 def add_parser(commands) -> None:
@@ -19,7 +19,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--steps", type=count, metavar="N", help="fewer steps than the zoo's, for a try"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the training (default: 0)")
     parser.set_defaults(run=run)
 
 

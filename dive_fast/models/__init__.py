@@ -10,7 +10,7 @@ import torch
 
 from dive_fast import zoo
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import read_json
+from dive_fast.models.checkpoint import first_line, read_json
 from dive_fast.models.protocol import Model
 
 HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
@@ -64,10 +64,10 @@ def load_model(
     directory = _find(str(source), allow_pickle)
     index = read_json(directory / "model_index.json")
     family = index.get("_class_name")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ModelError(
-            f"{source} is a {family}, which is not supported; supported are "
-            f"{', '.join(sorted(_FAMILIES))}."
+            f"the _class_name in {directory / 'model_index.json'} is {family!r}, which is not "
+            f"supported; supported are {', '.join(sorted(_FAMILIES))}."
         )
     model = _FAMILIES[family](
         directory,
@@ -101,9 +101,9 @@ def _download(hub_id: str, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the hub, the network and the disk each raise their own kinds
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{hub_id} is no directory here and could not be fetched from the hub: {reason}"
+            f"{hub_id} is no directory here and could not be fetched from the hub: "
+            f"{first_line(error)}"
         ) from error
 
 
@@ -119,8 +119,7 @@ def _as_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"the device {device!r} cannot be used: {reason}") from error
+        raise ModelError(f"the device {device!r} cannot be used: {first_line(error)}") from error
     return chosen

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from dive_fast.errors import ModelError
 
@@ -27,8 +28,10 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"expected {path.name} in {path.parent}, found none.") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return content
@@ -57,6 +60,7 @@ def load_component(model_class: type, directory: Path, allow_pickle: bool) -> to
             f"{directory} holds pickled weights only ({WEIGHTS}.bin), which are refused unless "
             f"asked for (allow_pickle=True, --allow-pickle)."
         )
+    _check_files(sorted(directory.glob(f"{WEIGHTS}*.{'safetensors' if safe else 'bin'}")))
     try:
         with _quiet_diffusers():
             model, report = model_class.from_pretrained(
@@ -67,7 +71,9 @@ def load_component(model_class: type, directory: Path, allow_pickle: bool) -> to
                 local_files_only=True,
             )
     except Exception as error:  # safetensors, pickle, zip and torch each raise their own kinds
-        raise ModelError(f"the weights in {directory} cannot be loaded: {_first(error)}") from error
+        raise ModelError(
+            f"{directory} cannot be loaded as {model_class.__name__}: {first_line(_root(error))}"
+        ) from error
     for key in ("missing_keys", "unexpected_keys"):
         if report[key]:
             names = sorted(report[key])
@@ -114,10 +120,32 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _first(error: Exception) -> str:
-    """The first line of a library's message, ended by a full stop."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if text.endswith(".") else text + "."
+def _check_files(paths: list[Path]) -> None:
+    """That none is empty, and that safetensors are whole, which their header tells."""
+    for path in paths:
+        try:
+            if path.stat().st_size == 0:
+                raise ModelError(f"expected weights in {path}, got an empty file (0 bytes).")
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is truncated or damaged: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something, ended by a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # "Error(s) in loading state_dict for ...:" only announces the next line.
+    lines = [line for line in lines if not line.endswith(":")] or [type(error).__name__]
+    return lines[0] if lines[0].endswith(".") else lines[0] + "."
+
+
+def _root(error: BaseException) -> BaseException:
+    """What went wrong first: diffusers says of every unreadable file that it is unreadable."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 @contextmanager

@@ -99,9 +99,8 @@ class DiT:
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Name, precision, conventions and a fingerprint of the network's weights."""
+        """Precision, conventions and a fingerprint of the weights; not where the model lies."""
         return {
-            "name": self.name,
             "family": "dit",
             "dtype": str(self.dtype).removeprefix("torch."),
             "timestep_embedding": self.timestep_embedding,
@@ -162,6 +161,11 @@ def load(
     has_vae = (index.get("vae") or [None])[0] is not None
     vae = load_component(AutoencoderKL, directory / "vae", allow_pickle) if has_vae else None
     config = transformer.config
+    if vae is not None and not isinstance(vae.config.scaling_factor, int | float):
+        raise ModelError(
+            f"scaling_factor of the VAE in {directory} must be a number, "
+            f"got {vae.config.scaling_factor!r}."
+        )
     if vae is not None and vae.config.latent_channels != config.in_channels:
         raise ModelError(
             f"the transformer in {directory} takes {config.in_channels} channels, "
@@ -182,8 +186,15 @@ def load(
             timestep_embedding, extra.get("timestep_embedding"), config
         ),
         tied=embedders_are_equal(transformer),
-        beta=extra.get("beta"),
+        beta=_read_beta(extra, directory),
     )
+
+
+def _read_beta(extra: dict[str, Any], directory: Path) -> float | None:
+    beta = extra.get("beta")
+    if beta is None or (isinstance(beta, int | float) and 0 < beta < math.inf):
+        return beta
+    raise ModelError(f"beta in {directory / 'dive_fast.json'} must be above 0, got {beta!r}.")
 
 
 def choose_timestep_embedding(asked: str, stated: str | None, config) -> str:

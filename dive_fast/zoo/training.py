@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from dive_fast.errors import RunError
 
+LOG = "training.jsonl"
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -140,6 +142,7 @@ def train_transformer(
         ema = state["ema"]
         generator.set_state(state["generator"])
 
+    (out / LOG).touch()
     running = 0.0
     bar = tqdm(
         range(first, config.steps),
@@ -172,7 +175,7 @@ def train_transformer(
         if (step + 1) % 100 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
         if (step + 1) % 1000 == 0:
-            with open(out / "training.jsonl", "a") as log:
+            with open(out / LOG, "a") as log:
                 log.write(json.dumps({"step": step + 1, "loss": round(running, 5)}) + "\n")
             state = {
                 "config": asdict(config),
@@ -182,11 +185,20 @@ def train_transformer(
                 "ema": ema,
                 "generator": generator.get_state(),
             }
-            partial = state_path.with_suffix(".partial")
-            torch.save(state, partial)
-            os.replace(partial, state_path)
+            _write_state(state, state_path)
 
     with torch.no_grad():
         for parameter, average in zip(parameters, ema, strict=True):
             parameter.copy_(average)
     return model
+
+
+def _write_state(state: dict, path: Path) -> None:
+    """Writes it so that it is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written: is the disk full?") from error

@@ -1,0 +1,379 @@
+"""Evaluation: figures, records, resuming, and data that cannot be used."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import assert_refused, call, words
+from PIL import Image
+from tiny import NAMES, read_json, write_model
+
+from dive_fast import DiffusionClassifier, DiveFastError, RunError
+from dive_fast.data import DataSet, Example
+from dive_fast.evaluate import evaluate, read_records, summarise
+from dive_fast.images import read_image
+from dive_fast.zoo import digits
+
+ROOT = Path(__file__).parent.parent
+SUMMARY = {
+    "accuracy", "standard_error", "mean_per_class_accuracy", "n", "failed",
+    "evaluations_per_image", "seconds_per_image",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def digit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Knows the digits by name; its answers are random."""
+    return write_model(tmp_path_factory.mktemp("digits"), names=digits.NAMES)
+
+
+def pixels(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, 8, 8), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures of each class."""
+    for i, array in enumerate(pixels(12)):
+        path = tmp_path / "data" / NAMES[i % 4] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+    return tmp_path / "data"
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def assert_same_answers(found: dict[str, dict], expected: dict[str, dict]) -> None:
+    assert found.keys() == expected.keys()
+    for key, record in expected.items():
+        for name in ("label", "prediction", "evaluations", "n_probes"):
+            assert found[key][name] == record[name]
+        for a, b in zip(found[key]["losses"], record["losses"], strict=True):
+            assert a == (b if b is None else pytest.approx(b, rel=1e-4))
+
+
+class TestFigures:
+    def test_summarise(self) -> None:
+        def record(label: int, prediction: int) -> dict:
+            return {"label": label, "prediction": prediction, "evaluations": 10, "seconds": 0.5}
+
+        # Class 0: 3 of 4 right; class 2: 0 of 1.
+        records = [record(0, 0), record(0, 0), record(0, 1), record(0, 0), record(2, 0)]
+        found = summarise([*records, {"label": 2, "error": "bad"}])
+        assert found.to_dict() == {
+            "accuracy": pytest.approx(0.6),
+            "standard_error": pytest.approx((0.6 * 0.4 / 5) ** 0.5),
+            "mean_per_class_accuracy": pytest.approx(0.375),
+            "n": 5,
+            "failed": 1,
+            "evaluations_per_image": 10,
+            "seconds_per_image": 0.5,
+        }
+
+    @pytest.mark.parametrize("records", [[], [{"label": 0, "error": "bad"}]])
+    def test_nothing_to_summarise(self, records: list[dict]) -> None:
+        found = summarise(records).to_dict()
+        assert (found["n"], found["failed"]) == (0, len(records))
+        assert found["accuracy"] is found["seconds_per_image"] is None
+
+    def test_digits(self, tmp_path: Path, capsys) -> None:
+        """The built-in model on real digits, with the settings that a newcomer gets."""
+        arguments = ("evaluate", "--data", "digits", "--limit", 8, "--out", tmp_path / "run")
+        said = call(capsys, *arguments, "--json")
+        assert (said.code, said.err) == (0, "")
+        summary = json.loads(said.out)
+        assert summary.keys() == SUMMARY
+        assert (summary["n"], summary["failed"]) == (8, 0)
+        assert summary["accuracy"] >= 7 / 8
+        assert 0 < summary["evaluations_per_image"] < 1000 and summary["seconds_per_image"] > 0
+
+        said = call(capsys, *arguments)
+        assert said.out.startswith("accuracy  ") and len(said.out.splitlines()) == 5
+
+
+class TestRecords:
+    def test_folder(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+        out = tmp_path / "run"
+        said = call(
+            capsys, "evaluate", "--model", model, "--data", folder, "--out", out,
+            "--strategy", "enumerate", "--probes", 5, "--seed", 3, "--json",
+        )  # fmt: skip
+        assert (said.code, said.err) == (0, "")
+        summary = json.loads(said.out)
+        records = lines(out)
+        assert {r["id"] for r in records} == {
+            p.relative_to(folder).as_posix() for p in folder.rglob("*.png")
+        }
+        clf = DiffusionClassifier.from_pretrained(model)
+        for record in records:
+            assert NAMES[record["label"]] == record["id"].split("/")[0]
+            (expected,) = clf(folder / record["id"], strategy="enumerate", probes=5, seed=3)
+            assert record["prediction"] == expected.index
+            assert record["losses"] == pytest.approx(expected.losses.tolist(), rel=1e-4)
+            assert record["evaluations"] == 20
+        right = sum(r["prediction"] == r["label"] for r in records)
+        assert summary["accuracy"] == pytest.approx(right / 12)
+
+        run = read_json(out / "run.json")
+        assert run["environment"]["model"] and run["config"]["model"]["weights"]
+        assert run["config"]["data"]["count"] == 12
+        assert run["config"]["strategy"]["name"] == "enumerate"
+        assert (run["config"]["probes"], run["config"]["seed"]) == (5, 3)
+        assert run["environment"]["torch"] == torch.__version__
+
+    @pytest.mark.parametrize("pair", [("images", "labels"), ("x_test", "y_test")])
+    def test_npz(self, pair: tuple[str, str], model: Path, tmp_path: Path, capsys) -> None:
+        labels = np.array([0, 1, 2, 3, 0])
+        np.savez(tmp_path / "data.npz", **dict(zip(pair, (pixels(5), labels), strict=True)))
+        out = tmp_path / "run"
+        said = call(
+            capsys, "evaluate", "--model", model, "--data", tmp_path / "data.npz", "--out", out,
+            "--probes", 3, "--json",
+        )  # fmt: skip
+        assert (said.code, json.loads(said.out)["n"]) == (0, 5)
+        assert [r["label"] for r in sorted(lines(out), key=lambda r: r["id"])] == labels.tolist()
+
+    def test_run_json_is_written_first(self, model: Path, tmp_path: Path) -> None:
+        seen = []
+
+        def load() -> np.ndarray:
+            seen.append(read_json(tmp_path / "run" / "run.json"))
+            return pixels(1)[0]
+
+        data = DataSet("one", [Example("0", 0, load)], None)
+        clf = DiffusionClassifier.from_pretrained(model)
+        evaluate(clf, data, tmp_path / "run", probes=2)
+        assert len(seen) == 1 and seen[0]["config"]["probes"] == 2
+
+    @pytest.mark.parametrize("progress", [False, True])
+    def test_bad_image_among_good_ones(self, progress: bool, model, folder, tmp_path) -> None:
+        (folder / "star" / "02.png").write_bytes(b"")
+        clf = DiffusionClassifier.from_pretrained(model)
+        paths = sorted((folder / "star").iterdir())
+        examples = [Example(p.name, 2, functools.partial(read_image, p)) for p in paths]
+        data = DataSet("stars", examples, None)
+        summary = evaluate(clf, data, tmp_path / "run", probes=2, progress=progress)
+        assert (summary.n, summary.failed) == (2, 1)
+        records = read_records(tmp_path / "run")
+        assert records.keys() == {"02.png", "06.png", "10.png"}
+        assert records["02.png"]["error"].startswith(f"{folder / 'star' / '02.png'}: ")
+
+    def test_bad_images_on_the_command_line(self, model, folder, tmp_path, capsys) -> None:
+        (folder / "star" / "02.png").write_bytes(b"")
+        bad = folder / "cross" / "03.png"
+        bad.write_bytes(bad.read_bytes()[:60])
+        arguments = ("evaluate", "--model", model, "--data", folder, "--out", tmp_path / "run")
+        said = call(capsys, *arguments, "--probes", 2, "--json")
+        assert said.code == 2
+        assert all(line.startswith(f"dive-fast: {folder}/") for line in said.err.splitlines())
+        assert len(said.err.splitlines()) == 2
+        summary = json.loads(said.out)
+        assert (summary["n"], summary["failed"]) == (10, 2)
+        assert sum("error" in record for record in lines(tmp_path / "run")) == 2
+
+    def test_only_bad_images(self, model: Path, tmp_path: Path, capsys) -> None:
+        np.savez(tmp_path / "d.npz", images=np.full((2, 8, 8), np.nan), labels=np.array([0, 1]))
+        arguments = ("--model", model, "--data", tmp_path / "d.npz", "--out", tmp_path / "run")
+        said = call(capsys, "evaluate", *arguments, "--json")
+        assert said.code == 2
+        assert said.err.splitlines()[1] == "dive-fast: 000001: expected finite pixels, " + (
+            "got NaN or infinity."
+        )
+        assert json.loads(said.out)["accuracy"] is None
+        assert call(capsys, "evaluate", *arguments).out.startswith("no image could be read")
+
+
+class TestResume:
+    def start(self, *arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dive_fast", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Whoever runs the tests in the background has made their children deaf to it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def wait_for_lines(self, out: Path, process: subprocess.Popen, n: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / "results.jsonl").exists():
+                if (out / "results.jsonl").read_bytes().count(b"\n") >= n:
+                    return
+            time.sleep(0.01)
+        pytest.fail(f"no {n} records came: {process.communicate()}")
+
+    @pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
+    def test_after_a_signal(self, kind: str, digit_model: Path, tmp_path: Path, capsys) -> None:
+        """Nothing repeated, nothing lost, a torn last line dropped; the same answers."""
+        out = tmp_path / "run"
+        arguments = ("evaluate", "--model", digit_model, "--data", "digits", "--limit", 40)
+        arguments += ("--strategy", "enumerate", "--probes", 40, "--json", "--out")
+        # Small batches, so that it takes a while; they are no part of the configuration.
+        process = self.start(*arguments, out, "--batch-size", 4)
+        self.wait_for_lines(out, process, 3)
+        process.send_signal(getattr(signal, kind))
+        _, errors = process.communicate()
+        if kind == "SIGINT":
+            assert process.returncode == 130
+            assert errors == f"dive-fast: interrupted; run again to go on from {out}.\n"
+        before = (out / "results.jsonl").read_bytes()
+        before = before[: before.rfind(b"\n") + 1]
+        assert 3 <= before.count(b"\n") < 40
+        with open(out / "results.jsonl", "ab") as file:
+            file.write(b'{"id": "0000')
+
+        said = call(capsys, *arguments, out)
+        assert (said.code, said.err) == (0, "")
+        assert json.loads(said.out)["n"] == 40
+        assert (out / "results.jsonl").read_bytes().startswith(before)
+        assert len({record["id"] for record in lines(out)}) == len(lines(out)) == 40
+
+        assert call(capsys, *arguments, tmp_path / "whole").code == 0
+        assert_same_answers(read_records(out), read_records(tmp_path / "whole"))
+
+    def test_full_disk(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+        """One sentence, the records before it are kept, and with room again it goes on."""
+        out = tmp_path / "run"
+        arguments = ("evaluate", "--model", model, "--data", folder, "--out", out, "--probes", 2)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+            said = call(capsys, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert_refused(said, r"results.jsonl: cannot be written \(File too large\)")
+        kept = (out / "results.jsonl").read_bytes()
+        assert 1 <= kept.count(b"\n") < 12 and kept.endswith(b"\n")
+        assert call(capsys, *arguments).code == 0
+        assert (out / "results.jsonl").read_bytes().startswith(kept)
+        assert len(lines(out)) == 12
+
+    def test_finished(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+        """A finished run only prints its figures again, also after the data were moved."""
+        arguments = ("--model", model, "--out", tmp_path / "run", "--probes", 2, "--json")
+        first = call(capsys, "evaluate", "--data", folder, *arguments)
+        content = (tmp_path / "run" / "results.jsonl").read_bytes()
+        (tmp_path / "elsewhere").mkdir()
+        moved = folder.rename(tmp_path / "elsewhere" / "data")
+        assert call(capsys, "evaluate", "--data", moved, *arguments) == first
+        assert (tmp_path / "run" / "results.jsonl").read_bytes() == content
+
+    @pytest.mark.parametrize(
+        ("change", "key"),
+        [
+            (["--seed", "1"], "seed is 0 there and 1 here"),
+            (["--probes", "3"], "probes is 2 there and 3 here"),
+            (["--strategy", "enumerate"], "strategy.name is 'invert' there and 'enumerate' here"),
+            (["--dtype", "bfloat16"], "model.dtype is 'float32' there and 'bfloat16' here"),
+            (["--timestep-embedding", "original"], "model.timestep_embedding is 'diffusers' there"),
+            (["--limit", "5"], "data.count is 12 there and 5 here"),
+        ],
+        ids=words,
+    )
+    def test_another_configuration(self, change, key, model, folder, tmp_path, capsys) -> None:
+        out = tmp_path / "run"
+        arguments = ("evaluate", "--model", model, "--data", folder, "--out", out, "--probes", "2")
+        assert call(capsys, *arguments).code == 0
+        content = (out / "results.jsonl").read_bytes()
+        said = call(capsys, *arguments, *change)
+        assert_refused(said, f"holds a run of another configuration: .*{key}.*choose another --out")
+        assert (out / "results.jsonl").read_bytes() == content
+
+    def test_other_weights(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+        """The same place, but another model."""
+        here = write_model(tmp_path / "model")
+        arguments = ("evaluate", "--model", here, "--data", folder, "--out", tmp_path / "run")
+        assert call(capsys, *arguments, "--probes", 2).code == 0
+        write_model(here, seed=1)
+        assert_refused(call(capsys, *arguments, "--probes", 2), "another configuration: .*weights")
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ("nowhere", "nowhere: expected 'digits', a folder by class or an .npz file"),
+            ("empty", "expected a sub-folder for each class, got none"),
+            ("no pictures", "expected pictures in its sub-folders, got none"),
+            ("unknown", "the model does not know the classes 'zebra'"),
+            ("digits", "the model does not know the classes 'zero', 'one'"),
+            ("text.npz", "text.npz: "),
+            ("cut.npz", "unreadable, truncated or damaged"),
+            ("keys.npz", "expected the arrays images and labels, or x_test and y_test"),
+            ("shape.npz", r"expected images \[n, h, w\] .* got shape \(8, 8\)"),
+            ("labels.npz", "expected labels 0 to 3, the model's classes, got 2 to 9"),
+            ("lengths.npz", "got 2 images and 3 labels"),
+        ],
+    )
+    def test_data(self, data: str, message: str, model: Path, tmp_path: Path, capsys) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "no pictures" / "star").mkdir(parents=True)
+        (tmp_path / "unknown" / "zebra").mkdir(parents=True)
+        (tmp_path / "text.npz").write_text("no archive")
+        two = np.array([0, 1])
+        np.savez(tmp_path / "keys.npz", pictures=pixels(2), labels=two)
+        np.savez(tmp_path / "shape.npz", images=pixels(1)[0], labels=two)
+        np.savez(tmp_path / "labels.npz", images=pixels(2), labels=np.array([2, 9]))
+        np.savez(tmp_path / "lengths.npz", images=pixels(2), labels=np.array([0, 1, 2]))
+        (tmp_path / "cut.npz").write_bytes((tmp_path / "labels.npz").read_bytes()[:200])
+        out = tmp_path / "run"
+        spec = data if data == "digits" else tmp_path / data
+        said = call(capsys, "evaluate", "--model", model, "--data", spec, "--out", out)
+        assert_refused(said, message)
+        assert not out.exists()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--strategy", "guess"], "expected a strategy of"),
+            (["--preset", "guess"], "expected a preset of"),
+            (["--preset", "dive-paper", "--probes", "4"], "multiple of the batch of 25, got 4"),
+            (["--preset", "diffusion-classifier", "--probes", "4"], "take 500 probes, got 4"),
+            (["--limit", "0"], "--limit: expected a whole number of at least 1"),
+            (["--seed", "-1"], "--seed: expected a whole number from 0"),
+        ],
+        ids=words,
+    )
+    def test_options(self, options, message, model, folder, tmp_path, capsys) -> None:
+        """Refused before the run directory is made, which would then be of no use."""
+        out = tmp_path / "run"
+        arguments = ("evaluate", "--model", model, "--data", folder, "--out", out)
+        assert_refused(call(capsys, *arguments, *options), message)
+        assert not out.exists()
+
+    def test_out(self, model: Path, folder: Path, capsys) -> None:
+        arguments = ("evaluate", "--model", model, "--data", folder, "--probes", 2, "--out")
+        said = call(capsys, *arguments, folder)
+        assert_refused(said, "expected an empty directory or one with a run.json")
+        said = call(capsys, *arguments, folder / "star" / "02.png")
+        assert_refused(said, "expected a directory, got a file")
+
+    def test_python(self, model: Path, tmp_path: Path) -> None:
+        clf = DiffusionClassifier.from_pretrained(model)
+        data = DataSet("one", [Example("0", 0, lambda: pixels(1)[0])], None)
+        with pytest.raises(DiveFastError, match="at least 1, got 0"):
+            evaluate(clf, data, tmp_path / "run", probes=0)
+        (tmp_path / "other").write_text("")
+        with pytest.raises(RunError, match="got one with 'other'"):
+            evaluate(clf, data, tmp_path, probes=1)
