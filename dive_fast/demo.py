@@ -135,10 +135,11 @@ def draw(path: Path, records: Mapping[str, Mapping[str, dict]]) -> None:
         left.set_ylabel(f"{truth}", rotation=0, labelpad=12, va="center", fontsize=13)
         left.set_xticks([])
         left.set_yticks([])
-        colours = ["#3b7dd8" if c == losses.argmin() else "#c4cbd4" for c in range(len(losses))]
-        right.bar(range(len(losses)), losses, color=colours)
-        span = losses.max() - losses.min()
-        right.set_ylim(losses.min() - 0.15 * span, losses.max() + 0.1 * span)
+        # Points, not bars: what matters are differences, far from zero.
+        colours = ["#3b7dd8" if c == losses.argmin() else "#8a94a3" for c in range(len(losses))]
+        right.vlines(range(len(losses)), losses.min(), losses, color="#dde1e6")
+        right.scatter(range(len(losses)), losses, color=colours, zorder=3)
+        right.margins(y=0.2)
         right.set_xticks(range(len(losses)))
         right.tick_params(labelsize=7)
         said = ",  ".join(f"{title}: {answer}" for title, answer in answers.items())
@@ -146,9 +147,11 @@ def draw(path: Path, records: Mapping[str, Mapping[str, dict]]) -> None:
         right.set_title(said, fontsize=8, loc="left", color="#b3261e" if wrong else "black")
         for side in ("top", "right"):
             right.spines[side].set_visible(False)
-    axes[0][0].set_title("truth, digit", fontsize=8)
-    figure.supylabel("noise-prediction loss of each class (lowest in blue)", fontsize=8, x=0.99)
-    figure.tight_layout()
+    figure.suptitle(
+        "Truth, digit, noise-prediction loss of each class (the lowest in blue), answers",
+        fontsize=9,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.995))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
