@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -186,6 +187,24 @@ def test_a_pipeline_saved_by_diffusers_loads_and_gives_the_same(tmp_path, tied):
         latents = vae.encode(images).latent_dist.mean * 0.18215
     torch.testing.assert_close(model.encode(images), latents, rtol=1e-4, atol=1e-5)
     assert classifier(torch.rand(3, 8, 8), probes=4, strategy="enumerate")[0].evaluations == 20
+
+
+def test_the_config_that_was_published_first_loads_too(tmp_path):
+    """facebook/DiT-XL-2-256 still says Transformer2DModel, with settings of that class."""
+    DiTPipeline(make_transformer(), make_vae().eval(), DDIMScheduler()).save_pretrained(tmp_path)
+    expected = DiffusionClassifier.from_pretrained(tmp_path).model
+    path = tmp_path / "transformer" / "config.json"
+    config = json.loads(path.read_text()) | {
+        "_class_name": "Transformer2DModel",
+        "_diffusers_version": "0.12.0.dev0",
+        "cross_attention_dim": None,
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "use_linear_projection": False,
+    }
+    path.write_text(json.dumps(config))
+    model = DiffusionClassifier.from_pretrained(tmp_path).model
+    assert model.identity() == expected.identity()
 
 
 def test_half_precision_stays_close_and_the_losses_stay_float32(tmp_path):

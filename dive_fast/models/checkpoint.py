@@ -54,7 +54,10 @@ def load_component(model_class: type, directory: Path, allow_pickle: bool) -> to
     read_json(directory / "config.json")
     safe = any(directory.glob(f"{WEIGHTS}*.safetensors"))
     if not safe and not any(directory.glob(f"{WEIGHTS}*.bin")):
-        raise ModelError(f"expected weights {WEIGHTS}.safetensors in {directory}, found none.")
+        raise ModelError(
+            f"expected weights {WEIGHTS}.safetensors in {directory}, found none (pickled ones are "
+            f"fetched and read only if asked for: allow_pickle=True, --allow-pickle)."
+        )
     if not safe and not allow_pickle:
         raise ModelError(
             f"{directory} holds pickled weights only ({WEIGHTS}.bin), which are refused unless "
