@@ -23,6 +23,7 @@ struct NoisingRow {
   double a, s;
   int64_t n;    // C * h * w
   Dtype dtype;  // of all three
+  bool stream;  // past the caches
 };
 
 struct LossRow {
@@ -35,7 +36,11 @@ struct LossRow {
   Dtype data_dtype;  // of noise and x0
   Target target;
   Norm norm;
+  bool stream;  // the gradient, past the caches
 };
+
+// Whether a result of so many bytes is written past the caches: it would not stay in them.
+inline bool should_stream(int64_t bytes) { return bytes >= int64_t{1} << 23; }
 
 struct Kernels {
   const char* instruction_set;

@@ -7,7 +7,12 @@
 // the residual, then reduce or differentiate it. This keeps the loops few and simple enough for the
 // compiler to vectorise, whatever the combination of dtypes, target and norm.
 
+#include <cstddef>
 #include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/kernels.h"
 #include "cpu/scalars.h"
@@ -16,9 +21,65 @@ namespace dive_fast::cpu::DIVE_FAST_ISA {
 namespace {
 
 constexpr int64_t kBlock = 512;
+// Long enough for several vectors: one sum would wait for the addition before.
+constexpr int kIndependentSums = 64;
 
 inline int64_t block_size(int64_t start, int64_t n) {
   return n - start < kBlock ? n - start : kBlock;
+}
+
+// Copies a finished block past the caches: a result that will not fit there need not first be read
+// into them, which a plain store does. Needs an aligned destination, else it is a plain copy.
+inline void stream_block(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  using Vector = __m512i;
+  const auto store = [](char* at, Vector v) { _mm512_stream_si512(reinterpret_cast<Vector*>(at), v); };
+#elif defined(__AVX2__)
+  using Vector = __m256i;
+  const auto store = [](char* at, Vector v) { _mm256_stream_si256(reinterpret_cast<Vector*>(at), v); };
+#else
+  using Vector = __m128i;
+  const auto store = [](char* at, Vector v) { _mm_stream_si128(reinterpret_cast<Vector*>(at), v); };
+#endif
+  constexpr int64_t size = sizeof(Vector);
+  if (reinterpret_cast<uintptr_t>(to) % size == 0 && bytes % size == 0) {
+    for (int64_t i = 0; i < bytes; i += size) {
+      Vector v;
+      __builtin_memcpy(&v, from + i, size);
+      store(to + i, v);
+    }
+    return;
+  }
+#endif
+  __builtin_memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
+// Streamed stores are not ordered with the others; the row's reader may be on another core.
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls `compute(block, start, size)` for every block of `out` [n], which is written directly or,
+// if `stream`, by way of a buffer.
+template <typename T, typename Compute>
+void write_blocks(T* out, int64_t n, bool stream, const Compute& compute) {
+  if (!stream) {
+    for (int64_t start = 0; start < n; start += kBlock) {
+      compute(out + start, start, block_size(start, n));
+    }
+    return;
+  }
+  alignas(64) T block[kBlock];
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = block_size(start, n);
+    compute(block, start, size);
+    stream_block(reinterpret_cast<char*>(out + start), reinterpret_cast<const char*>(block),
+                 size * static_cast<int64_t>(sizeof(T)));
+  }
+  finish_streaming();
 }
 
 // x_t = a x0 + s eps
@@ -27,11 +88,13 @@ void q_sample_row(const NoisingRow& row) {
   using Acc = accumulator<T>;
   const T* x0 = static_cast<const T*>(row.x0);
   const T* noise = static_cast<const T*>(row.noise);
-  T* __restrict__ x_t = static_cast<T*>(row.x_t);
   const Acc a = static_cast<Acc>(row.a), s = static_cast<Acc>(row.s);
-  for (int64_t i = 0; i < row.n; ++i) {
-    store(x_t + i, a * widen(x0[i]) + s * widen(noise[i]));
-  }
+  write_blocks(static_cast<T*>(row.x_t), row.n, row.stream,
+               [=](T* __restrict__ x_t, int64_t start, int64_t size) {
+                 for (int64_t i = 0; i < size; ++i) {
+                   store(x_t + i, a * widen(x0[start + i]) + s * widen(noise[start + i]));
+                 }
+               });
 }
 
 // residual[i] = target[start + i] - prediction[start + i], for `size` elements
@@ -88,15 +151,15 @@ Acc sum_of_errors(Norm norm, const Acc* residual, int64_t size) {
   Acc sum = 0;
   switch (norm) {
     case Norm::l2:
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum) simdlen(kIndependentSums)
       for (int64_t i = 0; i < size; ++i) sum += residual[i] * residual[i];
       break;
     case Norm::l1:
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum) simdlen(kIndependentSums)
       for (int64_t i = 0; i < size; ++i) sum += magnitude_of(residual[i]);
       break;
     case Norm::huber:
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum) simdlen(kIndependentSums)
       for (int64_t i = 0; i < size; ++i) sum += huber(residual[i]);
       break;
   }
@@ -160,12 +223,11 @@ void loss_gradient_row(const LossRow& row, double scale, void* gradient) {
   using Acc = accumulator<P>;
   alignas(64) Acc residual[kBlock];
   const int64_t n = row.channels * row.pixels;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t size = block_size(start, n);
-    form_residual<P, T>(row, start, size, residual);
-    store_slopes(row.norm, residual, size, static_cast<Acc>(scale),
-                 static_cast<P*>(gradient) + start);
-  }
+  write_blocks(static_cast<P*>(gradient), n, row.stream,
+               [&](P* block, int64_t start, int64_t size) {
+                 form_residual<P, T>(row, start, size, residual);
+                 store_slopes(row.norm, residual, size, static_cast<Acc>(scale), block);
+               });
 }
 
 template <typename P, typename T>
