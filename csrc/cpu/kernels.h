@@ -40,7 +40,7 @@ struct LossRow {
 };
 
 // Whether a result of so many bytes is written past the caches: it would not stay in them.
-inline bool should_stream(int64_t bytes) { return bytes >= int64_t{1} << 23; }
+inline bool should_stream(int64_t bytes) { return bytes >= int64_t{12} << 20; }
 
 struct Kernels {
   const char* instruction_set;
