@@ -2,8 +2,8 @@
 
 A step is what DIVE repeats: project the embedding on the table, noise, predict, take the loss, and
 go back to the embedding. `digits` is the embedded model, 25 probes. `sd` is a UNet of Stable
-Diffusion 1.5's published shape with random weights in bf16 and one probe, its condition one row of a
-table of 1000 x 77 x 768: speed does not depend on the values, and everything but the projection
+Diffusion 1.5's published shape with random weights in bf16 and one probe, its condition one row of
+a table of 1000 x 77 x 768: speed does not depend on the values, and everything but the projection
 grows with the number of probes.
 """
 
