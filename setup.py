@@ -3,6 +3,10 @@
 Environment:
     DIVE_FAST_NO_EXTENSION=1       do not compile; the ops run on their plain-torch references.
     DIVE_FAST_REQUIRE_EXTENSION=1  fail if it cannot be compiled, instead of going on without.
+    CUDA_HOME                      the CUDA toolkit; with it, and a torch with CUDA, the GPU
+                                   kernels are built too.
+    FORCE_CUDA=1                   fail if they cannot be built; FORCE_CUDA=0 leaves them out.
+    TORCH_CUDA_ARCH_LIST           their architectures (default "8.0;8.6;8.9;9.0+PTX").
     MAX_JOBS                       compilers at once (default 2).
     CXX                            the C++ compiler (GCC 11 or clang 14, or later).
 """
@@ -26,6 +30,7 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "_C.so"
 BUILD_INFO = "_build_info" + sysconfig.get_config_var("EXT_SUFFIX")
 RECORD = "_build_record.json"
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
 
 
 class BuildError(Exception):
@@ -86,6 +91,7 @@ def compile_library(target: Path) -> None:
     torch_root = package_folder("torch")
     pybind11_root = package_folder("pybind11")
     cmake, ninja = tool("cmake"), tool("ninja")
+    cuda = cuda_options(torch_root)
     build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     run(
         # A cached compiler or torch of an earlier build must not win over today's.
@@ -94,10 +100,57 @@ def compile_library(target: Path) -> None:
         + [f"-DPython_EXECUTABLE={sys.executable}", f"-DTORCH_ROOT={torch_root}"]
         + [f"-DTORCH_VERSION={torch_version()}"]
         + [f"-Dpybind11_DIR={pybind11_root / 'share' / 'cmake' / 'pybind11'}"]
+        + cuda
     )
     run([cmake, "--build", str(build), "--parallel", os.environ.get("MAX_JOBS", "2")])
     for name in (LIBRARY, BUILD_INFO):
         shutil.copy2(build / "lib" / name, target / name)
+
+
+def cuda_options(torch_root: Path) -> list[str]:
+    """CMake's options for the CUDA kernels; chosen by the toolkit, for a GPU may come later."""
+    force = os.environ.get("FORCE_CUDA", "")
+    home = os.environ.get("CUDA_HOME", "")
+    if force == "0" or not (home or is_set("FORCE_CUDA")):
+        return ["-DDIVE_FAST_CUDA=OFF"]
+    nvcc = Path(home) / "bin" / "nvcc"
+    missing = ""
+    if not home or not nvcc.exists():
+        missing = f"CUDA_HOME must be a CUDA toolkit, but got {home!r}"
+    elif not (torch_root / "lib" / "libtorch_cuda.so").exists():
+        missing = f"torch must be a build with CUDA, but got {torch_version()}"
+    if missing:
+        if is_set("FORCE_CUDA"):
+            raise BuildError(f"FORCE_CUDA is set and {missing}")
+        print(f"warning: dive_fast is built without its CUDA kernels ({missing})", file=sys.stderr)
+        return ["-DDIVE_FAST_CUDA=OFF"]
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not architectures:
+        architectures = CUDA_ARCHITECTURES
+        print(f"TORCH_CUDA_ARCH_LIST is not set: building for {architectures}", flush=True)
+    return [
+        "-DDIVE_FAST_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(architectures)}",
+    ]
+
+
+def cmake_architectures(names: str) -> str:
+    """Torch's spelling, "8.0;9.0+PTX", in CMake's, "80-real;90-real;90-virtual"."""
+    result = []
+    for name in names.replace(" ", ";").split(";"):
+        if not name:
+            continue
+        number, _, ptx = name.partition("+")
+        digits = number.replace(".", "")
+        if not digits[:2].isdigit() or ptx not in ("", "PTX"):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must name architectures such as 8.0 or 9.0+PTX, got {name!r}"
+            )
+        result.append(f"{digits}-real")
+        if ptx:
+            result.append(f"{digits}-virtual")
+    return ";".join(result)
 
 
 def run(command: list[str]) -> None:

@@ -120,22 +120,22 @@ class Coefficient {
   bool is_double_;
 };
 
-// Rows of contiguous [C, h, w] images, any number of elements apart: a tensor whose images are not
-// contiguous is copied, one that is merely a slice along its rows or channels is not.
+// Rows of contiguous elements ([C, h, w] images, [D] embeddings, [G, G] maps), any number of elements
+// apart: a tensor whose rows are not contiguous is copied, one that is merely a slice of them is not.
 class Rows {
  public:
-  explicit Rows(const Tensor& images)
-      : tensor_(has_contiguous_images(images) ? images : torch::stable::contiguous(images)),
+  explicit Rows(const Tensor& tensor)
+      : tensor_(has_contiguous_rows(tensor) ? tensor : torch::stable::contiguous(tensor)),
         data_(static_cast<const char*>(tensor_.const_data_ptr())),
         bytes_per_row_(tensor_.stride(0) * static_cast<int64_t>(tensor_.element_size())) {}
   const void* operator[](int64_t row) const { return data_ + row * bytes_per_row_; }
 
  private:
-  static bool has_contiguous_images(const Tensor& images) {
+  static bool has_contiguous_rows(const Tensor& tensor) {
     int64_t expected = 1;
-    for (int64_t d = 3; d > 0; --d) {
-      if (images.size(d) != 1 && images.stride(d) != expected) return false;
-      expected *= images.size(d);
+    for (int64_t d = tensor.dim() - 1; d > 0; --d) {
+      if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+      expected *= tensor.size(d);
     }
     return true;
   }

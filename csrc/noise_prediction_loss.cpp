@@ -56,7 +56,7 @@ class LossInputs {
     if (weight) weight_.emplace(op, "weight", *weight, rows);
   }
 
-  cpu::LossRow row(int64_t m) const {
+  cpu::LossRow row(int64_t m, bool stream = false) const {
     return {.prediction = prediction_[m],
             .noise = noise_[noise_index_[m]],
             .x0 = x0_[image_index_[m]],
@@ -67,7 +67,8 @@ class LossInputs {
             .prediction_dtype = prediction_dtype,
             .data_dtype = data_dtype_,
             .target = target_,
-            .norm = norm_};
+            .norm = norm_,
+            .stream = stream};
   }
 
   double weight(int64_t m) const { return weight_ ? (*weight_)[m] : 1.0; }
@@ -167,11 +168,12 @@ Tensor noise_prediction_loss_backward(const Tensor& grad,         // [M]
   const int64_t bytes_read = inputs.channels * inputs.pixels * element_size;
   const int64_t bytes_per_row = prediction.size(1) * inputs.pixels * element_size;
   const double elements = static_cast<double>(inputs.channels * inputs.pixels);
+  const bool stream = cpu::should_stream(inputs.rows * bytes_per_row);
   const cpu::Kernels& kernels = cpu::kernels();
   inputs.for_each_row([&](int64_t m) {
     char* gradient = out + m * bytes_per_row;
     const double scale = -grad_of[m] * inputs.weight(m) / elements;
-    kernels.loss_gradient(inputs.row(m), scale, gradient);
+    kernels.loss_gradient(inputs.row(m, stream), scale, gradient);
     std::memset(gradient + bytes_read, 0, static_cast<size_t>(bytes_per_row - bytes_read));
   });
   return result;

@@ -34,6 +34,7 @@ Tensor q_sample(const Tensor& x0,           // [B, C, h, w]
   Tensor x_t = torch::stable::new_empty(x0, {rows, x0.size(1), x0.size(2), x0.size(3)});
   char* out = static_cast<char*>(x_t.mutable_data_ptr());
   const int64_t bytes_per_row = n * static_cast<int64_t>(x_t.element_size());
+  const bool stream = cpu::should_stream(rows * bytes_per_row);
   const cpu::Kernels& kernels = cpu::kernels();
   torch::stable::parallel_for(0, rows, rows_per_task(n), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
@@ -43,7 +44,8 @@ Tensor q_sample(const Tensor& x0,           // [B, C, h, w]
                         .a = a_of[m],
                         .s = s_of[m],
                         .n = n,
-                        .dtype = dtype});
+                        .dtype = dtype,
+                        .stream = stream});
     }
   });
   return x_t;

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from dive_fast import ops
 from dive_fast.errors import DiveFastError, ModelError
-
-METRICS = ("l2", "cosine")
 
 
 class Vocabulary:
@@ -69,15 +68,8 @@ class Vocabulary:
         """
         if v.ndim != 2 or v.shape[1] != self.dim:
             raise DiveFastError(f"v must have shape [N, {self.dim}], got {list(v.shape)}.")
-        v = v.detach()
-        if metric == "l2":
-            # The form with a matrix product cancels digits when rows lie close together.
-            mode = "donot_use_mm_for_euclid_dist"
-            return torch.cdist(v, self.table, compute_mode=mode).argmin(dim=1)
-        if metric == "cosine":
-            rows = self.table / self.table.norm(dim=1, keepdim=True)
-            return (1 - (v / v.norm(dim=1, keepdim=True)) @ rows.T).argmin(dim=1)
-        raise DiveFastError(f"expected a metric of {', '.join(METRICS)}, got {metric!r}.")
+        index, _ = ops.nearest_row(v.detach(), self.table, metric=metric)
+        return index
 
     def project(self, v: torch.Tensor, metric: str = "l2") -> tuple[torch.Tensor, torch.Tensor]:
         """Projection with straight-through gradient: v' = v + stopgrad(P(v) - v).

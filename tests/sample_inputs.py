@@ -116,6 +116,22 @@ def loss_inputs(
     return prediction, noise, noise_index, x0, image_index, a.to(factor), s.to(factor)
 
 
+def search_inputs(
+    queries: int,
+    rows: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+) -> tuple[Tensor, ...]:
+    """v, table, allowed, extra; ranges are seldom empty, and rows are far from unit length."""
+    v = images(1, 1, queries, dim, dtype, layout, seed=1)[0, 0]
+    table = images(1, 1, rows, dim, dtype, layout, seed=2)[0, 0]
+    if layout == "sliced":  # [1:] of the rows, too: a table without its unconditional row
+        table = images(1, 1, rows + 1, dim, dtype, layout, seed=2)[0, 0, 1:]
+    bounds = torch.stack([index(queries, rows, seed=3), index(queries, rows, seed=4) + 1], dim=1)
+    return v, table, bounds.sort(dim=1).values, index(3, rows, seed=5)
+
+
 def assert_as_accurate_as(
     result: Tensor, plain: Tensor, oracle: Tensor, name: str, floor: float = 2.0
 ) -> None:

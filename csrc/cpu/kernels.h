@@ -1,4 +1,5 @@
-// The row kernels of the CPU ops, compiled once per instruction set (rows.cpp) and chosen at run
+// The row kernels of the CPU ops, compiled once per instruction set (rows.cpp,
+// search.cpp) and chosen at run
 // time (dispatch.cpp), so that one binary runs on any processor.
 //
 // Rows are handed over as untyped pointers: a switch on the dtype once per row costs nothing beside
@@ -22,6 +23,7 @@ struct NoisingRow {
   double a, s;
   int64_t n;    // C * h * w
   Dtype dtype;  // of all three
+  bool stream;  // past the caches
 };
 
 struct LossRow {
@@ -34,7 +36,11 @@ struct LossRow {
   Dtype data_dtype;  // of noise and x0
   Target target;
   Norm norm;
+  bool stream;  // the gradient, past the caches
 };
+
+// Whether a result of so many bytes is written past the caches: it would not stay in them.
+inline bool should_stream(int64_t bytes) { return bytes >= int64_t{12} << 20; }
 
 struct Kernels {
   const char* instruction_set;
@@ -48,7 +54,22 @@ struct Kernels {
   void (*error_map)(const LossRow& row, double scale, void* map);
 };
 
+// Codes as in dive_fast/ops/_nearest_row.py (METRICS).
+enum class Metric : int { l2, cosine };
+
+// A tile of pairs, some queries against some rows. Its size depends on the registers of a set.
+struct SearchKernels {
+  int64_t tile_queries, tile_rows;
+  // scores[i * tile_rows + j] += sum over k in [begin, end) of (q_i[k] - r_j[k])^2 or q_i[k] r_j[k].
+  // The order of the sum is the same for every pair, so equal rows have equal scores.
+  void (*add_scores)(const void* const* queries, const void* const* rows, int64_t begin,
+                     int64_t end, Dtype dtype, Metric metric, double* scores);
+  // Sum over k of (q[k] - r[k])^2 or q[k] r[k], in fp64.
+  double (*exact_score)(const void* query, const void* row, int64_t n, Dtype dtype, Metric metric);
+};
+
 // The best set that this processor has; DIVE_FAST_CPU=plain|avx2|avx512 caps it.
 const Kernels& kernels();
+const SearchKernels& search_kernels();
 
 }  // namespace dive_fast::cpu

@@ -7,75 +7,79 @@
 // the residual, then reduce or differentiate it. This keeps the loops few and simple enough for the
 // compiler to vectorise, whatever the combination of dtypes, target and norm.
 
+#include <cstddef>
 #include <cstdint>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/kernels.h"
+#include "cpu/scalars.h"
 
 namespace dive_fast::cpu::DIVE_FAST_ISA {
 namespace {
 
 constexpr int64_t kBlock = 512;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// The type in which a dtype is computed.
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using accumulator = typename Accumulator<T>::type;
-
-inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
-inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
-
-inline float widen(Float16 value) {
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  // Scaling by 2^112 moves the exponent's bias from 15 to 127, and normalises subnormals.
-  const float finite = float_of(magnitude << 13) * 0x1p112f;
-  const uint32_t special = 0x7f800000u | (magnitude << 13);  // infinity and NaN
-  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
-  return float_of((magnitude >= 0x7c00u ? special : bits_of(finite)) | sign);
-}
-
-inline void store(float* to, float value) { *to = value; }
-inline void store(double* to, double value) { *to = value; }
-
-// Round to nearest, ties to even, as torch does.
-inline void store(BFloat16* to, float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  to->bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
-}
-
-inline void store(Float16* to, float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14: adding 0.5 leaves the subnormal, correctly rounded, in the low bits of the sum.
-  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  to->bits = static_cast<uint16_t>((magnitude >= 0x47800000u ? special : finite) | sign);
-}
+// Long enough for several vectors: one sum would wait for the addition before.
+constexpr int kIndependentSums = 64;
 
 inline int64_t block_size(int64_t start, int64_t n) {
   return n - start < kBlock ? n - start : kBlock;
+}
+
+// Copies a finished block past the caches: a result that will not fit there need not first be read
+// into them, which a plain store does. Needs an aligned destination, else it is a plain copy.
+inline void stream_block(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  using Vector = __m512i;
+  const auto store = [](char* at, Vector v) { _mm512_stream_si512(reinterpret_cast<Vector*>(at), v); };
+#elif defined(__AVX2__)
+  using Vector = __m256i;
+  const auto store = [](char* at, Vector v) { _mm256_stream_si256(reinterpret_cast<Vector*>(at), v); };
+#else
+  using Vector = __m128i;
+  const auto store = [](char* at, Vector v) { _mm_stream_si128(reinterpret_cast<Vector*>(at), v); };
+#endif
+  constexpr int64_t size = sizeof(Vector);
+  if (reinterpret_cast<uintptr_t>(to) % size == 0 && bytes % size == 0) {
+    for (int64_t i = 0; i < bytes; i += size) {
+      Vector v;
+      __builtin_memcpy(&v, from + i, size);
+      store(to + i, v);
+    }
+    return;
+  }
+#endif
+  __builtin_memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
+// Streamed stores are not ordered with the others; the row's reader may be on another core.
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls `compute(block, start, size)` for every block of `out` [n], which is written directly or,
+// if `stream`, by way of a buffer.
+template <typename T, typename Compute>
+void write_blocks(T* out, int64_t n, bool stream, const Compute& compute) {
+  if (!stream) {
+    for (int64_t start = 0; start < n; start += kBlock) {
+      compute(out + start, start, block_size(start, n));
+    }
+    return;
+  }
+  alignas(64) T block[kBlock];
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = block_size(start, n);
+    compute(block, start, size);
+    stream_block(reinterpret_cast<char*>(out + start), reinterpret_cast<const char*>(block),
+                 size * static_cast<int64_t>(sizeof(T)));
+  }
+  finish_streaming();
 }
 
 // x_t = a x0 + s eps
@@ -84,11 +88,13 @@ void q_sample_row(const NoisingRow& row) {
   using Acc = accumulator<T>;
   const T* x0 = static_cast<const T*>(row.x0);
   const T* noise = static_cast<const T*>(row.noise);
-  T* __restrict__ x_t = static_cast<T*>(row.x_t);
   const Acc a = static_cast<Acc>(row.a), s = static_cast<Acc>(row.s);
-  for (int64_t i = 0; i < row.n; ++i) {
-    store(x_t + i, a * widen(x0[i]) + s * widen(noise[i]));
-  }
+  write_blocks(static_cast<T*>(row.x_t), row.n, row.stream,
+               [=](T* __restrict__ x_t, int64_t start, int64_t size) {
+                 for (int64_t i = 0; i < size; ++i) {
+                   store(x_t + i, a * widen(x0[start + i]) + s * widen(noise[start + i]));
+                 }
+               });
 }
 
 // residual[i] = target[start + i] - prediction[start + i], for `size` elements
@@ -145,15 +151,15 @@ Acc sum_of_errors(Norm norm, const Acc* residual, int64_t size) {
   Acc sum = 0;
   switch (norm) {
     case Norm::l2:
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum) simdlen(kIndependentSums)
       for (int64_t i = 0; i < size; ++i) sum += residual[i] * residual[i];
       break;
     case Norm::l1:
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum) simdlen(kIndependentSums)
       for (int64_t i = 0; i < size; ++i) sum += magnitude_of(residual[i]);
       break;
     case Norm::huber:
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum) simdlen(kIndependentSums)
       for (int64_t i = 0; i < size; ++i) sum += huber(residual[i]);
       break;
   }
@@ -217,12 +223,11 @@ void loss_gradient_row(const LossRow& row, double scale, void* gradient) {
   using Acc = accumulator<P>;
   alignas(64) Acc residual[kBlock];
   const int64_t n = row.channels * row.pixels;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t size = block_size(start, n);
-    form_residual<P, T>(row, start, size, residual);
-    store_slopes(row.norm, residual, size, static_cast<Acc>(scale),
-                 static_cast<P*>(gradient) + start);
-  }
+  write_blocks(static_cast<P*>(gradient), n, row.stream,
+               [&](P* block, int64_t start, int64_t size) {
+                 form_residual<P, T>(row, start, size, residual);
+                 store_slopes(row.norm, residual, size, static_cast<Acc>(scale), block);
+               });
 }
 
 template <typename P, typename T>

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dive_fast import _native
 from dive_fast.ops._library import OpStatus, native_status
+from dive_fast.ops._nearest_box import nearest_box, snap_boxes
+from dive_fast.ops._nearest_row import METRICS, nearest_row, projection
 from dive_fast.ops._noise_prediction_loss import (
     NORMS,
     TARGETS,
@@ -19,11 +21,16 @@ from dive_fast.ops._q_sample import q_sample
 _native.load()
 
 __all__ = [
+    "METRICS",
     "NORMS",
     "TARGETS",
     "OpStatus",
     "native_status",
+    "nearest_box",
+    "nearest_row",
     "noise_prediction_error_map",
     "noise_prediction_loss",
+    "projection",
     "q_sample",
+    "snap_boxes",
 ]

@@ -23,6 +23,24 @@ def check_images(op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype
     _check_dtype(op, name, value, dtypes)
 
 
+def check_matrix(
+    op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype], shape: str
+) -> None:
+    """`value` must be two-dimensional, with columns, and of one of `dtypes`; `shape` names it."""
+    _check_is_tensor(op, name, value)
+    if value.dim() != 2 or value.shape[1] < 1:
+        raise DiveFastError(f"{op}: {name} must have shape {shape}, but got {list(value.shape)}")
+    _check_dtype(op, name, value, dtypes)
+
+
+def check_square_maps(op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """`value` must be a [N, G, G] tensor of one of `dtypes`, with G at least 1."""
+    _check_is_tensor(op, name, value)
+    if value.dim() != 3 or value.shape[1] != value.shape[2] or value.shape[1] < 1:
+        raise DiveFastError(f"{op}: {name} must have shape [N, G, G], but got {list(value.shape)}")
+    _check_dtype(op, name, value, dtypes)
+
+
 def check_same_images(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """`value` must agree with `other` in C, h and w."""
     if value.shape[1:] != other.shape[1:]:

@@ -2,12 +2,14 @@
 
 Every op is defined here with its plain-torch reference on `CompositeExplicitAutograd`, so it works
 on every device and for every dtype without the compiled library. The compiled library registers
-CPU kernels for the same names, and the dispatcher prefers those: no caller ever has to ask which
-of the two runs.
+CPU (and, where built, CUDA) kernels for the same names, Triton adds those that stream, and the
+dispatcher prefers them all: no caller ever has to ask which one runs.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ import torch
 from dive_fast import _native
 
 NAMESPACE = "dive_fast"
+KERNELS = "dive_fast.kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _op_names: list[str] = []
 
@@ -27,6 +30,23 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _op_names.append(name)
+
+
+def define_triton(name: str, module: str) -> None:
+    """Makes `dive_fast.kernels.<module>.<name>` the op's CUDA implementation, if there is Triton.
+
+    Triton is imported by the first call on a GPU and not before. Without it the reference runs.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def launch(*arguments):
+        kernels = importlib.import_module(f"{KERNELS}.{module}")
+        # A launch goes to the current device, wherever the tensors are.
+        with torch.cuda.device(arguments[0].device):
+            return getattr(kernels, name)(*arguments)
+
+    _library.impl(name, launch, "CUDA")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dive_fast.ops._checks import (
     check_vector,
     coefficient_dtypes,
 )
-from dive_fast.ops._library import define
+from dive_fast.ops._library import define, define_triton
 
 # Positions in these tuples are the codes of the op schemas and of csrc/cpu/kernels.h: the stable
 # ABI of torch 2.10 to 2.13 leaks a string on every call that takes one.
@@ -165,6 +165,9 @@ define(
     _backward_fake,
 )
 define(f"noise_prediction_error_map({_ARGUMENTS}) -> Tensor", _error_map_reference, _error_map_fake)
+# The map is for pictures and keeps its reference there.
+define_triton("noise_prediction_loss", "noise_prediction_loss")
+define_triton("noise_prediction_loss_backward", "noise_prediction_loss")
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -17,7 +17,7 @@ from dive_fast.ops._checks import (
     check_vector,
     coefficient_dtypes,
 )
-from dive_fast.ops._library import define
+from dive_fast.ops._library import define, define_triton
 
 
 def _reference(
@@ -45,6 +45,7 @@ define(
     _reference,
     _fake,
 )
+define_triton("q_sample", "q_sample")
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -14,6 +14,8 @@ from dive_fast import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
+    "nearest_box",
+    "nearest_row",
     "noise_prediction_error_map",
     "noise_prediction_loss",
     "noise_prediction_loss_backward",
@@ -48,7 +50,7 @@ def test_accuracy_holds_for_older_processors(instruction_set):
     )
     files = [
         str(ROOT / "tests" / "ops" / f"test_{name}.py")
-        for name in ("q_sample", "noise_prediction_loss")
+        for name in ("q_sample", "noise_prediction_loss", "nearest_row")
     ]
     result = subprocess.run(
         [sys.executable, "-c", script, *files],
