@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dive_fast import ops
 from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.projection import DiscreteProjection
 
 
 class Vocabulary:
@@ -33,6 +33,7 @@ class Vocabulary:
             )
         self.table = table.detach().float().cpu().contiguous()
         self.names = tuple(names)
+        self._projections: dict[str, DiscreteProjection] = {}
         self.unconditional = None
         if unconditional is not None:
             self.unconditional = unconditional.detach().float().cpu()
@@ -68,8 +69,9 @@ class Vocabulary:
         """
         if v.ndim != 2 or v.shape[1] != self.dim:
             raise DiveFastError(f"v must have shape [N, {self.dim}], got {list(v.shape)}.")
-        index, _ = ops.nearest_row(v.detach(), self.table, metric=metric)
-        return index
+        if metric not in self._projections:
+            self._projections[metric] = DiscreteProjection.single(self.table, metric)
+        return self._projections[metric].index(v.detach()[:, None])[:, 0]
 
     def project(self, v: torch.Tensor, metric: str = "l2") -> tuple[torch.Tensor, torch.Tensor]:
         """Projection with straight-through gradient: v' = v + stopgrad(P(v) - v).

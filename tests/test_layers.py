@@ -25,7 +25,7 @@ LAYERS = (
     ("calibration", "objective", "results"),
     ("models",),
     ("probes", "requests", "schedule", "vocabulary"),
-    ("data",),
+    ("data", "projection"),
     ("images", "rundir", "zoo"),
     ("ops",),
     ("_native", "kernels"),

@@ -99,7 +99,7 @@ def test_bad_vocabularies():
     vocabulary = Vocabulary(torch.randn(3, 4), "abc")
     with pytest.raises(DiveFastError, match=r"v must have shape \[N, 4\], got \[2, 5\]"):
         vocabulary.nearest(torch.zeros(2, 5))
-    with pytest.raises(DiveFastError, match="expected a metric of l2, cosine, got 'l1'"):
+    with pytest.raises(DiveFastError, match="metric must be one of l2, cosine, .*'l1'"):
         vocabulary.nearest(torch.zeros(2, 4), "l1")
     with pytest.raises(ModelError, match=r"a table \[V, D\], got \[0, 4\]"):
         Vocabulary(torch.zeros(0, 4), "")
