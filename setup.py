@@ -48,7 +48,7 @@ class CMakeBuild(build_ext):
         try:
             compile_library(self._target_folder())
         except BuildError as error:
-            if is_set("DIVE_FAST_REQUIRE_EXTENSION"):
+            if is_set("DIVE_FAST_REQUIRE_EXTENSION") or is_set("FORCE_CUDA"):
                 raise SystemExit(
                     f"dive_fast: the compiled library is required, but {error}"
                 ) from None

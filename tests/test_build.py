@@ -82,12 +82,20 @@ def test_installs_and_runs_without_a_compiler(sources, tmp_path):
     assert reason.startswith("library not built: cmake failed") and "/nonexistent/c++" in reason
 
 
-def test_a_required_library_that_cannot_be_built_fails_the_install(sources, tmp_path):
-    result = install(
-        sources, tmp_path / "target", CXX="/nonexistent/c++", DIVE_FAST_REQUIRE_EXTENSION="1"
-    )
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"DIVE_FAST_REQUIRE_EXTENSION": "1", "CXX": "/nonexistent/c++"}, "cmake failed"),
+        ({"FORCE_CUDA": "1", "CUDA_HOME": ""}, "FORCE_CUDA is set and CUDA_HOME must be"),
+    ],
+)
+def test_a_required_library_that_cannot_be_built_fails_the_install(
+    sources, tmp_path, asked, reason
+):
+    result = install(sources, tmp_path / "target", **asked)
     assert result.returncode != 0
-    assert "the compiled library is required, but cmake failed" in result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert f"the compiled library is required, but {reason}" in said
 
 
 def test_installs_on_request_without_the_library_and_survives_a_broken_one(sources, tmp_path):
