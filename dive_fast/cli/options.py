@@ -60,8 +60,9 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("strategy")
     group.add_argument(
         "--strategy",
-        metavar="enumerate|invert",
-        help="enumerate: try every class; invert: optimise the condition (default)",
+        metavar="enumerate|race|invert",
+        help="enumerate: try every class; race: drop classes that cannot win; "
+        "invert: optimise the condition (default)",
     )
     group.add_argument(
         "--preset",

@@ -20,6 +20,7 @@ from dive_fast.strategies.base import (
 from dive_fast.strategies.dive_paper import DivePaper
 from dive_fast.strategies.enumerate import AdaptiveEnumerate, Enumerate
 from dive_fast.strategies.invert import Invert
+from dive_fast.strategies.race import Race
 
 __all__ = [
     "DefaultProbes",
@@ -28,6 +29,7 @@ __all__ = [
     "Enumerate",
     "Invert",
     "Ledger",
+    "Race",
     "Strategy",
     "Task",
     "preset_names",
@@ -39,5 +41,6 @@ __all__ = [
 
 register_strategy("enumerate", Enumerate())
 register_strategy("invert", Invert())
+register_strategy("race", Race())
 register_preset("dive-paper", "invert", DivePaper())
 register_preset("diffusion-classifier", "enumerate", AdaptiveEnumerate())
