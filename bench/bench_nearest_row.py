@@ -49,5 +49,6 @@ def test_nearest_row(benchmark, n, rows, dim, backend):
         op="nearest_row",
         size=f"{n} of {rows} x {dim}",
         backend=backend,
+        nbytes=4 * (n + rows) * dim,
         flops=3 * n * rows * dim,
     )

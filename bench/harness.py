@@ -97,7 +97,7 @@ def measure(
     """Times `function` under pytest-benchmark and leaves what the record needs beside it.
 
     Args:
-        nbytes: bytes that the op must read and write at least; 0 if it is not bound by them.
+        nbytes: bytes that the op must read and write at least.
         flops: floating-point operations that it must do.
         copied: size of the tensor whose copy is the yardstick of bandwidth.
     """
