@@ -93,10 +93,9 @@ def evaluate(
             latents = _latents(classifier, todo, run, bar)
             stream = classifier.stream(latents, strategy=chosen, probes=probe_list, seed=seed)
             for example, answer in stream:
-                record = {"id": example.id, "label": example.label, **answer.to_dict()}
-                # to_dict() calls the answer's name "label"; here the label is the truth.
-                record |= {"label": example.label, "prediction": answer.index}
-                del record["index"]
+                # to_dict() calls the answer's name "label"; in a record the label is the truth.
+                record = {"id": example.id, **answer.to_dict(), "label": example.label}
+                record["prediction"] = record.pop("index")
                 run.append(record)
                 bar.update()
         return summarise(_in_order(run.done(), data.examples))

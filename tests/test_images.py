@@ -398,5 +398,4 @@ class TestExpandInputs:
             expand_inputs([str(folder / "b.png"), str(folder / argument)])
 
     def test_no_arguments(self) -> None:
-        with pytest.raises(ImageError, match="at least one picture"):
-            expand_inputs([])
+        pytest.raises(ImageError, expand_inputs, []).match("at least one picture")

@@ -1,6 +1,6 @@
 """Presets against the published loops as bench/baselines writes them: the same, draw for draw.
 
-The tolerance of 1e-4 is the one promised; what is seen is about 1e-6.
+The tolerance of 1e-4 is the one promised; what is seen is about 1e-7.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ def test_bad_settings(pair, latents):
         ({"n_samples": (5, 2000), "to_keep": (3, 1)}, "at most 1000 timesteps, got 2000"),
         ({"n_trials": 0}, "of at least 1"),
         ({"probes": 100}, "take 500 probes, got 100"),
+        ({"probes": ProbeList(torch.arange(9), torch.zeros(9, *SHAPE))}, "500 probes, got 9"),
     ]
     for arguments, message in stages:
         with pytest.raises(DiveFastError, match=message):

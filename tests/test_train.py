@@ -102,3 +102,9 @@ def test_the_split_is_fixed(train: digits.Digits) -> None:
     assert (both.min(), both.max()) == (0, 255)
     assert train.labels[:8].tolist() == [6, 6, 6, 2, 5, 6, 6, 2]
     assert held_out.labels[:8].tolist() == [2, 5, 7, 4, 5, 5, 2, 9]
+
+
+def test_a_damaged_state_is_one_clear_sentence(train: digits.Digits, tmp_path: Path) -> None:
+    (tmp_path / "training.pt").write_bytes(b"not a state")
+    with pytest.raises(RunError, match=r"training\.pt is damaged and cannot be resumed from"):
+        train_transformer(*train, CONFIG, tmp_path, progress=False)

@@ -80,7 +80,11 @@ class AdaptiveEnumerate:
         return ProbeList(timesteps, noise)
 
     def search(self, task: Task) -> Search:
-        table = task.vocabulary.table
+        table, needed = task.vocabulary.table, self.n_trials * sum(map(len, self._stages()))
+        if len(task.probes) != needed:
+            raise DiveFastError(
+                f"the stages {self.n_samples} take {needed} probes, got {len(task.probes)}."
+            )
         ledger, remaining = Ledger(len(table), len(task.probes)), torch.arange(len(table))
         start, kept = 0, []
         for stage, keep in zip(self._stages(), self.to_keep, strict=True):

@@ -115,7 +115,8 @@ def train_transformer(
     ``out/training.jsonl``.
 
     Raises:
-        RunError: ``out`` holds the state of a run with another configuration.
+        RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
+            or cannot be written.
     """
     from diffusers import DDPMScheduler
 
@@ -131,7 +132,7 @@ def train_transformer(
 
     state_path, first = out / "training.pt", 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = _read_state(state_path)
         if state["config"] != asdict(config):
             raise RunError(
                 f"{out} holds a training run with another configuration; choose another --out."
@@ -191,6 +192,15 @@ def train_transformer(
         for parameter, average in zip(parameters, ema, strict=True):
             parameter.copy_(average)
     return model
+
+
+def _read_state(path: Path) -> dict:
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # zip, pickle and torch each raise their own kinds
+        raise RunError(
+            f"{path} is damaged and cannot be resumed from; remove it to start anew."
+        ) from error
 
 
 def _write_state(state: dict, path: Path) -> None:
