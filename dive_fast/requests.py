@@ -19,10 +19,12 @@ class Losses:
     Attributes:
         conditions: float32 [n, D], embeddings.
         probe_ids: int64 [k], rows of the probe list.
+        classes: int64 [n], the vocabulary's row of each condition, if they are rows of it.
     """
 
     conditions: torch.Tensor
     probe_ids: torch.Tensor
+    classes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Gradients:
 
     conditions: torch.Tensor
     probe_ids: torch.Tensor
+    classes: torch.Tensor | None = None
 
 
 class LossesAndGradients(NamedTuple):
@@ -53,12 +56,15 @@ class Answer:
             not measured.
         n_probes: int64 [C], on how many probes.
         trace: what the strategy saw on its way.
+        bound: float32 [C] for classes that were given up before all was measured: with the
+            strategy's confidence, ``losses[c] - losses[index]`` is at least this. NaN elsewhere.
     """
 
     index: int
     losses: torch.Tensor
     n_probes: torch.Tensor
     trace: dict[str, Any] = field(default_factory=dict)
+    bound: torch.Tensor | None = None
 
 
 Search = Generator[Losses | Gradients, Any, Answer]
