@@ -17,6 +17,9 @@ class Vocabulary:
         table: float32 [V, D] on the CPU; row c is the embedding of answer c.
         names: one name per row.
         unconditional: float32 [D], the embedding of "no condition", or None.
+        slope, curvature: a number and float32 [V], or 1 and None. They correct the first-order
+            estimate L(y_c) ~ L(v0) + slope g . (v_c - v0) + curvature_c at v0, the mean of the
+            rows; see ``dive_fast.shortlist``.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class Vocabulary:
         self.names = tuple(names)
         self._projections: dict[str, DiscreteProjection] = {}
         self.unconditional = None
+        self.slope: float = 1.0
+        self.curvature: torch.Tensor | None = None
         if unconditional is not None:
             self.unconditional = unconditional.detach().float().cpu()
 

@@ -6,6 +6,7 @@ yields requests. ``register_strategy`` and ``register_preset`` take others from 
 
 from __future__ import annotations
 
+from dive_fast.strategies.auto import Auto
 from dive_fast.strategies.base import (
     DefaultProbes,
     Ledger,
@@ -23,8 +24,9 @@ from dive_fast.strategies.invert import Invert
 from dive_fast.strategies.race import Race
 
 __all__ = [
-    "DefaultProbes",
     "AdaptiveEnumerate",
+    "Auto",
+    "DefaultProbes",
     "DivePaper",
     "Enumerate",
     "Invert",
@@ -39,6 +41,7 @@ __all__ = [
     "strategy_names",
 ]
 
+register_strategy("auto", Auto())
 register_strategy("enumerate", Enumerate())
 register_strategy("invert", Invert())
 register_strategy("race", Race())

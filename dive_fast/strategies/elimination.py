@@ -82,7 +82,15 @@ class Contest:
 
     def decided(self) -> bool:
         """Whether no further probe can change the answer."""
-        return int(self.left.sum()) == 1 or bool((self.round[self.left] == len(self.looks)).all())
+        return self.left_alone() or self.rounds() == len(self.looks)
+
+    def left_alone(self) -> bool:
+        """Whether all rivals have left."""
+        return int(self.left.sum()) == 1
+
+    def rounds(self) -> int:
+        """Rounds that all those left have had."""
+        return int(self.round[self.left].min())
 
     def advance(self, keep: int | None = None):
         """One round of those who have had the fewest, then the test; yields requests.
