@@ -2,11 +2,11 @@
 
     python -m bench.cache_encoder --limit 100
 
-The searches: `invert`; a plain AdamW loop on 25 probes (the published loop, its K being one batch,
-so that every step asks for the same probes); with --paper the published loop at K = 100, where a
-probe comes back once in 4 steps. Refresh 1 is level "exact"; agreement is with level "off" of the
-same search. Evaluations count every row as a whole forward or backward, whatever was reused.
-Appends to bench/results/cache_encoder.jsonl.
+The searches: `invert`; `adamw`, a plain AdamW loop on 25 probes (the published loop, its K being
+one batch, so that every step asks for the same probes); `paper`, the published loop at K = 100,
+where a probe comes back once in 4 steps (slow). Refresh 1 is level "exact"; agreement is with level
+"off" of the same search. Evaluations count every row as a whole forward or backward, whatever was
+reused. Appends to bench/results/cache_encoder.jsonl.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dive_fast.engine import EngineOptions
 from dive_fast.strategies import DivePaper, Invert
 from dive_fast.zoo.digits import load_digits
 
-# strategy, its probes
+# title, strategy, its probes
 SEARCHES = {
-    "invert": (Invert(), 100),
-    "AdamW, 40 steps on 25 probes": (DivePaper(loops=40, learning_rate=0.05), 25),
+    "invert": ("invert", Invert(), 100),
+    "adamw": ("AdamW, 40 steps on 25 probes", DivePaper(loops=40, learning_rate=0.05), 25),
+    "paper": ("dive-paper, 20 loops over 100 probes", DivePaper(), 100),
 }
-PAPER = {"dive-paper, 20 loops over 100 probes": (DivePaper(), 100)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=100, help="training digits (default: 100)")
     parser.add_argument("--refresh", type=int, nargs="+", default=[1, 2, 3, 5, 10])
-    parser.add_argument("--paper", action="store_true", help="the published loop too (slow)")
+    parser.add_argument("--search", choices=SEARCHES, nargs="+", default=["invert", "adamw"])
     arguments = parser.parse_args()
     classifier = DiffusionClassifier.from_pretrained("digits", cache="off")
     train = load_digits("train")
@@ -40,7 +40,7 @@ def main() -> None:
     levels = [EngineOptions(cache="off")]
     levels += [EngineOptions(cache="encoder", refresh=refresh) for refresh in arguments.refresh]
     print(f"{'search':38} {'cache':10} accuracy  agreement  evaluations  encoders reused  seconds")
-    for title, (strategy, probes) in (SEARCHES | (PAPER if arguments.paper else {})).items():
+    for title, strategy, probes in (SEARCHES[name] for name in arguments.search):
         reference = None
         for options in levels:
             classifier.options = options

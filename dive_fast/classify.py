@@ -199,19 +199,19 @@ class DiffusionClassifier:
         """
         x0 = self._latents(images, latents)
         table = self.model.vocabulary.table
+        picked = torch.arange(len(table))
         if classes is not None:
             picked = torch.as_tensor(classes, dtype=torch.int64).reshape(-1)
             if len(picked) == 0 or int(picked.min()) < 0 or int(picked.max()) >= len(table):
                 raise DiveFastError(
                     f"classes must name rows in [0, {len(table)}), got {picked.tolist()}."
                 )
-            table = table[picked]
         if not isinstance(probes, ProbeList):
             k = DEFAULT_PROBES if probes is None else probes
             n_timesteps = len(self.model.schedule)
             probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
-        out = torch.empty(len(x0), len(table), len(probes))
-        jobs = (Job(i, x, _measure(table, len(probes))) for i, x in enumerate(x0))
+        out = torch.empty(len(x0), len(picked), len(probes))
+        jobs = (Job(i, x, _measure(table[picked], picked, len(probes))) for i, x in enumerate(x0))
         with _Bar(len(x0) if progress else None) as (bar, on_batch):
             engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probes, Objective(loss)):
@@ -296,9 +296,9 @@ class DiffusionClassifier:
         )
 
 
-def _measure(table: torch.Tensor, k: int) -> Search:
-    losses = yield Losses(table, torch.arange(k))
-    means, count = losses.mean(dim=1), torch.full((len(table),), k)
+def _measure(conditions: torch.Tensor, classes: torch.Tensor, k: int) -> Search:
+    losses = yield Losses(conditions, torch.arange(k), classes)
+    means, count = losses.mean(dim=1), torch.full((len(classes),), k)
     return Answer(int(means.argmin()), means, count, {"losses": losses})
 
 

@@ -18,7 +18,7 @@ import torch
 
 from dive_fast.cache import is_out_of_memory
 from dive_fast.errors import DiveFastError
-from dive_fast.forward import Forward
+from dive_fast.forward import Forward, check_options
 from dive_fast.models.protocol import Model
 from dive_fast.objective import Objective
 from dive_fast.options import EngineOptions
@@ -86,6 +86,9 @@ class Engine:
 
     Attributes:
         record: what the last run has cost so far.
+
+    Raises:
+        DiveFastError: a batch size below 1, or an option that the model does not offer.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Engine:
         self.batch_size = batch_size
         self.on_batch = on_batch
         self.options = EngineOptions() if options is None else options
+        check_options(model, self.options)
         self.record = EngineRecord()
 
     def run(

@@ -31,9 +31,6 @@ class Forward:
 
     Attributes:
         cache: what is kept, or None at level "off".
-
-    Raises:
-        DiveFastError: an option that this model does not offer.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class Forward:
         # How often an image's (probe, position) was used since its encoder ran.
         self._uses: dict[int, dict[tuple[int, int], int]] = {}
         if options.channels_last:
-            _to_channels_last(model)
+            model.network.to(memory_format=torch.channels_last)
         parts = ("predict",) if self.cache is None else ("prefix", "project", "encoder", "decoder")
         self._run = {part: self._prepared(getattr(model, part)) for part in parts}
 
@@ -196,7 +193,7 @@ class Forward:
     def _prepared(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A part of the network under this engine's precision and compilation."""
         if self.options.compile:
-            function = torch.compile(function)
+            function = _compiled(function)
         if self.options.autocast is None:
             return function
         dtype, kind = getattr(torch, self.options.autocast), self.model.device.type
@@ -206,6 +203,15 @@ class Forward:
                 return function(*arguments)
 
         return run
+
+
+def check_options(model: Model, options: EngineOptions) -> None:
+    """Raises DiveFastError for an option that this model does not offer."""
+    cache_level(model, options)
+    if options.channels_last and not hasattr(model, "network"):
+        raise DiveFastError(
+            f"expected a model with an attribute 'network' for channels_last, got {model.name}."
+        )
 
 
 def cache_level(model: Model, options: EngineOptions) -> str:
@@ -226,10 +232,15 @@ def cache_level(model: Model, options: EngineOptions) -> str:
     return "exact" if options.cache == "encoder" and options.refresh == 1 else options.cache
 
 
-def _to_channels_last(model: Model) -> None:
-    network = getattr(model, "network", None)
-    if network is None:
-        raise DiveFastError(
-            f"expected a model with an attribute 'network' for channels_last, got {model.name}."
-        )
-    network.to(memory_format=torch.channels_last)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a part; what its compiler cannot do is told in one sentence."""
+    compiled = torch.compile(function)
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return compiled(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DiveFastError(f"torch.compile failed; go on without compile: {reason}") from error
+
+    return run

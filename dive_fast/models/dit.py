@@ -55,6 +55,10 @@ class DiT:
         encoder_blocks: how many blocks ``encoder`` runs; half of them unless set.
     """
 
+    # The class enters the first block, so that the prefix is patches and timestep embedding alone:
+    # nothing worth keeping.
+    default_cache = "off"
+
     def __init__(
         self,
         transformer: DiTTransformer2DModel,
