@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dive_fast.classify import DiffusionClassifier
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
+    from dive_fast.options import EngineOptions
     from dive_fast.probes import ProbeList
     from dive_fast.results import Classification
     from dive_fast.strategies import register_preset, register_strategy
@@ -27,6 +28,7 @@ _HOMES = {
     "DataError": "dive_fast.errors",
     "DiffusionClassifier": "dive_fast.classify",
     "DiveFastError": "dive_fast.errors",
+    "EngineOptions": "dive_fast.options",
     "ImageError": "dive_fast.errors",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.probes",
@@ -41,6 +43,7 @@ __all__ = [
     "DataError",
     "DiffusionClassifier",
     "DiveFastError",
+    "EngineOptions",
     "ImageError",
     "ModelError",
     "ProbeList",

@@ -36,6 +36,7 @@ class Summary:
         failed: images that could not be read.
         evaluations_per_image: forwards plus backwards of the network.
         seconds_per_image: of wall time.
+        fill_rate: share of the batches' rows that were used, over what this process computed.
     """
 
     accuracy: float | None
@@ -45,6 +46,7 @@ class Summary:
     failed: int
     evaluations_per_image: float | None
     seconds_per_image: float | None
+    fill_rate: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -82,6 +84,9 @@ def evaluate(
         "probes": len(probe_list),
         "seed": seed,
     }
+    # Only what changes answers: a run may go on under another cache, but not another precision.
+    if engine := classifier.options.identity():
+        config["engine"] = engine
     with RunDirectory.open(out, config, environment(classifier)) as run:
         todo = [example for example in data.examples if example.id not in run.done()]
         with tqdm(
@@ -98,7 +103,8 @@ def evaluate(
                 record["prediction"] = record.pop("index")
                 run.append(record)
                 bar.update()
-        return summarise(_in_order(run.done(), data.examples))
+        summary = summarise(_in_order(run.done(), data.examples))
+        return dataclasses.replace(summary, fill_rate=classifier.last_run.fill_rate)
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> Summary:
@@ -148,6 +154,7 @@ def environment(classifier: DiffusionClassifier) -> dict[str, Any]:
         "model": classifier.model.name,
         "device": str(classifier.model.device),
         "batch_size": classifier.batch_size,
+        "engine": dataclasses.asdict(classifier.options),
     }
 
 

@@ -19,7 +19,8 @@ class Losses:
     Attributes:
         conditions: float32 [n, D], embeddings.
         probe_ids: int64 [k], rows of the probe list.
-        classes: int64 [n], the vocabulary's row of each condition, if they are rows of it.
+        classes: int64 [n], the row of the vocabulary that each condition is, so that the engine may
+            compute once what depends on the class alone; None for relaxed embeddings.
     """
 
     conditions: torch.Tensor
@@ -40,10 +41,15 @@ class Gradients:
 
 
 class LossesAndGradients(NamedTuple):
-    """losses float32 [n, k]; gradients float32 [n, D] of ``losses.mean(dim=1)``; on the CPU."""
+    """losses float32 [n, k]; gradients float32 [n, D] of ``losses.mean(dim=1)``; on the CPU.
+
+    ``exact`` is False where activations of an earlier condition were reused (cache level
+    "encoder"): good enough for a direction, not for a comparison of classes.
+    """
 
     losses: torch.Tensor
     gradients: torch.Tensor
+    exact: bool = True
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dive_fast.zoo import digits
 ROOT = Path(__file__).parent.parent
 SUMMARY = {
     "accuracy", "standard_error", "mean_per_class_accuracy", "n", "failed",
-    "evaluations_per_image", "seconds_per_image",
+    "evaluations_per_image", "seconds_per_image", "fill_rate",
 }  # fmt: skip
 
 
@@ -86,6 +86,7 @@ class TestFigures:
             "failed": 1,
             "evaluations_per_image": 10,
             "seconds_per_image": 0.5,
+            "fill_rate": None,
         }
 
     @pytest.mark.parametrize("records", [[], [{"label": 0, "error": "bad"}]])
@@ -104,7 +105,9 @@ class TestFigures:
         assert (summary["n"], summary["failed"]) == (8, 0)
         assert summary["accuracy"] >= 7 / 8
         assert 0 < summary["evaluations_per_image"] < 1000 and summary["seconds_per_image"] > 0
+        assert 0 < summary["fill_rate"] <= 1
 
+        # Resumed: nothing is left to compute, so no batch was filled.
         said = call(capsys, *arguments)
         assert said.out.startswith("accuracy  ") and len(said.out.splitlines()) == 5
 

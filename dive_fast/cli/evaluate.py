@@ -78,6 +78,8 @@ def as_text(summary) -> str:
         f"evaluations per image    {summary.evaluations_per_image:,.0f}",
         f"seconds per image        {summary.seconds_per_image:.3f}",
     ]
+    if summary.fill_rate is not None:
+        lines.append(f"batches filled           {summary.fill_rate:.1%}")
     if summary.failed:
         lines.append(f"images that failed       {summary.failed}")
     return "\n".join(lines)

@@ -54,6 +54,44 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="auto|diffusers|original",
         help="which frequencies a DiT was trained with (default: auto)",
     )
+    _add_engine_options(parser)
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--cache",
+        default="auto",
+        metavar="off|exact|encoder",
+        help="activations kept between evaluations: exact: same answers; encoder: approximate "
+        "gradients (default: what was measured best for the model)",
+    )
+    group.add_argument(
+        "--cache-bytes",
+        type=count,
+        default=1 << 30,
+        metavar="BYTES",
+        help="bound on what is kept (default: 1 GiB)",
+    )
+    group.add_argument(
+        "--refresh",
+        type=count,
+        default=2,
+        metavar="N",
+        help="with --cache encoder: computed anew at every N-th gradient (default: 2)",
+    )
+    group.add_argument(
+        "--autocast",
+        action="store_const",
+        const="bfloat16",
+        help="run the network under bfloat16 autocast; the weights keep --dtype",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="run the network through torch.compile"
+    )
+    group.add_argument(
+        "--channels-last", action="store_true", help="lay convolutions out in channels-last order"
+    )
 
 
 def add_strategy_options(parser: argparse.ArgumentParser) -> None:
@@ -89,4 +127,10 @@ def load_classifier(options: argparse.Namespace):
         batch_size=options.batch_size,
         allow_pickle=options.allow_pickle,
         timestep_embedding=options.timestep_embedding,
+        cache=options.cache,
+        cache_bytes=options.cache_bytes,
+        refresh=options.refresh,
+        autocast=options.autocast,
+        compile=options.compile,
+        channels_last=options.channels_last,
     )
