@@ -17,30 +17,22 @@ travels as the last tensor of ``project``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import (
-    CrossAttnDownBlock2D,
-    CrossAttnUpBlock2D,
-    DownBlock2D,
-    UNetMidBlock2DCrossAttn,
-    UpBlock2D,
-)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from dive_fast.errors import ModelError
+from dive_fast.models.unet_support import check_supported, has_cross_attention, transformer_blocks
 
 State = tuple[Tensor, ...]
 _Pairs = Iterator[tuple[Tensor, Tensor]]
-_FREEU = ("s1", "s2", "b1", "b2")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 __all__ = [
     "UNet2DConditionModel",
@@ -101,7 +93,7 @@ def project(
     Returns:
         K, V, K, V, ... [N, L, c] each, and for SDXL ``added_embedding`` [N, E] at the end.
     """
-    attentions = [block.attn2 for block in _transformer_blocks(_blocks(unet))]
+    attentions = [block.attn2 for block in transformer_blocks(unet)]
     kv = tuple(linear(encoder_hidden_states) for a in attentions for linear in (a.to_k, a.to_v))
     if not condition_enters_time(unet) or added_cond_kwargs is None:
         return kv
@@ -157,7 +149,7 @@ def decoder(unet: UNet2DConditionModel, state: State, kv: State) -> Tensor:
     """
     _check_rows(unet, state, kv)
     emb, *skips = state
-    pairs = _pairs(kv[2 * sum(1 for _ in _transformer_blocks(unet.down_blocks)) :])
+    pairs = _pairs(kv[2 * sum(1 for _ in transformer_blocks(unet, down_only=True)) :])
     h = skips[-1]
     # As diffusers: sizes are only passed on where halving and doubling does not give them back.
     factor = 2**unet.num_upsamplers
@@ -183,112 +175,9 @@ def condition_enters_time(unet: UNet2DConditionModel) -> bool:
     return unet.config.addition_embed_type == "text_time"
 
 
-def check_supported(unet: nn.Module) -> None:
-    """Whether the stages give what the network's own forward gives.
-
-    Raises:
-        ModelError: the network, its configuration or something attached to it is none of those that
-            the stages cover.
-    """
-    reason = _configuration(unet) or _modules(unet)
-    if reason:
-        raise ModelError(
-            f"expected a UNet2DConditionModel that can be cut in stages, got {reason}."
-        )
-
-
-def _configuration(unet: nn.Module) -> str | None:
-    """What in the configuration the stages do not cover."""
-    if not isinstance(unet, UNet2DConditionModel):
-        return f"a {type(unet).__name__}"
-    if type(unet).forward is not UNet2DConditionModel.forward:
-        return f"the subclass {type(unet).__name__} with a forward of its own"
-    config = unet.config
-    if unet.class_embedding is not None:
-        return "one with class embeddings"
-    if config.addition_embed_type not in (None, "text_time"):
-        return f"one with addition_embed_type {config.addition_embed_type!r}"
-    if unet.encoder_hid_proj is not None:
-        return "one with an encoder_hid_proj (IP-Adapter or Kandinsky)"
-    if config.conv_in_kernel % 2 == 0:
-        return f"one with the even conv_in_kernel {config.conv_in_kernel}"
-    if not any(type(block) is CrossAttnDownBlock2D for block in unet.down_blocks):
-        return "one without cross-attention in its down blocks"
-    return None
-
-
-def _modules(unet: UNet2DConditionModel) -> str | None:
-    """What in the modules, or attached to them, the stages do not cover."""
-    allowed = (
-        *((block, (CrossAttnDownBlock2D, DownBlock2D)) for block in unet.down_blocks),
-        *((block, (CrossAttnUpBlock2D, UpBlock2D)) for block in unet.up_blocks),
-        (unet.mid_block, (UNetMidBlock2DCrossAttn, type(None))),
-    )
-    for block, types in allowed:
-        if type(block) not in types:
-            return f"one with a {type(block).__name__}"
-    if any(getattr(block, name, None) for block in unet.up_blocks for name in _FREEU):
-        return "one with FreeU enabled"
-    for transformer in _transformers(_blocks(unet)):
-        if type(transformer) is not Transformer2DModel:
-            return f"one with a {type(transformer).__name__}"
-        for block in transformer.transformer_blocks:
-            if reason := _transformer_block(block):
-                return reason
-    if any(_is_hooked(module) for module in _passed_over(unet)):
-        return "one with hooks or a replaced forward on a module that the stages pass over"
-    return None
-
-
-def _transformer_block(block: nn.Module) -> str | None:
-    if type(block) is not BasicTransformerBlock:
-        return f"one with a {type(block).__name__}"
-    if block.only_cross_attention:
-        return "one with only_cross_attention"
-    if block._chunk_size is not None:
-        return "one with a chunked feed-forward"
-    for attention in (block.attn1, block.attn2):
-        if type(attention.processor) is not AttnProcessor2_0:
-            return f"one with the attention processor {type(attention.processor).__name__}"
-    return None
-
-
-def _passed_over(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
-    """The modules whose parts the stages call, but not they themselves."""
-    yield unet
-    yield from filter(_has_cross_attention, _blocks(unet))
-    yield from _transformers(_blocks(unet))
-    for block in _transformer_blocks(_blocks(unet)):
-        yield block
-        yield block.attn2
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
-
-
-def _has_cross_attention(block: nn.Module | None) -> bool:
-    return getattr(block, "has_cross_attention", False)
-
-
 def _entry(unet: UNet2DConditionModel) -> int:
     """The number of down blocks before the first with cross-attention."""
-    return next(i for i, block in enumerate(unet.down_blocks) if _has_cross_attention(block))
-
-
-def _blocks(unet: UNet2DConditionModel) -> tuple[nn.Module, ...]:
-    """In call order."""
-    return (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-
-
-def _transformers(blocks: Iterable[nn.Module]) -> Iterator[Transformer2DModel]:
-    for block in filter(_has_cross_attention, blocks):
-        yield from block.attentions
-
-
-def _transformer_blocks(blocks: Iterable[nn.Module]) -> Iterator[BasicTransformerBlock]:
-    for transformer in _transformers(blocks):
-        yield from transformer.transformer_blocks
+    return next(i for i, block in enumerate(unet.down_blocks) if has_cross_attention(block))
 
 
 def _pairs(kv: State) -> _Pairs:
@@ -317,7 +206,7 @@ def _down(
     block: nn.Module, h: Tensor, emb: Tensor, pairs: _Pairs, tokens: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """A down block; with ``tokens`` its first resnet and first self-attention are already done."""
-    if not _has_cross_attention(block):
+    if not has_cross_attention(block):
         return block(h, emb)
     outputs = []
     for resnet, transformer in zip(block.resnets, block.attentions, strict=True):
@@ -341,7 +230,7 @@ def _up(
     pairs: _Pairs,
     size: torch.Size | None,
 ) -> Tensor:
-    if not _has_cross_attention(block):
+    if not has_cross_attention(block):
         return block(h, skips, emb, size)
     for resnet, transformer, skip in zip(
         block.resnets, block.attentions, reversed(skips), strict=True
