@@ -44,6 +44,7 @@ __all__ = [
     "encoder",
     "prefix",
     "project",
+    "reused_parameters",
 ]
 
 
@@ -173,6 +174,17 @@ def decoder(unet: UNet2DConditionModel, state: State, kv: State) -> Tensor:
 def condition_enters_time(unet: UNet2DConditionModel) -> bool:
     """Whether the condition also enters the time embedding (SDXL), so that there is no prefix."""
     return unet.config.addition_embed_type == "text_time"
+
+
+def reused_parameters(unet: UNet2DConditionModel) -> Iterator[nn.Parameter]:
+    """The parameters that ``prefix`` and ``project`` read (some more of the block at the cut)."""
+    modules = [unet.conv_in, unet.time_embedding]
+    if not condition_enters_time(unet):
+        modules.extend(unet.down_blocks[: _entry(unet) + 1])
+    for block in transformer_blocks(unet):
+        modules.extend((block.attn2.to_k, block.attn2.to_v))
+    for module in modules:
+        yield from module.parameters()
 
 
 def _entry(unet: UNet2DConditionModel) -> int:

@@ -64,6 +64,8 @@ def _configuration(unet: nn.Module) -> str | None:
         return f"a {type(unet).__name__}"
     if type(unet).forward is not UNet2DConditionModel.forward:
         return f"the subclass {type(unet).__name__} with a forward of its own"
+    if getattr(unet, "_hf_peft_config_loaded", False):
+        return "one with LoRA adapters loaded, not fused"
     config = unet.config
     if unet.class_embedding is not None:
         return "one with class embeddings"
