@@ -84,7 +84,9 @@ def eval_errors(
     errors = torch.zeros(len(text), len(ts))
     with torch.inference_mode():
         for start in range(0, len(rows), size.batch_size):
-            prompt, k = (torch.tensor(i) for i in zip(*rows[start : start + size.batch_size]))
+            prompt, k = (
+                torch.tensor(i) for i in zip(*rows[start : start + size.batch_size], strict=True)
+            )
             t = torch.tensor(ts)[k]
             a, s = (x.sqrt().view(-1, 1, 1, 1) for x in (alpha_bar[t], 1 - alpha_bar[t]))
             x_t = (a * latent + s * noise[k]).to(size.dtype)

@@ -66,7 +66,7 @@ def test_storing_pauses_where_nothing_repeats_and_resumes():
     for value in range(4 + 1):
         look_up(store, value)
     assert store.paused and len(store) == 4
-    for value in range(5, 5 + 4 * (RETRY + 1)):
+    for value in range(5, 5 + 4 * RETRY + 1):
         look_up(store, value)
     assert not store.paused
     look_up(store, 1000)
