@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dive_fast.accelerator import accelerate
     from dive_fast.classify import DiffusionClassifier
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
@@ -33,6 +34,7 @@ _HOMES = {
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.probes",
     "RunError": "dive_fast.errors",
+    "accelerate": "dive_fast.accelerator",
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
     "register_strategy": "dive_fast.strategies",
@@ -49,6 +51,7 @@ __all__ = [
     "ProbeList",
     "RunError",
     "__version__",
+    "accelerate",
     "register_model_family",
     "register_preset",
     "register_strategy",

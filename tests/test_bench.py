@@ -53,3 +53,28 @@ def test_figures_are_drawn(tmp_path):
     ]
     plot.draw({"rows": rows}, tmp_path / "figures")
     assert (tmp_path / "figures" / "x.png").stat().st_size > 1000
+
+
+def test_the_loop_with_accelerate(monkeypatch):
+    from bench import accelerate_loop
+
+    size = accelerate_loop.Size((16, 32, 32, 32), 24, 8, 2, 3, 2, 1, accelerate_loop.torch.float32)
+    monkeypatch.setattr(
+        accelerate_loop,
+        "make_unet",
+        lambda size: accelerate_loop.UNet2DConditionModel(
+            block_out_channels=size.channels,
+            cross_attention_dim=size.text_width,
+            attention_head_dim=8,
+            norm_num_groups=8,
+            layers_per_block=1,
+        ),
+    )
+    shares = accelerate_loop.work(size)
+    assert 0 < shares["kv_share"] < shares["saved_share"] < 1 < shares["expected_ratio"]
+    result = accelerate_loop.measure(size, repeats=1)
+    assert result["ratio"] > 0
+    seen = result["statistics"]
+    # Two pictures of three timesteps under two prompts, prompt by prompt.
+    assert (seen["prefix_misses"], seen["prefix_hits"], seen["prefix_shared"]) == (6, 6, 0)
+    assert (seen["condition_misses"], seen["rows"], seen["plain_calls"]) == (2, 12, 0)

@@ -16,7 +16,13 @@ from dive_fast.strategies import base
 from dive_fast.zoo.digits import load_digits
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/strategies.md", "docs/models.md", "docs/caching.md")
+PAGES = (
+    "README.md",
+    "docs/strategies.md",
+    "docs/models.md",
+    "docs/caching.md",
+    "docs/accelerate.md",
+)
 
 
 def snippets() -> list:

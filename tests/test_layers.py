@@ -23,7 +23,7 @@ LAYERS = (
     ("strategies",),
     ("engine",),
     ("forward",),
-    ("cache", "calibration", "objective", "packing", "results"),
+    ("accelerator", "cache", "calibration", "objective", "packing", "results"),
     ("models",),
     ("options", "probes", "requests", "schedule", "vocabulary"),
     ("data", "projection"),
