@@ -22,7 +22,7 @@ LAYERS = (
     ("classify",),
     ("strategies",),
     ("engine",),
-    ("calibration", "objective", "results"),
+    ("averaging", "calibration", "objective", "results"),
     ("models",),
     ("probes", "requests", "schedule", "vocabulary"),
     ("data", "projection"),

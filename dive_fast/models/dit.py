@@ -23,6 +23,7 @@ from dive_fast.models.checkpoint import (
     load_component,
     read_beta,
     read_class_names,
+    read_extra,
     read_json,
 )
 from dive_fast.models.protocol import State
@@ -194,8 +195,7 @@ def load(
         ModelError: a part is missing, broken or unsupported.
     """
     index = read_json(directory / "model_index.json")
-    extra_path = directory / "dive_fast.json"
-    extra = read_json(extra_path) if extra_path.exists() else {}
+    extra = read_extra(directory)
     schedule = Schedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
     transformer = load_component(DiTTransformer2DModel, directory / "transformer", allow_pickle)
     has_vae = (index.get("vae") or [None])[0] is not None
