@@ -15,7 +15,7 @@ from dive_fast import DiffusionClassifier
 from dive_fast.engine import Engine, Job
 from dive_fast.models import load_model
 from dive_fast.models.prompts import ClassPrompts
-from dive_fast.models.protocol import Model
+from dive_fast.models.protocol import Model, StagedModel
 from dive_fast.models.stable_diffusion import StableDiffusion, check_unet
 from dive_fast.models.text import PromptEncoder, TextTower
 from dive_fast.objective import Objective
@@ -134,11 +134,11 @@ def test_classification(kind, strategy, directories):
     full = clf(pictures(), strategy="enumerate", probes=24)
     for found, expected in zip(clf(pictures(), strategy=strategy, probes=24), full, strict=True):
         assert found.label in CLASSES and found.evaluations > 0
-        best = found.index
-        assert found.n_probes[best] == 24
-        assert found.losses[best].item() == pytest.approx(expected.losses[best].item(), rel=1e-4)
         if strategy != "invert":  # which ends in a local minimum on a network that means nothing
-            assert best == expected.index
+            assert found.index == expected.index
+        complete = found.n_probes == 24
+        assert strategy == "race" or complete[found.index]
+        torch.testing.assert_close(found.losses[complete], expected.losses[complete])
 
 
 def test_published_inversion_runs_on_prompts(directories):
@@ -204,6 +204,25 @@ def test_half_precision_stays_close(dtype, directories):
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
     # The vocabulary is not rounded.
     assert torch.equal(half.model.vocabulary.table, full.model.vocabulary.table)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_give_the_prediction(kind, directories):
+    """Also where prefixes and projections are shared between rows."""
+    model = load_model(directories[kind], device="cpu", classes=CLASSES)
+    assert isinstance(model, StagedModel)
+    model.to(torch.device("cpu"), torch.float64)
+    x_t, t = inputs(model)
+    v = model.vocabulary.table[[1, 3]].double().requires_grad_()
+    image, condition = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 0, 1])
+    expected = model.predict(x_t[image], t[image], v[condition])
+    prefix = tuple(part[image] for part in model.prefix(x_t, t))
+    projected = tuple(part[condition] for part in model.project(v))
+    found = model.decoder(model.encoder(prefix, projected), projected)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    gradients = [torch.autograd.grad(p.square().sum(), v)[0] for p in (found, expected)]
+    assert gradients[1].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
 
 
 def big_text(widths: list[int], tmp_path: Path) -> PromptEncoder:
@@ -276,3 +295,6 @@ def test_published_configurations(version, tmp_path):
     x_t = torch.empty(2, 4, size, size, device="meta")
     t = torch.zeros(2, dtype=torch.int64, device="meta")
     assert model.predict(x_t, t, rows).shape == (2, 4, size, size)
+    projected = model.project(rows)
+    encoded = model.encoder(model.prefix(x_t, t), projected)
+    assert model.decoder(encoded, projected).shape == (2, 4, size, size)

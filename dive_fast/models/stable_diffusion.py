@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from dive_fast.errors import ModelError
+from dive_fast.models import unet as stages
 from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
 from dive_fast.models.checkpoint import (
     fingerprint,
@@ -24,7 +25,9 @@ from dive_fast.models.checkpoint import (
     read_json,
 )
 from dive_fast.models.prompts import Classes, ClassPrompts, choose_prompts
+from dive_fast.models.protocol import State
 from dive_fast.models.text import PromptEncoder, load_tower
+from dive_fast.models.unet_support import check_supported
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
 
@@ -139,6 +142,22 @@ class StableDiffusion:
             x_t.to(self.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added
         ).sample
 
+    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
+        """See ``models.protocol.StagedModel`` and ``models.unet``."""
+        return stages.prefix(self.unet, x_t.to(self.dtype), t)
+
+    def project(self, condition: torch.Tensor) -> State:
+        """Keys and values of all cross-attentions; for SDXL also what joins the time embedding."""
+        return stages.project(self.unet, *self._split(condition.to(self.dtype)))
+
+    def encoder(self, prefix: State, projected: State) -> State:
+        """The rest of the down blocks."""
+        return stages.encoder(self.unet, prefix, projected)
+
+    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
+        """Mid block, up blocks and output."""
+        return stages.decoder(self.unet, encoded, projected)
+
     def _split(
         self, condition: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
@@ -228,6 +247,7 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
     Raises:
         ModelError: it does not.
     """
+    check_supported(unet)
     config = unet.config
     if _side(unet) is None:
         raise ModelError(
@@ -241,12 +261,11 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
             f"the unet in {directory} takes embeddings of {', '.join(map(str, sorted(widths)))}, "
             f"but its text encoder gives {text.shape[1]}."
         )
-    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "time_cond_proj_dim"):
-        if config.get(key) is not None:
-            raise ModelError(
-                f"the unet in {directory} needs a condition that is not supported: {key} is "
-                f"{config[key]!r}."
-            )
+    if config.time_cond_proj_dim is not None:
+        raise ModelError(
+            f"the unet in {directory} is conditioned on a guidance scale (time_cond_proj_dim), "
+            f"which is not supported."
+        )
     kind = "text_time" if text.pooled else None
     if config.addition_embed_type != kind:
         raise ModelError(
