@@ -164,6 +164,15 @@ def write_sdxl(directory: Path, *, seed: int = 0, zeros: bool = True) -> Path:
     return _save(pipeline, directory)
 
 
+def write_to_hub(cache: Path, hub_id: str) -> Path:
+    """The same where ``huggingface_hub`` keeps what it has fetched of ``hub_id``."""
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return write_sd(repository / "snapshots" / commit)
+
+
 def _save(pipeline, directory: Path) -> Path:
     pipeline.save_pretrained(directory)
     # The published layout of a tokenizer, over whatever this version of transformers saves.

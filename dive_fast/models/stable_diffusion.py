@@ -212,10 +212,11 @@ def load(
         )
     text = PromptEncoder(towers)
     unet = load_component(UNet2DConditionModel, directory / "unet", allow_pickle)
+    vae = load_vae(directory, unet.config.in_channels, allow_pickle)
     check_unet(unet, text, directory)
     return StableDiffusion(
         unet,
-        load_vae(directory, unet.config.in_channels, allow_pickle),
+        vae,
         schedule,
         text,
         prompts,
