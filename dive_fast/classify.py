@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dive_fast.averaging import averaged
-from dive_fast.engine import Engine, Finished, Job
+from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.images import as_images
 from dive_fast.models import load_model
@@ -31,6 +31,7 @@ class DiffusionClassifier:
     Args:
         model: anything that follows ``dive_fast.models.protocol.Model``.
         batch_size: rows per forward of the network at most.
+        options: how the engine computes; measured defaults if None.
 
     Example:
         >>> clf = DiffusionClassifier.from_pretrained("digits")
@@ -38,11 +39,15 @@ class DiffusionClassifier:
         'three'
     """
 
-    def __init__(self, model: Model, *, batch_size: int = 256) -> None:
+    def __init__(
+        self, model: Model, *, batch_size: int = 256, options: EngineOptions | None = None
+    ) -> None:
         if batch_size < 1:
             raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
         self.batch_size = batch_size
+        self.options = EngineOptions() if options is None else options
+        self._engine = self._make_engine()
 
     @classmethod
     def from_pretrained(
@@ -57,14 +62,17 @@ class DiffusionClassifier:
         classes: Classes | None = None,
         templates: Sequence[str] | None = None,
         average: str | None = None,
+        **engine: Any,
     ) -> DiffusionClassifier:
         """From a model of the zoo, a diffusers directory, or a hub id.
 
-        The arguments are those of ``dive_fast.models.load_model``.
+        The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
+        ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
 
         Raises:
             ModelError: the source is unknown, broken, or of a family that is not supported.
         """
+        options = EngineOptions(**engine)
         model = load_model(
             source,
             dtype=dtype,
@@ -75,12 +83,17 @@ class DiffusionClassifier:
             templates=templates,
             average=average,
         )
-        return cls(model, batch_size=batch_size)
+        return cls(model, batch_size=batch_size, options=options)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The classes' names."""
         return self.model.vocabulary.names
+
+    @property
+    def last_run(self) -> EngineRecord:
+        """Batches, rows, evaluations, fill rate and cache of the last call."""
+        return self._engine.record
 
     def __call__(
         self,
@@ -167,7 +180,7 @@ class DiffusionClassifier:
             for key, x0 in latents
         )
         with _Bar(progress) as (bar, on_batch):
-            engine = Engine(self.model, self.batch_size, on_batch)
+            engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probe_list, Objective(chosen.loss)):
                 bar.update()
                 yield finished.key, self._classification(finished, log_prior, trace)
@@ -213,7 +226,7 @@ class DiffusionClassifier:
         parts = self.model.vocabulary.parts
         jobs = (Job(i, x, averaged(_measure(table, len(probes)), parts)) for i, x in enumerate(x0))
         with _Bar(len(x0) if progress else None) as (bar, on_batch):
-            engine = Engine(self.model, self.batch_size, on_batch)
+            engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probes, Objective(loss)):
                 bar.update()
                 out[finished.key] = finished.answer.trace["losses"]
@@ -234,6 +247,9 @@ class DiffusionClassifier:
             probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
         probes.check(self.model.latent_shape, len(self.model.schedule))
         return probes
+
+    def _make_engine(self, on_batch: Callable[[int], None] | None = None) -> Engine:
+        return Engine(self.model, self.batch_size, on_batch, self.options)
 
     def _latents(self, images: Any, latents: torch.Tensor | None) -> torch.Tensor:
         if (images is None) == (latents is None):

@@ -67,6 +67,66 @@ def test_batches_are_full_until_the_images_run_out():
     assert all(full[: int(0.8 * len(full))])
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_stream_of_many_images_fills_its_batches(name):
+    """19 rows in 20 are used: images refill a batch as others finish or wait for their strategy."""
+    model, (strategy, k) = ToyModel(), STRATEGIES[name]
+    probes = strategy.probes(k, 1000, model.latent_shape, 0)
+    task = Task(model.vocabulary, probes)
+    x0 = torch.randn(120, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    engine = Engine(model, 64)
+    found = list(
+        engine.run(
+            [Job(i, x, strategy.search(task)) for i, x in enumerate(x0)], probes, Objective()
+        )
+    )
+    record = engine.record
+    assert record.fill_rate >= 0.95
+    assert record.rows == sum(model.rows) and record.batches == len(model.rows)
+    assert record.capacity_rows == 64 * record.batches
+    assert record.evaluations == sum(f.evaluations for f in found)
+    assert record.to_dict()["fill_rate"] == record.fill_rate and record.seconds > 0
+
+
+def asks(model, *requests):
+    for request in requests:
+        _ = yield request
+    return Answer(0, torch.zeros(6), torch.zeros(6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", ["one large request", "many requests", "other kind"])
+def test_an_image_that_needs_many_more_rows_blocks_no_other(kind):
+    """The others finish within twice the batches that they take alone, and batches stay full."""
+    model = ToyModel()
+    table, probes = model.vocabulary.table, low_discrepancy_probes(300, 1000, model.latent_shape)
+    small_kind = Gradients if kind == "other kind" else Losses
+
+    def small():
+        part = torch.arange(4)
+        return asks(model, *(small_kind(table, part + 4 * i) for i in range(3)))
+
+    def large():
+        parts = torch.arange(300).split(2 if kind == "many requests" else 300)
+        return asks(model, *(Losses(table.repeat(3, 1), part) for part in parts))
+
+    def batches_until_the_small_are_done(jobs):
+        engine = Engine(model, 48)
+        for n, finished in enumerate(engine.run(jobs, probes, Objective()), start=1):
+            assert finished.key != "large" or n == 41, "the large one is the last"
+            if n == 40:
+                until = engine.record.batches
+        return until, engine.record.fill_rate
+
+    x0 = torch.zeros(model.latent_shape)
+    few = [Job(i, x0, small()) for i in range(40)]
+    alone, _ = batches_until_the_small_are_done(few)
+    few = [Job(i, x0, small()) for i in range(40)]
+    beside, fill_rate = batches_until_the_small_are_done([Job("large", x0, large()), *few])
+    assert beside <= 2 * alone + 2
+    # Many small requests of one image cannot fill batches once no other image is left.
+    assert fill_rate >= (0.5 if kind == "many requests" else 0.95)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, error):
     model = ToyModel()

@@ -225,6 +225,31 @@ def test_stages_give_the_prediction(kind, directories):
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("average", ["embedding", "loss"])
+def test_the_cache_changes_nothing(average, kind, directories):
+    """Keys and values per class, prefixes per probe; also for classes of several prompts."""
+    options = {"classes": CLASSES, "templates": ["a {}", "{}!"], "average": average}
+    plain, cached = (
+        DiffusionClassifier.from_pretrained(directories[kind], **options, cache=cache, batch_size=9)
+        for cache in ("off", "exact")
+    )
+    x0 = plain.encode(pictures())
+    expected = plain(latents=x0, strategy="enumerate", probes=8)
+    found = cached(latents=x0, strategy="enumerate", probes=8)
+    assert cached.last_run.cache_hits > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.losses, b.losses, rtol=1e-4, atol=1e-6)
+        assert a.evaluations == b.evaluations
+    # Other classes are not taken for the ones before.
+    for clf in (plain, cached):
+        clf.model.set_classes(["fox", "owl"])
+    found, expected = (
+        c(latents=x0, strategy="enumerate", probes=8)[0].losses for c in (cached, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def big_text(widths: list[int], tmp_path: Path) -> PromptEncoder:
     """Text encoders of real width and length, cut to few layers and tokens."""
     folder = write_tokenizer(tmp_path / "tokenizer")

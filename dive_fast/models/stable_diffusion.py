@@ -68,7 +68,7 @@ class StableDiffusion:
         beta: float | None = None,
     ) -> None:
         self.name = name
-        self.unet = unet
+        self.unet = self.network = unet
         self.vae = vae
         self.schedule = schedule
         self.text = text
