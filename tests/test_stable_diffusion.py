@@ -251,13 +251,15 @@ def test_the_cache_changes_nothing(average, kind, directories):
 
 
 def big_text(widths: list[int], tmp_path: Path) -> PromptEncoder:
-    """Text encoders of real width and length, cut to few layers and tokens."""
+    """Text encoders of real width and length, cut to one layer and few tokens."""
     folder = write_tokenizer(tmp_path / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
     towers = []
     for i, width in enumerate(widths):
         projection = width if i else None
-        encoder = make_text_encoder(tokenizer, projection=projection, width=width, length=77)
+        encoder = make_text_encoder(
+            tokenizer, projection=projection, width=width, length=77, layers=1
+        )
         towers.append(TextTower(tokenizer, encoder, 77))
     return PromptEncoder(towers)
 

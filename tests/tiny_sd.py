@@ -52,13 +52,14 @@ def make_text_encoder(
     projection: int | None = None,
     width: int = 12,
     length: int = LENGTH,
+    layers: int = 3,
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Three layers; with a projection as SDXL's second one."""
+    """With a projection as SDXL's second one."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=length,
         bos_token_id=tokenizer.bos_token_id,
