@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dive_fast.averaging import averaged
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.images import as_images
 from dive_fast.models import load_model
+from dive_fast.models.prompts import Classes
 from dive_fast.models.protocol import Model
 from dive_fast.objective import Objective
 from dive_fast.probes import ProbeList, low_discrepancy_probes
@@ -57,6 +59,9 @@ class DiffusionClassifier:
         batch_size: int = 256,
         allow_pickle: bool = False,
         timestep_embedding: str = "auto",
+        classes: Classes | None = None,
+        templates: Sequence[str] | None = None,
+        average: str | None = None,
         **engine: Any,
     ) -> DiffusionClassifier:
         """From a model of the zoo, a diffusers directory, or a hub id.
@@ -74,6 +79,9 @@ class DiffusionClassifier:
             device=device,
             allow_pickle=allow_pickle,
             timestep_embedding=timestep_embedding,
+            classes=classes,
+            templates=templates,
+            average=average,
         )
         return cls(model, batch_size=batch_size, options=options)
 
@@ -167,7 +175,11 @@ class DiffusionClassifier:
         log_prior = self._log_prior(prior)
         scaled = None if log_prior is None else log_prior / self.model.beta
         task = Task(self.model.vocabulary, probe_list, seed, scaled)
-        jobs = (Job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
+        parts = self.model.vocabulary.parts
+        jobs = (
+            Job(key, self._check_latent(x0), averaged(chosen.search(task), parts))
+            for key, x0 in latents
+        )
         with _Bar(progress) as (bar, on_batch):
             engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probe_list, Objective(chosen.loss)):
@@ -212,7 +224,11 @@ class DiffusionClassifier:
             n_timesteps = len(self.model.schedule)
             probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
         out = torch.empty(len(x0), len(picked), len(probes))
-        jobs = (Job(i, x, _measure(table[picked], picked, len(probes))) for i, x in enumerate(x0))
+        parts = self.model.vocabulary.parts
+        jobs = (
+            Job(i, x, averaged(_measure(table[picked], picked, len(probes)), parts))
+            for i, x in enumerate(x0)
+        )
         with _Bar(len(x0) if progress else None) as (bar, on_batch):
             engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probes, Objective(loss)):

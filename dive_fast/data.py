@@ -103,6 +103,14 @@ def open_dataset(spec: str | os.PathLike[str], class_names: Sequence[str]) -> Da
     return _open_npz(Path(spec), class_names)
 
 
+def folder_classes(spec: str | os.PathLike[str]) -> list[str] | None:
+    """The names of the sub-folders of a folder by class; None for other data."""
+    folder = Path(spec)
+    if os.fspath(spec) == "digits" or not folder.is_dir():
+        return None
+    return [path.name for path in _subfolders(folder)] or None
+
+
 def select(dataset: DataSet, limit: int | None, seed: int) -> DataSet:
     """A random subset of ``limit`` examples in their original order; None, or more, means all.
 
@@ -139,7 +147,7 @@ def _open_digits(class_names: Sequence[str]) -> DataSet:
 
 def _open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
     try:
-        subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        subfolders = _subfolders(folder)
         if not subfolders:
             raise DataError(f"{folder}: expected a sub-folder for each class, got none.")
         labels = _folder_labels(folder, [p.name for p in subfolders], class_names)
@@ -161,6 +169,10 @@ def _open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
         names=tuple(p.name for p in subfolders),
         content=hashlib.sha256(content.encode()).hexdigest(),
     )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
 def _open_npz(path: Path, class_names: Sequence[str]) -> DataSet:

@@ -19,6 +19,32 @@ from dive_fast.errors import ModelError
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TARGETS = ("epsilon", "v_prediction", "sample")
 
+# The betas that diffusers' schedulers have where a configuration leaves them out. Samplers of all
+# kinds describe the same training schedule; those that are not listed have none of this form.
+_LINEAR = ("linear", 1e-4, 0.02)
+_SCALED = ("scaled_linear", 0.00085, 0.012)
+_DEFAULT_BETAS = {
+    "DDIMInverseScheduler": _LINEAR,
+    "DDIMParallelScheduler": _LINEAR,
+    "DDIMScheduler": _LINEAR,
+    "DDPMParallelScheduler": _LINEAR,
+    "DDPMScheduler": _LINEAR,
+    "DEISMultistepScheduler": _LINEAR,
+    "DPMSolverMultistepScheduler": _LINEAR,
+    "DPMSolverSinglestepScheduler": _LINEAR,
+    "EulerAncestralDiscreteScheduler": _LINEAR,
+    "EulerDiscreteScheduler": _LINEAR,
+    "HeunDiscreteScheduler": ("linear", 0.00085, 0.012),
+    "KDPM2AncestralDiscreteScheduler": ("linear", 0.00085, 0.012),
+    "KDPM2DiscreteScheduler": ("linear", 0.00085, 0.012),
+    "LCMScheduler": _SCALED,
+    "LMSDiscreteScheduler": _LINEAR,
+    "PNDMScheduler": _LINEAR,
+    "SASolverScheduler": _LINEAR,
+    "TCDScheduler": _SCALED,
+    "UniPCMultistepScheduler": _LINEAR,
+}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -57,13 +83,13 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """Reads the ``scheduler_config.json`` of a diffusers scheduler (DDPM, DDIM and kin).
+        """Reads the ``scheduler_config.json`` of a diffusers scheduler (DDPM, DDIM, Euler ...).
 
         Raises:
-            ModelError: a beta schedule or a prediction type that is not supported.
+            ModelError: a scheduler, a beta schedule or a prediction type that is not supported.
         """
-        if "FlowMatch" in str(config.get("_class_name", "")):
-            raise ModelError(f"flow schedules are not supported, got {config['_class_name']}.")
+        if "FlowMatch" in str(config.get("_class_name", "")) or config.get("use_flow_sigmas"):
+            raise ModelError(f"flow schedules are not supported, got {config.get('_class_name')}.")
         target = config.get("prediction_type", "epsilon")
         if target not in TARGETS:
             raise ModelError(f"expected a prediction_type of {', '.join(TARGETS)}, got {target!r}.")
@@ -83,11 +109,15 @@ class Schedule:
 def _read_betas(config: Mapping[str, Any]) -> torch.Tensor:
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    name = config.get("_class_name", "DDPMScheduler")
+    if name not in _DEFAULT_BETAS and "beta_schedule" not in config:
+        raise ModelError(f"expected a scheduler that states its betas, got {name}.")
+    schedule, start, end = _DEFAULT_BETAS.get(name, _LINEAR)
     return make_betas(
-        config.get("beta_schedule", "linear"),
+        config.get("beta_schedule", schedule),
         config.get("num_train_timesteps", 1000),
-        config.get("beta_start", 1e-4),
-        config.get("beta_end", 0.02),
+        config.get("beta_start", start),
+        config.get("beta_end", end),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,10 @@ class Vocabulary:
         table: float32 [V, D] on the CPU; row c is the embedding of answer c.
         names: one name per row.
         unconditional: float32 [D], the embedding of "no condition", or None.
+        shape: of one row, so that ``table.view(V, *shape)`` shows its parts: (D,) unless said,
+            (L, width) for a prompt of L tokens.
+        parts: how many conditions of the network a row holds end to end. The loss of an answer is
+            the mean of theirs (see ``averaging``); 1 unless said.
         slope, curvature: a number and float32 [V], or 1 and None. They correct the first-order
             estimate L(y_c) ~ L(v0) + slope g . (v_c - v0) + curvature_c at v0, the mean of the
             rows; see ``dive_fast.shortlist``.
@@ -27,6 +32,9 @@ class Vocabulary:
         table: torch.Tensor,
         names: Sequence[str],
         unconditional: torch.Tensor | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        parts: int = 1,
     ) -> None:
         if table.ndim != 2 or len(table) == 0:
             raise ModelError(f"a vocabulary needs a table [V, D], got {list(table.shape)}.")
@@ -34,6 +42,13 @@ class Vocabulary:
             raise ModelError(
                 f"a vocabulary of {len(table)} rows needs as many names, got {len(names)}."
             )
+        dim = table.shape[1]
+        if shape is not None and math.prod(shape) != dim:
+            raise ModelError(f"a row of {dim} values cannot have the shape {list(shape)}.")
+        if parts < 1 or dim % parts:
+            raise ModelError(f"a row of {dim} values cannot have {parts} equal parts.")
+        self.shape = (dim,) if shape is None else tuple(shape)
+        self.parts = parts
         self.table = table.detach().float().cpu().contiguous()
         self.names = tuple(names)
         self._projections: dict[str, DiscreteProjection] = {}

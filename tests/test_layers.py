@@ -23,7 +23,7 @@ LAYERS = (
     ("strategies",),
     ("engine",),
     ("forward",),
-    ("accelerator", "cache", "calibration", "objective", "packing", "results"),
+    ("accelerator", "averaging", "cache", "calibration", "objective", "packing", "results"),
     ("models",),
     ("options", "probes", "requests", "schedule", "vocabulary"),
     ("data", "projection"),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from dive_fast import DiveFastError, ModelError, ProbeList
 from dive_fast.calibration import fit_beta
-from dive_fast.schedule import Schedule
+from dive_fast.schedule import _DEFAULT_BETAS, Schedule
 from dive_fast.vocabulary import Vocabulary
 
 
@@ -27,6 +37,29 @@ def test_read_from_a_scheduler_config(beta_schedule, target):
     # diffusers multiplies up in float32.
     torch.testing.assert_close(schedule.a**2, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-9)
     torch.testing.assert_close(schedule.a**2 + schedule.s**2, torch.ones(700))
+
+
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "sampler", [PNDMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_every_sampler_describes_the_same_training(sampler, target, tmp_path):
+    """Stable Diffusion's schedule, saved by whichever scheduler a pipeline happens to have."""
+    scheduler = sampler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=target
+    )
+    scheduler.save_config(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    schedule = Schedule.from_config(config)
+    assert len(schedule) == 1000 and schedule.target == target
+    torch.testing.assert_close(schedule.a**2, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(_DEFAULT_BETAS))
+def test_what_a_config_leaves_out_is_what_diffusers_takes(name):
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    expected = [parameters[key].default for key in ("beta_schedule", "beta_start", "beta_end")]
+    assert _DEFAULT_BETAS[name] == tuple(expected)
 
 
 def test_trained_betas_and_zero_snr():
@@ -56,6 +89,10 @@ def test_bad_schedules():
             Schedule.from_config(config)
     with pytest.raises(ModelError, match="flow schedules are not supported"):
         Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    with pytest.raises(ModelError, match="flow schedules are not supported, got UniPC"):
+        Schedule.from_config({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True})
+    with pytest.raises(ModelError, match="states its betas, got EDMEulerScheduler"):
+        Schedule.from_config({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
     with pytest.raises(ModelError, match=r"one shape \[T\], got \[3\] and \[4\]"):
         Schedule(torch.ones(3), torch.ones(4))
 

@@ -20,6 +20,7 @@ Asks a pretrained diffusion model which condition best explains an image: by try
 EXAMPLES = """\
 examples:
   dive-fast classify photo.png --model digits
+  dive-fast classify photo.png --model stable-diffusion-v1-5/stable-diffusion-v1-5 --classes cat,dog
   dive-fast classify scans/ --model facebook/DiT-XL-2-256 --top 5 --json
   dive-fast evaluate --model digits --data digits --strategy invert --out runs/invert
   dive-fast info"""

@@ -13,7 +13,9 @@ Classifies labelled images and reports accuracy, evaluations and seconds per ima
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
 Interrupted and run again with the same options it goes on where it stopped. An image that cannot
-be read is recorded with its error and the rest go on; the exit code is then 2."""
+be read is recorded with its error and the rest go on; the exit code is then 2.
+
+A text-conditional model without --classes is asked about the names of the sub-folders."""
 
 
 def add_parser(commands) -> None:
@@ -39,12 +41,12 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.data import open_dataset, select
+    from dive_fast.data import folder_classes, open_dataset, select
     from dive_fast.evaluate import evaluate
     from dive_fast.strategies import resolve_strategy
 
     resolve_strategy(options.strategy, options.preset, {})
-    classifier = load_classifier(options)
+    classifier = load_classifier(options, folder_classes(options.data))
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
     try:
         summary = evaluate(

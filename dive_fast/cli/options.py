@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def count(text: str) -> int:
@@ -53,6 +54,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|diffusers|original",
         help="which frequencies a DiT was trained with (default: auto)",
+    )
+    text = parser.add_argument_group("classes of a text-conditional model (Stable Diffusion)")
+    text.add_argument(
+        "--classes",
+        metavar="NAMES|FILE",
+        help="names with commas between, or a file with one per line",
+    )
+    text.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="makes a prompt of a name, with {} in its place; may be given several times "
+        "(default: 'a photo of a {}.')",
+    )
+    text.add_argument(
+        "--average",
+        metavar="embedding|loss",
+        help="what is averaged over the templates of a class (default: embedding)",
     )
     _add_engine_options(parser)
 
@@ -116,10 +135,42 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
 
-def load_classifier(options: argparse.Namespace):
-    """The classifier that the model options name."""
-    from dive_fast.classify import DiffusionClassifier
+def class_names(text: str) -> list[str]:
+    """The names that ``--classes`` gives: a file's lines, or what stands between commas.
 
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    from dive_fast.errors import ModelError
+
+    path = Path(text)
+    try:
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [line.strip() for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{text} cannot be read as a list of classes: {error}.") from error
+    if "," not in text and (path.suffix or path.name != text):
+        raise ModelError(f"expected classes with commas between or a file of them, got {text!r}.")
+    return [name.strip() for name in text.split(",")]
+
+
+def load_classifier(options: argparse.Namespace, classes: list[str] | None = None):
+    """The classifier that the model options name.
+
+    Args:
+        classes: of a text-conditional model for which neither the options nor its directory name
+            any.
+    """
+    from dive_fast.classify import DiffusionClassifier
+    from dive_fast.models import needs_classes
+
+    if options.classes is not None:
+        classes = class_names(options.classes)
+    elif classes is not None and not needs_classes(
+        options.model, allow_pickle=options.allow_pickle
+    ):
+        classes = None
     return DiffusionClassifier.from_pretrained(
         options.model,
         dtype=options.dtype,
@@ -133,4 +184,7 @@ def load_classifier(options: argparse.Namespace):
         autocast=options.autocast,
         compile=options.compile,
         channels_last=options.channels_last,
+        classes=classes,
+        templates=options.template,
+        average=options.average,
     )

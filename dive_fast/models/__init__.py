@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dive_fast import zoo
 from dive_fast.errors import ModelError
 from dive_fast.models.checkpoint import first_line, read_json
+from dive_fast.models.hub import find
+from dive_fast.models.prompts import Classes, stored_classes
 from dive_fast.models.protocol import Model
 
-HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
-HUB_PICKLES = ["*.bin"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Loader = Callable[..., Model]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How the models of one pipeline class are read.
+
+    Attributes:
+        loader: see ``register_model_family``.
+        folders: those of the pipeline that it reads; None for all.
+        text: its classes are prompts.
+    """
+
+    loader: Loader
+    folders: tuple[str, ...] | None = None
+    text: bool = False
 
 
 def _load_dit(directory: Path, **options) -> Model:
@@ -26,18 +41,43 @@ def _load_dit(directory: Path, **options) -> Model:
     return dit.load(directory, **options)
 
 
-_FAMILIES: dict[str, Loader] = {"DiTPipeline": _load_dit}
+def _load_stable_diffusion(directory: Path, **options) -> Model:
+    from dive_fast.models import stable_diffusion
+
+    return stable_diffusion.load(directory, **options)
 
 
-def register_model_family(pipeline_class: str, loader: Loader) -> None:
+_STABLE_DIFFUSION = _Family(
+    _load_stable_diffusion,
+    ("unet", "vae", "scheduler", "tokenizer", "text_encoder"),
+    text=True,
+)
+_SDXL = _Family(
+    _load_stable_diffusion,
+    (*_STABLE_DIFFUSION.folders, "tokenizer_2", "text_encoder_2"),
+    text=True,
+)
+_FAMILIES: dict[str, _Family] = {
+    "DiTPipeline": _Family(_load_dit, ("transformer", "vae", "scheduler")),
+    "StableDiffusionPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusionXLImg2ImgPipeline": _SDXL,
+}
+
+
+def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = False) -> None:
     """Makes ``from_pretrained`` read another family.
 
     Args:
         pipeline_class: the ``_class_name`` in ``model_index.json`` that picks it.
         loader: called as ``loader(directory, name=..., allow_pickle=..., timestep_embedding=...)``,
             returns a ``Model``.
+        text: the classes are prompts; the loader is then also called with ``classes``,
+            ``templates`` and ``average`` as ``load_model`` got them, and the ``device`` on which
+            to encode them.
     """
-    _FAMILIES[pipeline_class] = loader
+    _FAMILIES[pipeline_class] = _Family(loader, text=text)
 
 
 def load_model(
@@ -47,6 +87,9 @@ def load_model(
     device: torch.device | str | None = None,
     allow_pickle: bool = False,
     timestep_embedding: str = "auto",
+    classes: Classes | None = None,
+    templates: Sequence[str] | None = None,
+    average: str | None = None,
 ) -> Model:
     """A model of the zoo, of a diffusers directory, or of the hub, frozen and in place.
 
@@ -56,55 +99,56 @@ def load_model(
         device: where it runs; CUDA where there is one, else the CPU.
         allow_pickle: also take pickled ``.bin`` weights (read with ``weights_only=True``).
         timestep_embedding: "auto", "diffusers" or "original" (DiT only).
+        classes: of a text-conditional model: names, or a mapping of each name to its prompt or
+            prompts; where None, those that its directory states.
+        templates: what makes a prompt of a name, with "{}" in its place; "a photo of a {}." if
+            None.
+        average: of several prompts per class, "embedding" (the default) or "loss".
 
     Raises:
-        ModelError: the source is unknown, broken, or of a family that is not supported.
+        ModelError: the source is unknown, broken, or of a family that is not supported; a
+            text-conditional model without classes, or classes for another one.
     """
     dtype, device = _as_dtype(dtype), _as_device(device)
-    directory = _find(str(source), allow_pickle)
+    directory, family = _find(source, allow_pickle)
+    options: dict[str, Any] = {
+        "allow_pickle": allow_pickle,
+        "timestep_embedding": timestep_embedding,
+    }
+    prompts = {"classes": classes, "templates": templates, "average": average}
+    if family.text:
+        options.update(prompts, device=device)
+    elif given := [key for key, value in prompts.items() if value is not None]:
+        raise ModelError(
+            f"{source} has classes of its own: {given[0]} is for text-conditional models."
+        )
+    return family.loader(directory, name=str(source), **options).to(device, dtype)
+
+
+def needs_classes(source: str | Path, *, allow_pickle: bool = False) -> bool:
+    """Whether ``load_model`` can read this source only if it is given ``classes``.
+
+    Raises:
+        ModelError: the source is unknown, or of a family that is not supported.
+    """
+    directory, family = _find(source, allow_pickle)
+    return family.text and stored_classes(directory) is None
+
+
+def _find(source: str | Path, allow_pickle: bool) -> tuple[Path, _Family]:
+    directory = find(str(source), lambda index: _family(index, source).folders, allow_pickle)
     index = read_json(directory / "model_index.json")
-    family = index.get("_class_name")
-    if not isinstance(family, str) or family not in _FAMILIES:
+    return directory, _family(index, directory / "model_index.json")
+
+
+def _family(index: dict[str, Any], where: str | Path) -> _Family:
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise ModelError(
-            f"the _class_name in {directory / 'model_index.json'} is {family!r}, which is not "
-            f"supported; supported are {', '.join(sorted(_FAMILIES))}."
+            f"the _class_name in {where} is {name!r}, which is not supported; supported are "
+            f"{', '.join(sorted(_FAMILIES))}."
         )
-    model = _FAMILIES[family](
-        directory,
-        name=str(source),
-        allow_pickle=allow_pickle,
-        timestep_embedding=timestep_embedding,
-    )
-    return model.to(device, dtype)
-
-
-def _find(source: str, allow_pickle: bool) -> Path:
-    if source in zoo.names():
-        return zoo.path(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"expected a model directory, got the file {source}.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise ModelError(
-            f"unknown model {source!r}: expected a model of the zoo ({', '.join(zoo.names())}), "
-            f"a directory that exists, or a hub id like facebook/DiT-XL-2-256."
-        )
-    return _download(source, allow_pickle)
-
-
-def _download(hub_id: str, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = HUB_FILES + (HUB_PICKLES if allow_pickle else [])
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as error:  # the hub, the network and the disk each raise their own kinds
-        raise ModelError(
-            f"{hub_id} is no directory here and could not be fetched from the hub: "
-            f"{first_line(error)}"
-        ) from error
+    return _FAMILIES[name]
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

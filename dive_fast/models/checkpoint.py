@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from safetensors import SafetensorError, safe_open
 from dive_fast.errors import ModelError
 
 WEIGHTS = "diffusion_pytorch_model"
+
+# Reads a component: (class, directory, safetensors or pickles) to the model in float32 and what
+# did not fit, as {"missing_keys": names, "unexpected_keys": names}.
+Reader = Callable[[type, Path, bool], tuple[torch.nn.Module, dict[str, Any]]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,13 +43,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_component(model_class: type, directory: Path, allow_pickle: bool) -> torch.nn.Module:
-    """One component (a diffusers ``ModelMixin``), complete, finite and frozen, in float32.
+def read_diffusers(
+    model_class: type, directory: Path, safe: bool
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A diffusers ``ModelMixin``; see ``Reader``."""
+    with _quiet_diffusers():
+        return model_class.from_pretrained(
+            directory,
+            use_safetensors=safe,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+
+
+def read_extra(directory: Path) -> dict[str, Any]:
+    """``dive_fast.json`` beside ``model_index.json``: what diffusers' files have no place for.
+
+    Raises:
+        ModelError: it is there, but cannot be read.
+    """
+    path = directory / "dive_fast.json"
+    return read_json(path) if path.exists() else {}
+
+
+def load_component(
+    model_class: type,
+    directory: Path,
+    allow_pickle: bool,
+    *,
+    read: Reader = read_diffusers,
+    safe_name: str = WEIGHTS,
+    pickle_name: str = WEIGHTS,
+) -> torch.nn.Module:
+    """One component of a pipeline, complete, finite and frozen, in float32.
 
     Args:
-        model_class: the diffusers class.
+        model_class: its class.
         directory: the component's folder, with ``config.json`` and the weights.
         allow_pickle: also take ``.bin`` weights (read with ``weights_only=True``).
+        read: how the class is read.
+        safe_name, pickle_name: the weights' file, without ``.safetensors`` and ``.bin``; other
+            variants beside it (``.fp16.safetensors``) are not looked at.
 
     Raises:
         ModelError: no weights, pickled weights without ``allow_pickle``, or weights that are
@@ -52,27 +93,23 @@ def load_component(model_class: type, directory: Path, allow_pickle: bool) -> to
     if not directory.is_dir():
         raise ModelError(f"expected the folder {directory.name} in {directory.parent}, found none.")
     read_json(directory / "config.json")
-    safe = any(directory.glob(f"{WEIGHTS}*.safetensors"))
-    if not safe and not any(directory.glob(f"{WEIGHTS}*.bin")):
-        raise ModelError(
-            f"expected weights {WEIGHTS}.safetensors in {directory}, found none (pickled ones are "
-            f"fetched and read only if asked for: allow_pickle=True, --allow-pickle)."
-        )
-    if not safe and not allow_pickle:
-        raise ModelError(
-            f"{directory} holds pickled weights only ({WEIGHTS}.bin), which are refused unless "
-            f"asked for (allow_pickle=True, --allow-pickle)."
-        )
-    _check_files(sorted(directory.glob(f"{WEIGHTS}*.{'safetensors' if safe else 'bin'}")))
-    try:
-        with _quiet_diffusers():
-            model, report = model_class.from_pretrained(
-                directory,
-                use_safetensors=safe,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-                local_files_only=True,
+    paths = _weights(directory, safe_name, "safetensors")
+    safe = bool(paths)
+    if not safe:
+        paths = _weights(directory, pickle_name, "bin")
+        if not paths:
+            raise ModelError(
+                f"expected weights {safe_name}.safetensors in {directory}, found none (pickled "
+                f"ones are fetched and read only if asked for: allow_pickle=True, --allow-pickle)."
             )
+        if not allow_pickle:
+            raise ModelError(
+                f"{directory} holds pickled weights only ({pickle_name}.bin), which are refused "
+                f"unless asked for (allow_pickle=True, --allow-pickle)."
+            )
+    _check_files(paths)
+    try:
+        model, report = read(model_class, directory, safe)
     except Exception as error:  # safetensors, pickle, zip and torch each raise their own kinds
         raise ModelError(
             f"{directory} cannot be loaded as {model_class.__name__}: {first_line(_root(error))}"
@@ -110,6 +147,18 @@ def read_class_names(index: dict[str, Any], n: int) -> tuple[str, ...]:
     return tuple(by_id[i] for i in range(n))
 
 
+def read_beta(extra: dict[str, Any], directory: Path) -> float | None:
+    """``beta`` of a directory's ``dive_fast.json``, None where it says nothing.
+
+    Raises:
+        ModelError: not a number above 0.
+    """
+    beta = extra.get("beta")
+    if beta is None or (isinstance(beta, int | float) and 0 < beta < math.inf):
+        return beta
+    raise ModelError(f"beta in {directory / 'dive_fast.json'} must be above 0, got {beta!r}.")
+
+
 def fingerprint(module: torch.nn.Module) -> str:
     """A short digest of all weights: names and two sums of each, quick on large models too."""
     digest = hashlib.sha256()
@@ -121,6 +170,12 @@ def fingerprint(module: torch.nn.Module) -> str:
             f"{name} {weight.sum().item():.6e} {(weight * ramp).sum().item():.6e}".encode()
         )
     return digest.hexdigest()[:16]
+
+
+def _weights(directory: Path, name: str, suffix: str) -> list[Path]:
+    """The weights' file, or its shards."""
+    pattern = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.{suffix}")
+    return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name))
 
 
 def _check_files(paths: list[Path]) -> None:

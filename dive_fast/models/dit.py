@@ -17,7 +17,15 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import fingerprint, load_component, read_class_names, read_json
+from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
+from dive_fast.models.checkpoint import (
+    fingerprint,
+    load_component,
+    read_beta,
+    read_class_names,
+    read_extra,
+    read_json,
+)
 from dive_fast.models.protocol import State
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
@@ -25,7 +33,6 @@ from dive_fast.vocabulary import Vocabulary
 # The frequencies are max_period^(-i / (half - shift)): diffusers builds the DiT with shift 1,
 # the original code (and so every checkpoint converted from it) was trained with shift 0.
 FREQ_SHIFT = {"diffusers": 1, "original": 0}
-ENCODE_BATCH = 16
 
 
 class _Given(torch.nn.Module):
@@ -82,7 +89,7 @@ class DiT:
         self.width = transformer.inner_dim
         self.encoder_blocks = len(transformer.transformer_blocks) // 2
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.image_shape = _image_shape(self.latent_shape, vae)
+        self.image_shape = image_shape(self.latent_shape, vae)
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
         self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
 
@@ -120,15 +127,7 @@ class DiT:
         """x0 = (posterior mean - shift) x scaling factor; the pictures themselves without a VAE."""
         if self.vae is None:
             return images.float()
-        config = self.vae.config
-        shift = config.shift_factor or 0.0
-        parts = []
-        with torch.inference_mode():
-            for chunk in images.split(ENCODE_BATCH):
-                mean = self.vae.encode(chunk.float().to(self.device)).latent_dist.mean
-                parts.append((mean - shift) * config.scaling_factor)
-        # Cloned outside inference mode: x0 meets autograd later.
-        return torch.cat(parts).clone()
+        return encode_latents(self.vae, images, self.device)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``."""
@@ -200,23 +199,12 @@ def load(
         ModelError: a part is missing, broken or unsupported.
     """
     index = read_json(directory / "model_index.json")
-    extra_path = directory / "dive_fast.json"
-    extra = read_json(extra_path) if extra_path.exists() else {}
+    extra = read_extra(directory)
     schedule = Schedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
     transformer = load_component(DiTTransformer2DModel, directory / "transformer", allow_pickle)
     has_vae = (index.get("vae") or [None])[0] is not None
-    vae = load_component(AutoencoderKL, directory / "vae", allow_pickle) if has_vae else None
     config = transformer.config
-    if vae is not None and not isinstance(vae.config.scaling_factor, int | float):
-        raise ModelError(
-            f"scaling_factor of the VAE in {directory} must be a number, "
-            f"got {vae.config.scaling_factor!r}."
-        )
-    if vae is not None and vae.config.latent_channels != config.in_channels:
-        raise ModelError(
-            f"the transformer in {directory} takes {config.in_channels} channels, "
-            f"but its VAE gives {vae.config.latent_channels}."
-        )
+    vae = load_vae(directory, config.in_channels, allow_pickle) if has_vae else None
     if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
         raise ModelError(
             f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
@@ -232,15 +220,8 @@ def load(
             timestep_embedding, extra.get("timestep_embedding"), config
         ),
         tied=embedders_are_equal(transformer),
-        beta=_read_beta(extra, directory),
+        beta=read_beta(extra, directory),
     )
-
-
-def _read_beta(extra: dict[str, Any], directory: Path) -> float | None:
-    beta = extra.get("beta")
-    if beta is None or (isinstance(beta, int | float) and 0 < beta < math.inf):
-        return beta
-    raise ModelError(f"beta in {directory / 'dive_fast.json'} must be above 0, got {beta!r}.")
 
 
 def choose_timestep_embedding(asked: str, stated: str | None, config) -> str:
@@ -273,11 +254,3 @@ def embedders_are_equal(transformer: DiTTransformer2DModel) -> bool:
     """Whether every block's timestep and label embedder is a copy of the first block's."""
     first, *others = (block.norm1.emb.state_dict() for block in transformer.transformer_blocks)
     return all(torch.equal(other[key], first[key]) for other in others for key in first)
-
-
-def _image_shape(latent_shape: tuple[int, int, int], vae) -> tuple[int, int, int]:
-    channels, size, _ = latent_shape
-    if vae is None:
-        return (channels, size, size)
-    size *= 2 ** (len(vae.config.block_out_channels) - 1)
-    return (vae.config.in_channels, size, size)

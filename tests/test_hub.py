@@ -1,0 +1,117 @@
+"""What is fetched of a model on the hub, and that a fetched one loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+from tiny_sd import write_to_hub
+
+from dive_fast import ModelError
+from dive_fast.models import _FAMILIES, load_model
+from dive_fast.models.hub import download, patterns, pickle_patterns
+
+# As published: stable-diffusion-v1-5, with every variant that lies beside.
+SD_WANTED = """
+model_index.json scheduler/scheduler_config.json
+text_encoder/config.json text_encoder/model.safetensors
+tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json
+tokenizer/vocab.json
+unet/config.json unet/diffusion_pytorch_model.safetensors
+vae/config.json vae/diffusion_pytorch_model.safetensors
+""".split()
+SD_UNWANTED = """
+.gitattributes README.md v1-inference.yaml
+v1-5-pruned.ckpt v1-5-pruned.safetensors v1-5-pruned-emaonly.ckpt v1-5-pruned-emaonly.safetensors
+feature_extractor/preprocessor_config.json
+safety_checker/config.json safety_checker/model.safetensors safety_checker/model.fp16.safetensors
+safety_checker/pytorch_model.bin safety_checker/pytorch_model.fp16.bin
+text_encoder/model.fp16.safetensors text_encoder/pytorch_model.fp16.bin
+unet/diffusion_pytorch_model.fp16.bin unet/diffusion_pytorch_model.fp16.safetensors
+unet/diffusion_pytorch_model.non_ema.bin unet/diffusion_pytorch_model.non_ema.safetensors
+vae/diffusion_pytorch_model.fp16.bin vae/diffusion_pytorch_model.fp16.safetensors
+""".split()
+SD_PICKLES = """
+text_encoder/pytorch_model.bin unet/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.bin
+""".split()
+
+
+def folders(pipeline_class: str) -> tuple[str, ...]:
+    return _FAMILIES[pipeline_class].folders
+
+
+def test_stable_diffusion():
+    files = SD_WANTED + SD_UNWANTED + SD_PICKLES
+    read = folders("StableDiffusionPipeline")
+    assert sorted(filter_repo_objects(files, allow_patterns=patterns(read))) == sorted(SD_WANTED)
+    assert list(filter_repo_objects(files, allow_patterns=pickle_patterns(read))) == SD_PICKLES
+
+
+def test_sdxl_and_shards():
+    wanted = """
+    model_index.json text_encoder_2/config.json text_encoder_2/model.safetensors
+    tokenizer_2/merges.txt tokenizer_2/vocab.json unet/config.json
+    unet/diffusion_pytorch_model-00001-of-00002.safetensors
+    unet/diffusion_pytorch_model-00002-of-00002.safetensors
+    unet/diffusion_pytorch_model.safetensors.index.json
+    """.split()
+    unwanted = """
+    sd_xl_base_1.0.safetensors sd_xl_offset_example-lora_1.0.safetensors 01.png LICENSE.md
+    text_encoder/flax_model.msgpack text_encoder/model.onnx text_encoder/openvino_model.bin
+    text_encoder_2/model.fp16.safetensors vae_1_0/diffusion_pytorch_model.safetensors
+    unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors
+    unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+    vae_decoder/config.json unet/model.onnx_data
+    """.split()
+    read = folders("StableDiffusionXLPipeline")
+    found = filter_repo_objects(wanted + unwanted, allow_patterns=patterns(read))
+    assert list(found) == wanted
+
+
+def test_a_family_from_outside_gets_all_folders():
+    files = ["model_index.json", "prior/config.json", "prior/diffusion_pytorch_model.safetensors"]
+    files += ["single.safetensors", "prior/diffusion_pytorch_model.fp16.safetensors"]
+    assert list(filter_repo_objects(files, allow_patterns=patterns(None))) == files[:3]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache that holds one snapshot of "someone/tiny-sd", and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return write_to_hub(tmp_path / "hub", "someone/tiny-sd")
+
+
+def test_a_hub_id_loads(hub):
+    model = load_model("someone/tiny-sd", device="cpu", classes=["cat", "dog"])
+    assert model.name == "someone/tiny-sd" and model.vocabulary.names == ("cat", "dog")
+    assert model.identity() == load_model(hub, device="cpu", classes=["cat", "dog"]).identity()
+
+
+def test_pickles_of_the_hub_are_for_those_who_ask(hub):
+    safe = hub / "text_encoder" / "model.safetensors"
+    torch.save(load_file(safe), safe.with_name("pytorch_model.bin"))
+    safe.unlink()
+    with pytest.raises(ModelError, match="pickled weights only .*pytorch_model.bin.*, which are"):
+        load_model("someone/tiny-sd", classes=["cat", "dog"])
+    load_model("someone/tiny-sd", classes=["cat", "dog"], allow_pickle=True)
+
+
+def test_what_is_not_supported_is_not_fetched(hub, monkeypatch):
+    index = hub / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("fetched"))
+    with pytest.raises(ModelError, match="in someone/tiny-sd is 'FluxPipeline', which is not supp"):
+        load_model("someone/tiny-sd")
+
+
+def test_what_is_not_there(hub):
+    shutil.rmtree(hub / "unet")
+    with pytest.raises(ModelError, match="expected the folder unet in"):
+        load_model("someone/tiny-sd", classes=["cat"])
+    with pytest.raises(ModelError, match="nobody/none is no directory here and could not be"):
+        download("nobody/none", lambda index: None, allow_pickle=False)
