@@ -26,23 +26,23 @@ from dive_fast.zoo.digits import load_digits
 
 @dataclass(frozen=True)
 class Variant:
-    """One option against the plain engine, and how far its losses may be from the plain ones."""
+    """One option against the plain engine; its losses' relative distance from the plain ones."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-4
 
 
-# bfloat16 keeps 8 bits; a loss is a mean over 64 pixels of squares of such differences.
+# bfloat16 keeps 8 bits: each value is off by up to 0.4%, and there are many layers of them.
 VARIANTS = (
     Variant("plain"),
     Variant("cache exact", {"cache": "exact"}),
     Variant("cache encoder", {"cache": "encoder"}),
     Variant("channels-last", {"channels_last": True}),
-    Variant("autocast bfloat16", {"autocast": "bfloat16"}, 3e-2),
-    Variant("dtype bfloat16", {"dtype": "bfloat16"}, 3e-2),
+    Variant("autocast bfloat16", {"autocast": "bfloat16"}, 2e-2),
+    Variant("dtype bfloat16", {"dtype": "bfloat16"}, 2e-2),
     Variant("compile", {"compile": True}),
-    Variant("compile, dtype bfloat16", {"compile": True, "dtype": "bfloat16"}, 3e-2),
+    Variant("compile, dtype bfloat16", {"compile": True, "dtype": "bfloat16"}, 2e-2),
 )
 LOADS = {"enumerate": {"strategy": "enumerate", "probes": 25}, "invert": {"strategy": "invert"}}
 
@@ -71,7 +71,7 @@ def run(device: str, images, variants: list[Variant], rounds: int) -> None:
     errors = {}
     for variant in variants:
         found = classifiers[variant.name].losses(images, probes=25)
-        errors[variant.name] = ((found - expected).abs().max() / expected.mean()).item()
+        errors[variant.name] = ((found - expected).norm() / expected.norm()).item()
         assert errors[variant.name] <= variant.tolerance, (variant.name, errors[variant.name])
     for load, settings in LOADS.items():
         seconds: dict[str, list[float]] = {v.name: [] for v in variants}
@@ -83,7 +83,7 @@ def run(device: str, images, variants: list[Variant], rounds: int) -> None:
                     seconds[name].append((time.perf_counter() - start) / len(images))
         plain = median(seconds["plain"])
         print(f"\n{device}, {torch.get_num_threads()} threads, {load}, {len(images)} images")
-        print(f"{'option':26} ms an image  against plain  largest error")
+        print(f"{'option':26} ms an image  against plain  relative error")
         for name, classifier in classifiers.items():
             row = {
                 "load_kind": load,
@@ -94,12 +94,12 @@ def run(device: str, images, variants: list[Variant], rounds: int) -> None:
                 "seconds_per_image": median(seconds[name]),
                 "spread": [min(seconds[name]), max(seconds[name])],
                 "against_plain": plain / median(seconds[name]),
-                "largest_error": errors[name],
+                "relative_error": errors[name],
                 **classifier.last_run.to_dict(),
             }
             print(
                 f"{name:26} {1e3 * row['seconds_per_image']:11.2f} {row['against_plain']:12.2f}x "
-                f"{errors[name]:14.1e}",
+                f"{errors[name]:15.1e}",
                 flush=True,
             )
             records.append("engine_options", row, classifier)
