@@ -148,19 +148,19 @@ def eval_prob_adaptive(
     t_to_eval = all_timesteps(len(alphas_cumprod), max(n_samples))
     for n, n_to_keep in zip(n_samples, to_keep, strict=True):
         new = [t for t in stage_timesteps(t_to_eval, n) if t not in evaluated]
-        ts, noise_idxs, labels = _requests(remaining, new, len(evaluated), n_trials)
+        ts, noise_idxs, labels = stage_requests(remaining, new, len(evaluated), n_trials)
         evaluated.update(new)
         errors = _eval_error(
             transformer, x0, alphas_cumprod, all_noise, ts, noise_idxs, labels, batch_size, loss
         )
-        _append(data, remaining, ts, labels, errors)
+        append_stage(data, remaining, ts, labels, errors)
         scores = torch.tensor([-data[label]["pred_errors"].mean() for label in remaining])
         best = torch.topk(scores, k=n_to_keep).indices.tolist()
         remaining = [remaining[i] for i in best]
     return remaining[0], data
 
 
-def _requests(
+def stage_requests(
     remaining: list[int], new: list[int], n_evaluated: int, n_trials: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Timesteps, noise indices and labels of one stage, class after class.
@@ -205,7 +205,7 @@ def _eval_error(
     return pred_errors
 
 
-def _append(
+def append_stage(
     data: dict[int, dict[str, Tensor]],
     remaining: list[int],
     ts: Tensor,
