@@ -19,10 +19,13 @@ class Losses:
     Attributes:
         conditions: float32 [n, D], embeddings.
         probe_ids: int64 [k], rows of the probe list.
+        classes: int64 [n], the row of the vocabulary that each condition is, so that the engine may
+            compute once what depends on the class alone; None for relaxed embeddings.
     """
 
     conditions: torch.Tensor
     probe_ids: torch.Tensor
+    classes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,19 @@ class Gradients:
 
     conditions: torch.Tensor
     probe_ids: torch.Tensor
+    classes: torch.Tensor | None = None
 
 
 class LossesAndGradients(NamedTuple):
-    """losses float32 [n, k]; gradients float32 [n, D] of ``losses.mean(dim=1)``; on the CPU."""
+    """losses float32 [n, k]; gradients float32 [n, D] of ``losses.mean(dim=1)``; on the CPU.
+
+    ``exact`` is False where activations of an earlier condition were reused (cache level
+    "encoder"): good enough for a direction, not for a comparison of classes.
+    """
 
     losses: torch.Tensor
     gradients: torch.Tensor
+    exact: bool = True
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from dive_fast.errors import ModelError
 from dive_fast.models.checkpoint import fingerprint, load_component, read_class_names, read_json
+from dive_fast.models.protocol import State
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
 
@@ -49,6 +50,9 @@ class DiT:
         timestep_embedding: "diffusers" or "original", see ``FREQ_SHIFT``.
         tied: all blocks' embedders hold equal copies, so the class vector has the width D of one
             row. Otherwise it is the rows of all copies end to end, [copies * D].
+
+    Attributes:
+        encoder_blocks: how many blocks ``encoder`` runs; half of them unless set.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class DiT:
         self.schedule = schedule
         self.timestep_embedding = timestep_embedding
         self.width = transformer.inner_dim
+        self.encoder_blocks = len(transformer.transformer_blocks) // 2
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.image_shape = _image_shape(self.latent_shape, vae)
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
@@ -126,16 +131,53 @@ class DiT:
         c = self._conditioning(t, condition.to(self.dtype))
         return self.transformer(x_t.to(self.dtype), timestep=t, class_labels=c).sample
 
+    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
+        """Patches with their positions [M, tokens, D], and temb(t) [M, copies, D]."""
+        return self.transformer.pos_embed(x_t.to(self.dtype)), self._temb(t)
+
+    def project(self, condition: torch.Tensor) -> State:
+        """The class vector itself, [N, copies, D]: a DiT has no keys and values to compute."""
+        return (condition.to(self.dtype).unflatten(1, (-1, self.width)),)
+
+    def encoder(self, prefix: State, projected: State) -> State:
+        """The first ``encoder_blocks`` blocks: tokens [M, tokens, D], and temb(t) again."""
+        tokens, temb = prefix
+        blocks = self.transformer.transformer_blocks[: self.encoder_blocks]
+        return self._through(blocks, tokens, temb + projected[0]), temb
+
+    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
+        """The other blocks and the final layer, which puts the patches together again."""
+        tokens, temb = encoded
+        network, c = self.transformer, temb + projected[0]
+        tokens = self._through(network.transformer_blocks[self.encoder_blocks :], tokens, c)
+        # The first block's embedder also serves the final layer.
+        shift, scale = network.proj_out_1(torch.nn.functional.silu(c[:, 0])).chunk(2, dim=1)
+        tokens = network.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None]
+        side, patch = math.isqrt(tokens.shape[1]), network.patch_size
+        patches = network.proj_out_2(tokens).unflatten(2, (patch, patch, -1))
+        # [M, row, column, y, x, C] to [M, C, row, y, column, x].
+        grid = patches.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
+        return grid.flatten(4, 5).flatten(2, 3)
+
+    @staticmethod
+    def _through(blocks, tokens: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            tokens = block(tokens, class_labels=c)
+        return tokens
+
     def _conditioning(self, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """c = temb(t) + y for every copy of the embedders, [M, copies, D]."""
+        return self._temb(t) + condition.view(len(t), -1, self.width)
+
+    def _temb(self, t: torch.Tensor) -> torch.Tensor:
+        """temb(t) of every copy, [M, copies, D]."""
         frequencies = get_timestep_embedding(
             t,
             256,
             flip_sin_to_cos=True,
             downscale_freq_shift=FREQ_SHIFT[self.timestep_embedding],
         ).to(self.dtype)
-        temb = torch.stack([embed(frequencies) for embed in self.timestep_embedders], dim=1)
-        return temb + condition.view(len(t), -1, self.width)
+        return torch.stack([embed(frequencies) for embed in self.timestep_embedders], dim=1)
 
 
 def load(

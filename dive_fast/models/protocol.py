@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
+
+# Activations between two parts of a network. Every tensor is batch-first, so that rows are taken by
+# tuple(x[index] for x in state).
+State: TypeAlias = tuple[torch.Tensor, ...]
 
 
 @runtime_checkable
@@ -46,5 +50,48 @@ class Model(Protocol):
         """The network: x_t [M, C, h, w], t int64 [M], condition [M, D] to [M, C or 2C, h, w].
 
         Differentiable in ``condition``.
+        """
+        ...
+
+
+@runtime_checkable
+class StagedModel(Model, Protocol):
+    """A model that offers its network in parts, so that activations can be kept and reused.
+
+        predict(x_t, t, c) == decoder(encoder(prefix(x_t, t), p), p),   p = project(c)
+
+    to floating-point tolerance. What later parts need of x_t or t (the timestep embedding) travels
+    inside the states.
+
+    A model may state ``default_cache``, the cache level that measurement found best for it ("exact"
+    where it says nothing).
+    """
+
+    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
+        """All that the condition does not enter: x_t [M, C, h, w], t int64 [M] to M rows.
+
+        Exact, and never needs a gradient: neither the image nor the weights are optimised.
+        """
+        ...
+
+    def project(self, condition: torch.Tensor) -> State:
+        """All that depends on the condition alone: [N, D] to N rows (keys and values, say).
+
+        Differentiable.
+        """
+        ...
+
+    def encoder(self, prefix: State, projected: State) -> State:
+        """The first part that the condition enters, row by row; M rows of each to M rows.
+
+        Its output holds all that ``decoder`` needs besides ``projected``. Differentiable in
+        ``projected``.
+        """
+        ...
+
+    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
+        """The rest of the network: M rows of each to the prediction [M, C or 2C, h, w].
+
+        Differentiable in both.
         """
         ...

@@ -22,9 +22,10 @@ class Enumerate(DefaultProbes):
 
     def search(self, task: Task) -> Search:
         table, probes = task.vocabulary.table, torch.arange(len(task.probes))
-        losses = yield Losses(table, probes)
+        classes = torch.arange(len(table))
+        losses = yield Losses(table, probes, classes)
         ledger = Ledger(len(table), len(probes))
-        ledger.add(torch.arange(len(table)), probes, losses)
+        ledger.add(classes, probes, losses)
         return ledger.answer(int(ledger.means().argmin()), losses=losses)
 
 
@@ -91,7 +92,7 @@ class AdaptiveEnumerate:
             probes = torch.arange(start, start + len(stage) * self.n_trials)
             start += len(probes)
             if len(probes) > 0:
-                losses = yield Losses(table[remaining], probes)
+                losses = yield Losses(table[remaining], probes, remaining)
                 ledger.add(remaining, probes, losses)
             means = ledger.means()[remaining]
             remaining = remaining[torch.topk(-means, k=min(keep, len(remaining))).indices]

@@ -71,7 +71,7 @@ class Invert(DefaultProbes):
             path.append(c)
             since_new += 1
             if c not in gradients:
-                reply = yield Gradients(table[nearest], searched)
+                reply = yield Gradients(table[nearest], searched, nearest)
                 ledger.add(nearest, searched, reply.losses)
                 gradients[c] = reply.gradients
                 since_new = 0
@@ -82,7 +82,7 @@ class Invert(DefaultProbes):
 
         finalists = ledger.means().nan_to_num(torch.inf).argsort()[: min(2, len(gradients))]
         if len(finalists) == 2 and len(rest) > 0:
-            losses = yield Losses(table[finalists], rest)
+            losses = yield Losses(table[finalists], rest, finalists)
             ledger.add(finalists, rest, losses)
         winner = finalists[ledger.means()[finalists].argmin()]
         return ledger.answer(int(winner), path=path, losses=ledger.losses)
