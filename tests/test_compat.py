@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from gaussian_mixture import GaussianMixture
-from tiny_unet import CHANNELS, SIZE, WIDTH, make_text, make_unet
+from tiny_unet import LAYOUTS, make_unet
 
 from bench.baselines import text_to_image as published
 from dive_fast import DiveFastError
 from dive_fast.compat import eval_error, eval_prob_adaptive
 
+CHANNELS, SIZE, WIDTH = 4, 8, LAYOUTS["sd2"]["cross_attention_dim"]
 N_PROMPTS = 5
 published_loop = published.eval_prob_adaptive
 
@@ -40,7 +41,7 @@ def make_scheduler(**changed) -> EulerDiscreteScheduler:
 
 @pytest.fixture(scope="module")
 def unet():
-    return make_unet()
+    return make_unet("sd2")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,11 @@ def text():
 @pytest.fixture(scope="module")
 def latent():
     return torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def make_text(n_prompts: int) -> torch.Tensor:
+    """[P, L, D]."""
+    return torch.randn(n_prompts, 3, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 def draw_noise(n: int, shape=(CHANNELS, SIZE, SIZE), seed: int = 9) -> torch.Tensor:
@@ -128,7 +134,7 @@ def test_prompts_in_inference_mode(unet, text, latent) -> None:
 
 
 def test_paper_mode_in_half_precision(latent) -> None:
-    unet = torch.nn.Module.to(make_unet(), torch.float16)
+    unet = torch.nn.Module.to(make_unet("sd2"), torch.float16)
     args = make_args((50,), (1,), dtype="float16", batch_size=25)
     given = (latent.half(), make_text(2).half())
     # alpha_bar stays near 1 for long, where its rounding, which belongs to the loop, matters most.
@@ -144,7 +150,7 @@ def test_paper_mode_in_half_precision(latent) -> None:
 
 
 def test_bfloat16_is_close_to_float32(unet, text, latent) -> None:
-    half = torch.nn.Module.to(make_unet(), torch.bfloat16)
+    half = torch.nn.Module.to(make_unet("sd2"), torch.bfloat16)
     noise, args = draw_noise(50), make_args(dtype="bfloat16")
     arguments = (half, latent.bfloat16(), text.bfloat16(), make_scheduler(), args, SIZE, noise)
     _, data = eval_prob_adaptive(*arguments, mode="paper")
@@ -292,7 +298,7 @@ def test_errors_of_any_rows(unet, text, latent, loss, batch_size) -> None:
 
 def test_errors_of_the_published_rows_fill_batches(text, latent) -> None:
     """The loop's own order: prompt by prompt, the same probes for each."""
-    unet, sizes = make_unet(), []
+    unet, sizes = make_unet("sd2"), []
     unet.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
     ts, noise_idxs = [100, 400, 700] * 4, [0, 1, 2] * 4
     prompts = [i for i in range(4) for _ in range(3)]
@@ -348,9 +354,9 @@ NAN = torch.full((1, CHANNELS, SIZE, SIZE), torch.nan)
         ({"latent": torch.zeros(1, 3, 8, 8)}, r"shape \[1, 4, h, w\] for this unet"),
         ({"latent": NAN}, "latent must be finite"),
         ({"latent_size": 64}, r"\[1, C, 64, 64\] for latent_size=64, got \[1, 4, 8, 8\]"),
-        ({"text_embeds": torch.zeros(5, WIDTH)}, r"shape \[P, L, D\], got \[5, 16\]"),
-        ({"text_embeds": torch.zeros(0, 3, WIDTH)}, r"shape \[P, L, D\], got \[0, 3, 16\]"),
-        ({"text_embeds": torch.zeros(5, 3, 9)}, r"shape \[C, L, 16\] for this unet, .*3, 9\]"),
+        ({"text_embeds": torch.zeros(5, WIDTH)}, r"shape \[P, L, D\], got \[5, 20\]"),
+        ({"text_embeds": torch.zeros(0, 3, WIDTH)}, r"shape \[P, L, D\], got \[0, 3, 20\]"),
+        ({"text_embeds": torch.zeros(5, 3, 9)}, r"shape \[C, L, 20\] for this unet, .*3, 9\]"),
         ({"text_embeds": None}, r"text_embeds must be a float tensor .* got NoneType"),
         ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "got FlowMatchEulerDiscreteScheduler"),
         (
@@ -410,18 +416,20 @@ def test_bad_rows(unet, text, latent, changed, message) -> None:
 
 
 def test_a_network_that_needs_more_than_text(text, latent) -> None:
-    sdxl = make_unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-    )
     with pytest.raises(DiveFastError, match="also needs 'text_time'"):
-        eval_prob_adaptive(sdxl, latent, text, make_scheduler(), make_args(), SIZE)
+        eval_prob_adaptive(
+            make_unet("sdxl", cross_attention_dim=WIDTH),
+            latent,
+            text,
+            make_scheduler(),
+            make_args(),
+            SIZE,
+        )
 
 
 @pytest.mark.parametrize("mode", ["race", "paper"])
 def test_errors_that_are_not_finite(text, latent, mode) -> None:
-    unet = make_unet()
+    unet = make_unet("sd2")
     unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(DiveFastError, match="expected finite errors from the given unet"):
         eval_prob_adaptive(unet, latent, text, make_scheduler(), make_args(), SIZE, mode=mode)
