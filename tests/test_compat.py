@@ -19,6 +19,9 @@ from tiny_unet import LAYOUTS, make_unet
 from bench.baselines import text_to_image as published
 from dive_fast import DiveFastError
 from dive_fast.compat import eval_error, eval_prob_adaptive
+from dive_fast.models.given import wrap_unet
+from dive_fast.models.protocol import Model, StagedModel
+from dive_fast.schedule import Schedule
 
 CHANNELS, SIZE, WIDTH = 4, 8, LAYOUTS["sd2"]["cross_attention_dim"]
 N_PROMPTS = 5
@@ -433,3 +436,39 @@ def test_errors_that_are_not_finite(text, latent, mode) -> None:
     unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(DiveFastError, match="expected finite errors from the given unet"):
         eval_prob_adaptive(unet, latent, text, make_scheduler(), make_args(), SIZE, mode=mode)
+
+
+# -- the network behind the functions ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sd2", "ldm", "ldm_layout", "no_mid"])
+def test_the_parts_make_the_whole(layout) -> None:
+    unet = make_unet(layout)
+    c, width = unet.config.in_channels, unet.config.cross_attention_dim
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(3, 5, width, generator=generator)
+    schedule = Schedule.from_alpha_bar(make_scheduler().alphas_cumprod)
+    model = wrap_unet(unet, text, schedule, (c, 8, 8))
+    assert isinstance(model, StagedModel)
+    x_t, t = torch.randn(4, c, 8, 8, generator=generator), torch.tensor([3, 500, 3, 999])
+    classes = torch.tensor([0, 2, 1, 2])
+    condition = model.vocabulary.table[classes]
+    expected = unet(x_t, t, encoder_hidden_states=text[classes]).sample
+    torch.testing.assert_close(model.predict(x_t, t, condition), expected)
+    projected = tuple(part[classes] for part in model.project(model.vocabulary.table))
+    parts = model.decoder(model.encoder(model.prefix(x_t, t), projected), projected)
+    torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_cut_runs_whole(text, latent) -> None:
+    hooked = make_unet("sd2")
+    hooked.register_forward_hook(lambda module, args, output: None)
+    schedule = Schedule.from_alpha_bar(make_scheduler().alphas_cumprod)
+    model = wrap_unet(hooked, text, schedule, latent.shape[1:])
+    assert isinstance(model, Model) and not isinstance(model, StagedModel)
+
+
+def test_a_given_unet_takes_no_pictures(unet, text, latent) -> None:
+    model = wrap_unet(unet, text, Schedule(torch.ones(1), torch.zeros(1)), latent.shape[1:])
+    with pytest.raises(DiveFastError, match="expected latents, got pictures"):
+        model.encode(latent)

@@ -31,7 +31,7 @@ from dive_fast.compat.arguments import (
 from dive_fast.engine import Engine, Finished, Job
 from dive_fast.errors import DiveFastError
 from dive_fast.models import DTYPES
-from dive_fast.models.given import GivenUNet
+from dive_fast.models.given import GivenUNet, wrap_unet
 from dive_fast.objective import NORMS, Objective
 from dive_fast.probes import ProbeList
 from dive_fast.requests import Answer, Losses, Search
@@ -110,7 +110,7 @@ def eval_prob_adaptive(
     schedule = _schedule(alphas_cumprod, target)
     timesteps = settings.timesteps(stages, len(schedule), paper)
     probes = ProbeList(timesteps, all_noise)
-    model = GivenUNet(unet, text_embeds, schedule, latent.shape[1:])
+    model = wrap_unet(unet, text_embeds, schedule, latent.shape[1:])
     strategy = stages if paper else Race(loss=settings.loss)
     search = strategy.search(Task(model.vocabulary, probes))
     job = Job(0, _x0(latent), search)
@@ -167,14 +167,14 @@ def eval_error(
             f"ts, noise_idxs and text_embed_idxs must be as long, got {list(map(len, columns))}."
         )
     schedule = _schedule(alphas_cumprod, _published_target(target))
-    model = GivenUNet(unet, text_embeds, schedule, latent.shape[1:])
+    model = wrap_unet(unet, text_embeds, schedule, latent.shape[1:])
     if len(columns[0]) == 0:
         return torch.zeros(0)
     pairs, probe_ids = torch.stack(columns[:2], dim=1).unique(dim=0, return_inverse=True)
     probes = ProbeList(pairs[:, 0], all_noise, pairs[:, 1])
     grids = _grids(probe_ids.tolist(), columns[2].tolist())
     table, x0 = model.vocabulary.table, _x0(latent)
-    jobs = [Job(grid, x0, _measure(table[grid.prompts], grid.probe_ids)) for grid in grids]
+    jobs = [Job(grid, x0, _measure(table, grid)) for grid in grids]
     errors = torch.full((len(table), len(probes)), torch.nan)
     for finished in _run(model, jobs, probes, loss, batch_size):
         grid = finished.key
@@ -201,10 +201,10 @@ def _grids(probe_ids: list[int], prompts: list[int]) -> list[_Grid]:
     return [_Grid(torch.tensor(who), torch.tensor(ids)) for ids, who in sharing.items()]
 
 
-def _measure(conditions: torch.Tensor, probe_ids: torch.Tensor) -> Search:
-    losses = yield Losses(conditions, probe_ids)
+def _measure(table: torch.Tensor, grid: _Grid) -> Search:
+    losses = yield Losses(table[grid.prompts], grid.probe_ids, grid.prompts)
     means = losses.mean(dim=1)
-    count = torch.full((len(losses),), len(probe_ids))
+    count = torch.full((len(losses),), len(grid.probe_ids))
     return Answer(int(means.argmin()), means, count, {"losses": losses})
 
 

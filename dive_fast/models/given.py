@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from dive_fast.errors import ModelError
+from dive_fast.models import unet as stages
+from dive_fast.models.protocol import State
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
 
@@ -58,8 +60,42 @@ class GivenUNet:
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``; condition is [M, L * D]."""
-        text = condition.to(self.dtype).unflatten(1, self.text_shape)
+        text = self._sequences(condition)
         return self.unet(x_t.to(self.dtype), t, encoder_hidden_states=text).sample
+
+    def _sequences(self, condition: torch.Tensor) -> torch.Tensor:
+        """[N, L * D] to [N, L, D], as the network takes it."""
+        return condition.to(self.dtype).unflatten(1, self.text_shape)
+
+
+class StagedGivenUNet(GivenUNet):
+    """One that also offers its network in parts, see ``models.protocol.StagedModel``."""
+
+    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
+        return stages.prefix(self.unet, x_t.to(self.dtype), t)
+
+    def project(self, condition: torch.Tensor) -> State:
+        return stages.project(self.unet, self._sequences(condition))
+
+    def encoder(self, prefix: State, projected: State) -> State:
+        return stages.encoder(self.unet, prefix, projected)
+
+    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
+        return stages.decoder(self.unet, encoded, projected)
+
+
+def wrap_unet(
+    unet: Any,
+    text_embeds: torch.Tensor,
+    schedule: Schedule,
+    latent_shape: tuple[int, int, int],
+) -> GivenUNet:
+    """The network behind ``Model``, in parts where it can be cut; arguments of ``GivenUNet``."""
+    try:
+        stages.check_supported(unet)
+    except ModelError:
+        return GivenUNet(unet, text_embeds, schedule, latent_shape)
+    return StagedGivenUNet(unet, text_embeds, schedule, latent_shape)
 
 
 def _check(unet: Any, text_embeds: torch.Tensor, latent_shape: tuple[int, int, int]) -> None:
