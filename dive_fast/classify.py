@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dive_fast.engine import Engine, Finished, Job
+from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.images import as_images
 from dive_fast.models import load_model
@@ -29,6 +29,7 @@ class DiffusionClassifier:
     Args:
         model: anything that follows ``dive_fast.models.protocol.Model``.
         batch_size: rows per forward of the network at most.
+        options: how the engine computes; measured defaults if None.
 
     Example:
         >>> clf = DiffusionClassifier.from_pretrained("digits")
@@ -36,11 +37,15 @@ class DiffusionClassifier:
         'three'
     """
 
-    def __init__(self, model: Model, *, batch_size: int = 256) -> None:
+    def __init__(
+        self, model: Model, *, batch_size: int = 256, options: EngineOptions | None = None
+    ) -> None:
         if batch_size < 1:
             raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
         self.batch_size = batch_size
+        self.options = EngineOptions() if options is None else options
+        self._engine = self._make_engine()
 
     @classmethod
     def from_pretrained(
@@ -52,14 +57,17 @@ class DiffusionClassifier:
         batch_size: int = 256,
         allow_pickle: bool = False,
         timestep_embedding: str = "auto",
+        **engine: Any,
     ) -> DiffusionClassifier:
         """From a model of the zoo, a diffusers directory, or a hub id.
 
-        The arguments are those of ``dive_fast.models.load_model``.
+        The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
+        ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
 
         Raises:
             ModelError: the source is unknown, broken, or of a family that is not supported.
         """
+        options = EngineOptions(**engine)
         model = load_model(
             source,
             dtype=dtype,
@@ -67,12 +75,17 @@ class DiffusionClassifier:
             allow_pickle=allow_pickle,
             timestep_embedding=timestep_embedding,
         )
-        return cls(model, batch_size=batch_size)
+        return cls(model, batch_size=batch_size, options=options)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The classes' names."""
         return self.model.vocabulary.names
+
+    @property
+    def last_run(self) -> EngineRecord:
+        """Batches, rows, evaluations, fill rate and cache of the last call."""
+        return self._engine.record
 
     def __call__(
         self,
@@ -155,7 +168,7 @@ class DiffusionClassifier:
         task = Task(self.model.vocabulary, probe_list, seed)
         jobs = (Job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
         with _Bar(progress) as (bar, on_batch):
-            engine = Engine(self.model, self.batch_size, on_batch)
+            engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probe_list, Objective(chosen.loss)):
                 bar.update()
                 yield finished.key, self._classification(finished, log_prior, trace)
@@ -200,7 +213,7 @@ class DiffusionClassifier:
         out = torch.empty(len(x0), len(table), len(probes))
         jobs = (Job(i, x, _measure(table, len(probes))) for i, x in enumerate(x0))
         with _Bar(len(x0) if progress else None) as (bar, on_batch):
-            engine = Engine(self.model, self.batch_size, on_batch)
+            engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probes, Objective(loss)):
                 bar.update()
                 out[finished.key] = finished.answer.trace["losses"]
@@ -221,6 +234,9 @@ class DiffusionClassifier:
             probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
         probes.check(self.model.latent_shape, len(self.model.schedule))
         return probes
+
+    def _make_engine(self, on_batch: Callable[[int], None] | None = None) -> Engine:
+        return Engine(self.model, self.batch_size, on_batch, self.options)
 
     def _latents(self, images: Any, latents: torch.Tensor | None) -> torch.Tensor:
         if (images is None) == (latents is None):

@@ -1,33 +1,32 @@
 """Runs the strategies of many images at once and packs their requests into full batches.
 
-The only place that knows about batch size, device and memory. A row is one (image, probe,
-condition); an evaluation is one forward of the network on one row, or one backward.
+The only place that knows about batch size and memory; what a batch is made of is ``packing``, how
+it is computed ``forward``. A row is one (image, probe, condition); an evaluation is one forward of
+the network on one row, or one backward.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from dive_fast.cache import is_out_of_memory
 from dive_fast.errors import DiveFastError
+from dive_fast.forward import Forward
 from dive_fast.models.protocol import Model
-from dive_fast.objective import DeviceProbes, Objective
+from dive_fast.objective import Objective
+from dive_fast.options import EngineOptions
+from dive_fast.packing import Chunk, Job, Running, fullest, pack, to_batch
 from dive_fast.probes import ProbeList
-from dive_fast.requests import Answer, Gradients, Losses, LossesAndGradients, Search
+from dive_fast.requests import Answer, Gradients, LossesAndGradients
 
-
-@dataclass(frozen=True)
-class Job:
-    """One image to be classified: ``key`` comes back with the answer, x0 is float32 [C, h, w]."""
-
-    key: Any
-    x0: torch.Tensor
-    search: Search
+__all__ = ["Engine", "EngineOptions", "EngineRecord", "Finished", "Job"]
 
 
 class Finished(NamedTuple):
@@ -40,44 +39,40 @@ class Finished(NamedTuple):
 
 
 @dataclass
-class _Running:
-    """An image on its way: its open request, how many rows of it are done, and their results."""
+class EngineRecord:
+    """What a run has cost so far.
 
-    job: Job
-    request: Losses | Gradients | None = None
-    done_rows: int = 0
-    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [k, n], probe by probe
-    gradients: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [n, D]
-    answer: Answer | None = None
+    Attributes:
+        batches: forwards of the network.
+        rows: rows in them.
+        capacity_rows: rows that would have fitted.
+        evaluations: forwards plus backwards of rows, as if each went through the whole network.
+        reused_rows: rows of gradients that took the encoder's output of an earlier condition.
+        cache_hits, cache_misses: activations found in the cache, and computed; an entry that
+            several rows of a batch share counts once.
+        cache_evictions: entries that left the cache for lack of room.
+        cache_bytes: the most that the cache held.
+        seconds: in the network.
+    """
+
+    batches: int = 0
+    rows: int = 0
+    capacity_rows: int = 0
     evaluations: int = 0
+    reused_rows: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_evictions: int = 0
+    cache_bytes: int = 0
     seconds: float = 0.0
 
     @property
-    def pending_rows(self) -> int:
-        return self.losses.numel() - self.done_rows
+    def fill_rate(self) -> float | None:
+        """Share of the batches' rows that were used; None before the first batch."""
+        return self.rows / self.capacity_rows if self.capacity_rows else None
 
-    def resume(self, reply: Any) -> None:
-        """Lets the strategy think until its next request or its answer."""
-        start = time.perf_counter()
-        try:
-            self.request = self.job.search.send(reply)
-            n, k = len(self.request.conditions), len(self.request.probe_ids)
-            if n * k == 0:
-                raise DiveFastError(f"a request needs conditions and probes, got {n} and {k}.")
-            self.losses = torch.empty(k, n)
-            self.gradients = torch.zeros(self.request.conditions.shape)
-            self.done_rows = 0
-        except StopIteration as stop:
-            self.request, self.answer = None, stop.value
-        self.seconds += time.perf_counter() - start
-
-
-class _Chunk(NamedTuple):
-    """Rows ``start`` to ``stop`` of one image's request, part of one batch."""
-
-    image: _Running
-    start: int
-    stop: int
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "fill_rate": self.fill_rate}
 
 
 class Engine:
@@ -87,6 +82,10 @@ class Engine:
         model: the frozen network.
         batch_size: rows per forward at most; halved for good whenever memory runs out.
         on_batch: called with the number of evaluations of every finished batch.
+        options: caching, precision and compilation.
+
+    Attributes:
+        record: what the last run has cost so far.
     """
 
     def __init__(
@@ -94,12 +93,15 @@ class Engine:
         model: Model,
         batch_size: int = 256,
         on_batch: Callable[[int], None] | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         if batch_size < 1:
             raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
         self.batch_size = batch_size
         self.on_batch = on_batch
+        self.options = EngineOptions() if options is None else options
+        self.record = EngineRecord()
 
     def run(
         self, jobs: Iterable[Job], probes: ProbeList, objective: Objective
@@ -108,149 +110,117 @@ class Engine:
 
         Jobs are taken only as fast as batches need them, so ``jobs`` may read its images lazily.
         """
-        placed = objective.place(self.model, probes)
-        waiting, running, exhausted = iter(jobs), [], False
+        self.record = EngineRecord()
+        forward = Forward(self.model, objective, objective.place(self.model, probes), self.options)
+        waiting, running = enumerate(jobs), []
         while True:
-            kind, rows = _fullest(running)
-            while rows < self.batch_size and not exhausted:
-                job = next(waiting, None)
+            kind, rows = fullest(running, self.batch_size)
+            while rows < self.batch_size:
+                number, job = next(waiting, (None, None))
                 if job is None:
-                    exhausted = True
                     break
-                image = _Running(job)
+                image = Running(number, job)
                 image.resume(None)
                 if image.answer is not None:
                     yield _finish(image)
                     continue
                 running.append(image)
-                kind, rows = _fullest(running)
+                kind, rows = fullest(running, self.batch_size)
             if not running:
                 return
-            chunks = self._compute(running, kind, placed, objective)
-            for image in (chunk.image for chunk in chunks):
+            for chunk in self._compute(running, kind, forward):
+                image = chunk.image
                 if image.pending_rows == 0:
                     image.resume(_reply(image))
                 if image.answer is not None:
                     running.remove(image)
+                    forward.forget(image.number)
                     yield _finish(image)
 
-    def _compute(
-        self, running: list[_Running], kind: type, placed: DeviceProbes, objective: Objective
-    ) -> list[_Chunk]:
+    def _compute(self, running: list[Running], kind: type, forward: Forward) -> list[Chunk]:
         """One batch of the given kind, smaller if memory runs out."""
         while True:
-            chunks = _pack(running, kind, self.batch_size)
+            chunks = pack(running, kind, self.batch_size)
             start = time.perf_counter()
             try:
-                losses, gradients = self._forward(chunks, kind, placed, objective)
+                batch = to_batch(chunks, self.model.device)
+                gradients, exact = None, None
+                if kind is Gradients:
+                    losses, gradients, exact = forward.gradients(batch)
+                else:
+                    losses = forward.losses(batch)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or self.batch_size == 1:
+                if not is_out_of_memory(error):
                     raise
-                # The failed batch may have been smaller than the limit.
-                tried = sum(chunk.stop - chunk.start for chunk in chunks)
-                self.batch_size = max(1, min(self.batch_size, tried) // 2)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                warnings.warn(
-                    f"out of memory with {tried} rows; going on with {self.batch_size} per batch",
-                    stacklevel=2,
-                )
+                rows = sum(chunk.stop - chunk.start for chunk in chunks)
+                if not self._make_room(rows, forward):
+                    raise
                 continue
-            self._scatter(chunks, kind, losses, gradients, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._scatter(chunks, losses, gradients, exact, seconds)
+            self._record(len(losses), 2 if kind is Gradients else 1, seconds, forward)
             return chunks
 
-    def _forward(
-        self, chunks: list[_Chunk], kind: type, placed: DeviceProbes, objective: Objective
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Losses [M] and, for gradients, dL/dv of every embedding in the batch, on the CPU."""
-        device = self.model.device
-        x0 = torch.stack([chunk.image.job.x0 for chunk in chunks]).to(device)
-        embeddings = torch.cat([chunk.image.request.conditions for chunk in chunks])
-        image_index, probe_index, condition_index, weight, base = [], [], [], [], 0
-        for i, (image, start, stop) in enumerate(chunks):
-            n = len(image.request.conditions)
-            row = torch.arange(start, stop)
-            # Probe by probe: the conditions that share an (x_t, t) stand side by side.
-            probe_index.append(image.request.probe_ids[row // n])
-            condition_index.append(row % n + base)
-            image_index.append(torch.full_like(row, i))
-            weight.append(torch.full((len(row),), 1 / len(image.request.probe_ids)))
-            base += n
-        image_index, probe_index, condition_index, weight = (
-            torch.cat(part).to(device)
-            for part in (image_index, probe_index, condition_index, weight)
-        )
-        embeddings = embeddings.to(device, torch.float32)
-        with_gradient = kind is Gradients
-        with torch.set_grad_enabled(with_gradient):
-            embeddings = embeddings.detach().requires_grad_(with_gradient)
-            condition = embeddings[condition_index]
-            losses = objective.losses(self.model, x0, image_index, placed, probe_index, condition)
-            if not with_gradient:
-                return losses.cpu(), None
-            # Every embedding owns its rows, so one backward serves all images.
-            (gradients,) = torch.autograd.grad((losses * weight).sum(), embeddings)
-        return losses.detach().cpu(), gradients.cpu()
+    def _make_room(self, tried: int, forward: Forward) -> bool:
+        """After ``tried`` rows did not fit: without the cache, then with smaller batches."""
+        if forward.release():
+            remedy = "going on without the cache"
+        elif self.batch_size == 1:
+            return False
+        else:
+            # The failed batch may have been smaller than the limit.
+            self.batch_size = max(1, min(self.batch_size, tried) // 2)
+            remedy = f"going on with {self.batch_size} per batch"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"out of memory with {tried} rows; {remedy}", stacklevel=4)
+        return True
 
     def _scatter(
         self,
-        chunks: list[_Chunk],
-        kind: type,
+        chunks: list[Chunk],
         losses: torch.Tensor,
         gradients: torch.Tensor | None,
+        exact: torch.Tensor | None,
         seconds: float,
     ) -> None:
         """Hands every image its part of the batch and its share of the cost."""
-        per_row = 2 if kind is Gradients else 1
+        per_row = 1 if gradients is None else 2
         rows, base, total = 0, 0, len(losses)
         for image, start, stop in chunks:
             count, n = stop - start, len(image.request.conditions)
             image.losses.view(-1)[start:stop] = losses[rows : rows + count]
             if gradients is not None:
                 image.gradients += gradients[base : base + n]
+                reused = count - int(exact[rows : rows + count].sum())
+                image.exact &= reused == 0
+                self.record.reused_rows += reused
             image.done_rows = stop
             image.evaluations += per_row * count
             image.seconds += seconds * count / total
             rows, base = rows + count, base + n
+
+    def _record(self, rows: int, per_row: int, seconds: float, forward: Forward) -> None:
+        record = self.record
+        record.batches += 1
+        record.rows += rows
+        record.capacity_rows += self.batch_size
+        record.evaluations += per_row * rows
+        record.seconds += seconds
+        if forward.cache is not None:
+            record.cache_hits, record.cache_misses = forward.cache.hits, forward.cache.misses
+            record.cache_evictions = forward.cache.evictions
+            record.cache_bytes = forward.cache.peak_bytes
         if self.on_batch is not None:
-            self.on_batch(per_row * total)
+            self.on_batch(per_row * rows)
 
 
-def _fullest(running: list[_Running]) -> tuple[type, int]:
-    """The kind of request with the most open rows. Serving that kind keeps batches full."""
-    rows = {Losses: 0, Gradients: 0}
-    for image in running:
-        rows[type(image.request)] += image.pending_rows
-    kind = max(rows, key=rows.__getitem__)
-    return kind, rows[kind]
-
-
-def _pack(running: list[_Running], kind: type, batch_size: int) -> list[_Chunk]:
-    """Takes open rows of one kind, oldest image first, until the batch is full."""
-    chunks, room = [], batch_size
-    for image in running:
-        if room == 0:
-            break
-        if isinstance(image.request, kind):
-            count = min(room, image.pending_rows)
-            chunks.append(_Chunk(image, image.done_rows, image.done_rows + count))
-            room -= count
-    return chunks
-
-
-def _reply(image: _Running) -> torch.Tensor | LossesAndGradients:
+def _reply(image: Running) -> torch.Tensor | LossesAndGradients:
     losses = image.losses.T.contiguous()
     if isinstance(image.request, Gradients):
-        return LossesAndGradients(losses, image.gradients)
+        return LossesAndGradients(losses, image.gradients, image.exact)
     return losses
 
 
-def _finish(image: _Running) -> Finished:
+def _finish(image: Running) -> Finished:
     return Finished(image.job.key, image.answer, image.evaluations, image.seconds)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The CPU allocator raises a plain RuntimeError.
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

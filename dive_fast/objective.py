@@ -46,35 +46,46 @@ class Objective:
         parts = (t, probes.noise, probes.noise_index, model.schedule.a[t], model.schedule.s[t])
         return DeviceProbes(*(part.to(model.device) for part in parts))
 
-    def losses(
+    def noised(
         self,
-        model: Model,
         x0: torch.Tensor,
         image_index: torch.Tensor,
         probes: DeviceProbes,
         probe_index: torch.Tensor,
-        condition: torch.Tensor,
     ) -> torch.Tensor:
-        """The loss of M rows, float32 [M], differentiable in ``condition``.
+        """x_t of M rows, float32 [M, C, h, w].
 
         Args:
             x0: float32 [B, C, h, w], the images in the batch.
             image_index: int64 [M], the image of each row.
             probe_index: int64 [M], the probe of each row.
-            condition: float32 [M, D], the embedding of each row.
         """
-        noise_index = probes.noise_index[probe_index]
         a, s = probes.a[probe_index], probes.s[probe_index]
-        x_t = ops.q_sample(x0, image_index, probes.noise, noise_index, a, s)
-        prediction = model.predict(x_t, probes.timesteps[probe_index], condition)
+        return ops.q_sample(x0, image_index, probes.noise, probes.noise_index[probe_index], a, s)
+
+    def compare(
+        self,
+        model: Model,
+        prediction: torch.Tensor,
+        x0: torch.Tensor,
+        image_index: torch.Tensor,
+        probes: DeviceProbes,
+        probe_index: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss of M predictions, float32 [M], differentiable in ``prediction``.
+
+        Args:
+            prediction: [M, C or 2C, h, w], what the network made of ``noised``; the other arguments
+                are those of ``noised``.
+        """
         return ops.noise_prediction_loss(
             prediction,
             probes.noise,
-            noise_index,
+            probes.noise_index[probe_index],
             x0,
             image_index,
-            a,
-            s,
+            probes.a[probe_index],
+            probes.s[probe_index],
             target=model.schedule.target,
             norm=self.norm,
         )

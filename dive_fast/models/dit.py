@@ -69,7 +69,7 @@ class DiT:
     ) -> None:
         config = transformer.config
         self.name = name
-        self.transformer = transformer
+        self.transformer = self.network = transformer
         self.vae = vae
         # diffusers' own properties walk all modules at every call.
         self.device, self.dtype = transformer.device, transformer.dtype

@@ -18,6 +18,9 @@ State: TypeAlias = tuple[torch.Tensor, ...]
 class Model(Protocol):
     """A frozen conditional diffusion model.
 
+    A model may also have ``network``, its ``torch.nn.Module``: the engine's option
+    ``channels_last`` needs it.
+
     Attributes:
         name: what the user called it.
         schedule: the noise schedule it was trained with.

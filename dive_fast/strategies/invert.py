@@ -26,7 +26,8 @@ class Invert(DefaultProbes):
 
     on the first ``search_probes`` probes. It ends when ``patience`` new classes in a row were no
     better than the best, or after ``stall`` steps without a new class. Then the best two are
-    measured on all the other probes, and the lower mean wins.
+    measured on all the other probes, and the lower mean wins. Where the engine's losses were
+    approximate (cache level "encoder"), they are measured on all probes, and no other class is.
 
     Attributes:
         search_probes: probes of the search; 2 evaluations each per class that is met.
@@ -61,7 +62,7 @@ class Invert(DefaultProbes):
         v = task.vocabulary.mean()[None]
         radius = (table - v).norm(dim=1).mean()
         reply = yield Gradients(v, searched)
-        gradient, gradients = reply.gradients, {}
+        gradient, gradients, exact = reply.gradients, {}, True
         best, since_best, since_new, path = None, 0, 0, []
         while since_best < self.patience and since_new < self.stall:
             # Clamped: at an exactly flat point the direction is zero, and the search stalls.
@@ -73,7 +74,7 @@ class Invert(DefaultProbes):
             if c not in gradients:
                 reply = yield Gradients(table[nearest], searched, nearest)
                 ledger.add(nearest, searched, reply.losses)
-                gradients[c] = reply.gradients
+                gradients[c], exact = reply.gradients, exact and reply.exact
                 since_new = 0
                 found = int(ledger.means().nan_to_num(torch.inf).argmin())
                 since_best = 0 if found != best else since_best + 1
@@ -81,7 +82,11 @@ class Invert(DefaultProbes):
             gradient = gradients[c]
 
         finalists = ledger.means().nan_to_num(torch.inf).argsort()[: min(2, len(gradients))]
-        if len(finalists) == 2 and len(rest) > 0:
+        if not exact:
+            # Losses with another class's activations led the search; they compare nothing.
+            ledger = Ledger(len(table), k)
+            rest = torch.arange(k) if len(finalists) == 2 else searched
+        if len(rest) > 0 and (len(finalists) == 2 or not exact):
             losses = yield Losses(table[finalists], rest, finalists)
             ledger.add(finalists, rest, losses)
         winner = finalists[ledger.means()[finalists].argmin()]

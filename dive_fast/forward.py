@@ -1,0 +1,235 @@
+"""Losses and gradients of a batch of rows: through the whole network, or through its parts.
+
+With parts, what rows have in common is computed once: the prefix per (image, probe), the projection
+per class. Both are kept for later batches. At level "encoder" the encoder's output is kept too and
+reused for gradients while the condition moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dive_fast.cache import ActivationCache, Key, merge, take
+from dive_fast.errors import DiveFastError
+from dive_fast.models.protocol import Model, StagedModel, State
+from dive_fast.objective import DeviceProbes, Objective
+from dive_fast.options import EngineOptions
+from dive_fast.packing import Batch
+
+
+class Forward:
+    """Runs the network on batches.
+
+    Args:
+        model: the frozen network.
+        objective: what is measured.
+        probes: where the network is.
+        options: of the engine.
+
+    Attributes:
+        cache: what is kept, or None at level "off".
+
+    Raises:
+        DiveFastError: an option that this model does not offer.
+    """
+
+    def __init__(
+        self, model: Model, objective: Objective, probes: DeviceProbes, options: EngineOptions
+    ) -> None:
+        self.model, self.objective, self.probes, self.options = model, objective, probes, options
+        self.level = cache_level(model, options)
+        self.cache = None if self.level == "off" else ActivationCache(options.cache_bytes)
+        # How often an image's (probe, position) was used since its encoder ran.
+        self._uses: dict[int, dict[tuple[int, int], int]] = {}
+        if options.channels_last:
+            _to_channels_last(model)
+        parts = ("predict",) if self.cache is None else ("prefix", "project", "encoder", "decoder")
+        self._run = {part: self._prepared(getattr(model, part)) for part in parts}
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """The loss of every row, float32 [M] on the CPU. Exact at every cache level."""
+        with torch.no_grad():
+            if self.cache is None:
+                prediction = self._whole(batch, batch.conditions.to(self.model.device))
+            else:
+                projected = self._projected(batch, batch.conditions.to(self.model.device))
+                encoded = self._run["encoder"](self._prefix(batch, slice(None)), projected)
+                prediction = self._run["decoder"](encoded, projected)
+            return self._compare(batch, prediction).cpu()
+
+    def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses [M], dL/dv of every condition [N, D], and which rows are exact, bool [M]."""
+        exact = torch.ones(len(batch.weight), dtype=torch.bool)
+        with torch.enable_grad():
+            conditions = batch.conditions.to(self.model.device).detach().requires_grad_()
+            if self.cache is None:
+                prediction = self._whole(batch, conditions)
+            else:
+                used, inverse = batch.condition_index.unique(return_inverse=True)
+                projected = take(self._project(conditions, used), inverse)
+                if self.level == "encoder":
+                    encoded, exact = self._encoded(batch, projected)
+                else:
+                    encoded = self._run["encoder"](self._prefix(batch, slice(None)), projected)
+                prediction = self._run["decoder"](encoded, projected)
+            losses = self._compare(batch, prediction)
+            # Every condition owns its rows, so one backward serves all images.
+            weighted = (losses * batch.weight.to(losses.device)).sum()
+            (gradients,) = torch.autograd.grad(weighted, conditions)
+        return losses.detach().cpu(), gradients.cpu(), exact
+
+    def forget(self, image: int) -> None:
+        """Drops what was kept for a finished image."""
+        self._uses.pop(image, None)
+        if self.cache is not None:
+            self.cache.drop(image)
+
+    def release(self) -> bool:
+        """Gives the cache's memory back and keeps nothing any more; False if it held nothing."""
+        return self.cache is not None and self.cache.close()
+
+    def _whole(self, batch: Batch, conditions: torch.Tensor) -> torch.Tensor:
+        """The prediction of every row by the whole network."""
+        x_t, t = self._noised(batch.x0, batch.image_index, batch.probe_index)
+        return self._run["predict"](x_t, t, conditions[batch.condition_index.to(x_t.device)])
+
+    def _prefix(self, batch: Batch, rows: torch.Tensor | slice) -> State:
+        """The prefix of ``rows`` of the batch, computed once per (image, probe)."""
+        images, probes = batch.image_index[rows], batch.probe_index[rows]
+        place: dict[tuple[int, int], int] = {}
+        inverse = [
+            place.setdefault(pair, len(place))
+            for pair in zip(images.tolist(), probes.tolist(), strict=True)
+        ]
+        keys = [Key("prefix", batch.image_numbers[image], probe) for image, probe in place]
+        pair_images, pair_probes = torch.tensor(list(place)).unbind(1)
+
+        def compute(missing: torch.Tensor) -> State:
+            return self._run["prefix"](
+                *self._noised(batch.x0, pair_images[missing], pair_probes[missing])
+            )
+
+        with torch.no_grad():
+            state = self.cache.get(keys, compute)
+        return state if len(keys) == len(inverse) else take(state, torch.tensor(inverse))
+
+    def _projected(self, batch: Batch, conditions: torch.Tensor) -> State:
+        """The projection of every row, without gradient: once per class, whichever image asks."""
+        used, inverse = batch.condition_index.unique(return_inverse=True)
+        # Conditions that are no class are projected for this batch alone.
+        of_class: dict[int, int] = {}
+        relaxed: list[int] = []
+        for i in used.tolist():
+            if batch.classes[i] is None:
+                relaxed.append(i)
+            else:
+                of_class.setdefault(batch.classes[i], i)
+        states = []
+        if of_class:
+            keys = [Key("projected", condition=c) for c in of_class]
+            source = torch.tensor(list(of_class.values()))
+            states.append(self.cache.get(keys, lambda m: self._project(conditions, source[m])))
+        if relaxed:
+            states.append(self._project(conditions, torch.tensor(relaxed)))
+        place = {c: row for row, c in enumerate(of_class)}
+        place_of_relaxed = {i: len(of_class) + row for row, i in enumerate(relaxed)}
+        order = [
+            place_of_relaxed[i] if batch.classes[i] is None else place[batch.classes[i]]
+            for i in used.tolist()
+        ]
+        rows = torch.tensor(order)[inverse]
+        return take(states[0], rows) if len(states) == 1 else merge(*states, rows)
+
+    def _project(self, conditions: torch.Tensor, index: torch.Tensor) -> State:
+        return self._run["project"](conditions[index.to(conditions.device)])
+
+    def _encoded(self, batch: Batch, projected: State) -> tuple[State, torch.Tensor]:
+        """The encoder's output of every row, and which rows it was computed for, bool [M].
+
+        The others take what the last refresh of their (image, probe) left: it was computed for an
+        earlier condition, and no gradient goes through it.
+        """
+        fresh, keys = [], []
+        rows = (batch.image_index, batch.probe_index, batch.position)
+        for image, probe, position in zip(*(index.tolist() for index in rows), strict=True):
+            number = batch.image_numbers[image]
+            keys.append(Key("encoded", number, probe, position))
+            uses = self._uses.setdefault(number, {})
+            used = uses.get((probe, position), 0)
+            fresh.append(keys[-1] not in self.cache or used >= self.options.refresh)
+            uses[probe, position] = 1 if fresh[-1] else used + 1
+        is_fresh = torch.tensor(fresh)
+        fresh_rows, stale_rows = is_fresh.nonzero()[:, 0], (~is_fresh).nonzero()[:, 0]
+        self.cache.hits += len(stale_rows)
+        self.cache.misses += len(fresh_rows)
+        stale_keys = [keys[row] for row in stale_rows.tolist()]
+        if not len(fresh_rows):
+            return self.cache.read(stale_keys), is_fresh
+        stale = self.cache.read(stale_keys) if stale_keys else None
+        prefix = self._prefix(batch, fresh_rows)
+        encoded = computed = self._run["encoder"](prefix, take(projected, fresh_rows))
+        if stale is not None:
+            order = torch.cat([fresh_rows, stale_rows]).argsort()
+            encoded = merge(computed, stale, order)
+        self.cache.write([keys[row] for row in fresh_rows.tolist()], computed)
+        return encoded, is_fresh
+
+    def _noised(
+        self, x0: torch.Tensor, image_index: torch.Tensor, probe_index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t and t of (image, probe) pairs."""
+        image_index, probe_index = image_index.to(x0.device), probe_index.to(x0.device)
+        x_t = self.objective.noised(x0, image_index, self.probes, probe_index)
+        if self.options.channels_last:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        return x_t, self.probes.timesteps[probe_index]
+
+    def _compare(self, batch: Batch, prediction: torch.Tensor) -> torch.Tensor:
+        """The loss of every row."""
+        device = prediction.device
+        index = (batch.image_index.to(device), self.probes, batch.probe_index.to(device))
+        return self.objective.compare(self.model, prediction, batch.x0, *index)
+
+    def _prepared(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the network under this engine's precision and compilation."""
+        if self.options.compile:
+            function = torch.compile(function)
+        if self.options.autocast is None:
+            return function
+        dtype, kind = getattr(torch, self.options.autocast), self.model.device.type
+
+        def run(*arguments: Any) -> Any:
+            with torch.autocast(kind, dtype=dtype):
+                return function(*arguments)
+
+        return run
+
+
+def cache_level(model: Model, options: EngineOptions) -> str:
+    """The level that ``options`` mean for this model: "off", "exact" or "encoder".
+
+    Raises:
+        DiveFastError: a level that needs parts was asked of a model that has none.
+    """
+    staged = isinstance(model, StagedModel)
+    if options.cache == "auto":
+        return getattr(model, "default_cache", "exact") if staged else "off"
+    if options.cache != "off" and not staged:
+        raise DiveFastError(
+            f"expected cache 'off' for {model.name}, which does not come in parts, "
+            f"got {options.cache!r}."
+        )
+    # At every gradient anew: nothing would ever be reused.
+    return "exact" if options.cache == "encoder" and options.refresh == 1 else options.cache
+
+
+def _to_channels_last(model: Model) -> None:
+    network = getattr(model, "network", None)
+    if network is None:
+        raise DiveFastError(
+            f"expected a model with an attribute 'network' for channels_last, got {model.name}."
+        )
+    network.to(memory_format=torch.channels_last)

@@ -1,0 +1,58 @@
+"""How the engine computes: caching, precision and compilation. None of it changes the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dive_fast.errors import DiveFastError
+
+CACHE_LEVELS = ("auto", "off", "exact", "encoder")
+AUTOCAST = (None, "bfloat16")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Settings of the engine; docs/caching.md says what each was measured to do.
+
+    Attributes:
+        cache: which activations are kept. "off": none. "exact": what does not depend on the
+            condition, per (image, probe), and what depends on the class alone; answers are those of
+            "off" to rounding. "encoder": in addition the first part of the network is reused while
+            a search moves its condition; approximate. "auto": the model's measured default, "off"
+            for models that do not come in parts.
+        cache_bytes: bound on all that is kept; 0 shares within a batch and keeps nothing.
+        refresh: level "encoder" computes the first part anew at every ``refresh``-th gradient of
+            the same (image, probe); 1 is exact.
+        autocast: None, or "bfloat16": the network runs under ``torch.autocast``.
+        compile: the network runs through ``torch.compile``.
+        channels_last: convolution weights and inputs lie in channels-last order.
+    """
+
+    cache: str = "auto"
+    cache_bytes: int = 1 << 30
+    refresh: int = 2
+    autocast: str | None = None
+    compile: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHE_LEVELS:
+            raise DiveFastError(
+                f"expected a cache of {', '.join(CACHE_LEVELS)}, got {self.cache!r}."
+            )
+        if self.cache_bytes < 0:
+            raise DiveFastError(f"cache_bytes must be at least 0, got {self.cache_bytes}.")
+        if self.refresh < 1:
+            raise DiveFastError(f"refresh must be at least 1, got {self.refresh}.")
+        if self.autocast not in AUTOCAST:
+            raise DiveFastError(f"expected an autocast of bfloat16 or None, got {self.autocast!r}.")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change answers by more than rounding; a run is resumed on the same."""
+        found: dict[str, Any] = {}
+        if self.cache == "encoder":
+            found.update(cache=self.cache, refresh=self.refresh)
+        if self.autocast is not None:
+            found.update(autocast=self.autocast)
+        return found
