@@ -17,6 +17,7 @@ from gaussian_mixture import GaussianMixture
 from tiny_unet import LAYOUTS, make_unet
 
 from bench.baselines import text_to_image as published
+from bench.baselines.diffusion_classifier import n_evaluations
 from dive_fast import DiveFastError
 from dive_fast.compat import eval_error, eval_prob_adaptive
 from dive_fast.models.given import wrap_unet
@@ -212,8 +213,8 @@ def test_the_race_agrees_with_enumeration_for_less() -> None:
         pred, data = eval_prob_adaptive(*arguments, stages, all_noise=noise)
         expected, everything = published_loop(*arguments, full, all_noise=noise)
         agree += pred == expected
-        spent += published.evaluations(data)
-        enumerated += published.evaluations(everything)
+        spent += n_evaluations(data)
+        enumerated += n_evaluations(everything)
     assert agree >= 39
     assert enumerated == 40 * 12 * 200
     assert spent < 0.5 * enumerated
@@ -472,3 +473,11 @@ def test_a_given_unet_takes_no_pictures(unet, text, latent) -> None:
     model = wrap_unet(unet, text, Schedule(torch.ones(1), torch.zeros(1)), latent.shape[1:])
     with pytest.raises(DiveFastError, match="expected latents, got pictures"):
         model.encode(latent)
+
+
+def test_the_published_loop_reports_its_cost(unet, text, latent) -> None:
+    arguments = (unet, latent, text, make_scheduler(), make_args(), SIZE, draw_noise(50))
+    run = published.run(*arguments)
+    assert run.answer == published_loop(*arguments)[0]
+    assert run.evaluations == N_PROMPTS * 10 + 3 * 40
+    assert run.seconds > 0

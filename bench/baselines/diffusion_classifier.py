@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
+from bench.baselines import Run, timed
+
 POINTWISE_LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 
 
@@ -220,6 +222,39 @@ def append_stage(
         if earlier is not None:
             stage = {key: torch.cat([earlier[key], stage[key]]) for key in stage}
         data[label] = stage
+
+
+def run_all(
+    transformer: DiTTransformer2DModel,
+    x0: Tensor,
+    n_classes: int,
+    alphas_cumprod: Tensor,
+    noises: Tensor,
+    t_interval: int,
+    **settings,
+) -> Run:
+    """``eval_prob_all``, the answer from its errors, and what it cost; arguments as there."""
+    arguments = (transformer, x0, n_classes, alphas_cumprod, noises, t_interval)
+    errors, seconds = timed(lambda: eval_prob_all(*arguments, **settings))
+    return Run(int(errors.mean(dim=1).argmin()), errors.numel(), seconds)
+
+
+def run_adaptive(
+    transformer: DiTTransformer2DModel,
+    x0: Tensor,
+    n_classes: int,
+    alphas_cumprod: Tensor,
+    **settings,
+) -> Run:
+    """``eval_prob_adaptive`` and what it cost; arguments as there."""
+    arguments = (transformer, x0, n_classes, alphas_cumprod)
+    (pred, data), seconds = timed(lambda: eval_prob_adaptive(*arguments, **settings))
+    return Run(pred, n_evaluations(data), seconds)
+
+
+def n_evaluations(data: dict[int, dict[str, Tensor]]) -> int:
+    """Rows that were sent through the network for the data of ``eval_prob_adaptive``."""
+    return sum(len(measured["t"]) for measured in data.values())
 
 
 def _check_image(transformer: DiTTransformer2DModel, x0: Tensor) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.baselines import Run, timed
 from bench.baselines.diffusion_classifier import (
     POINTWISE_LOSSES,
     all_timesteps,
     append_stage,
+    n_evaluations,
     stage_requests,
     stage_timesteps,
 )
@@ -117,6 +119,16 @@ def eval_error(
     return pred_errors
 
 
-def evaluations(data: dict[int, dict[str, Tensor]]) -> int:
-    """Rows that were sent through the network for a result of ``eval_prob_adaptive``."""
-    return sum(len(measured["t"]) for measured in data.values())
+def run(
+    unet: nn.Module,
+    latent: Tensor,
+    text_embeds: Tensor,
+    scheduler: Any,
+    args: Namespace,
+    latent_size: int = 64,
+    all_noise: Tensor | None = None,
+) -> Run:
+    """``eval_prob_adaptive`` and what it cost; arguments as there."""
+    arguments = (unet, latent, text_embeds, scheduler, args, latent_size, all_noise)
+    (pred, data), seconds = timed(lambda: eval_prob_adaptive(*arguments))
+    return Run(pred, n_evaluations(data), seconds)
