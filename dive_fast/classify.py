@@ -18,7 +18,7 @@ from dive_fast.models.protocol import Model
 from dive_fast.objective import Objective
 from dive_fast.probes import ProbeList, low_discrepancy_probes
 from dive_fast.requests import Answer, Losses, Search
-from dive_fast.results import Classification, log_posterior
+from dive_fast.results import Classification, log_odds_bound, log_posterior
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
 
@@ -165,7 +165,8 @@ class DiffusionClassifier:
         chosen = resolve_strategy(strategy, preset, settings)
         probe_list = self.probe_list(chosen, probes, seed)
         log_prior = self._log_prior(prior)
-        task = Task(self.model.vocabulary, probe_list, seed)
+        scaled = None if log_prior is None else log_prior / self.model.beta
+        task = Task(self.model.vocabulary, probe_list, seed, scaled)
         jobs = (Job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
         with _Bar(progress) as (bar, on_batch):
             engine = self._engine = self._make_engine(on_batch)
@@ -289,6 +290,10 @@ class DiffusionClassifier:
             log_posterior=posterior,
             losses=answer.losses,
             n_probes=answer.n_probes,
+            eliminated=torch.zeros(len(self.names), dtype=torch.bool)
+            if answer.bound is None
+            else answer.bound.isfinite(),
+            log_odds_bound=log_odds_bound(answer, index, self.model.beta, log_prior),
             names=self.names,
             evaluations=finished.evaluations,
             seconds=finished.seconds,

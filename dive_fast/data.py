@@ -20,7 +20,7 @@ from PIL import Image
 
 from dive_fast.errors import DataError, ImageError
 from dive_fast.images import list_images, read_image
-from dive_fast.zoo import digits
+from dive_fast.zoo import digits, omniglot
 
 _NPZ_PAIRS = (("images", "labels"), ("x_test", "y_test"))
 _NAMED_AT_MOST = 5  # classes listed in an error message
@@ -78,7 +78,8 @@ def open_dataset(spec: str | os.PathLike[str], class_names: Sequence[str]) -> Da
     Args:
         spec: ``"digits"`` (the 397 held-out handwritten digits); a folder with one sub-folder per
             class; or an ``.npz`` file with ``images`` and ``labels`` (or ``x_test`` and
-            ``y_test``): [n, h, w] or [n, h, w, c] and integers [n]. A folder *named* digits is
+            ``y_test``): [n, h, w] or [n, h, w, c] and integers [n]. Of a file of Omniglot (``x``,
+            ``y``, ``drawer``, ``classes``) only the held-out drawers. A folder *named* digits is
             given as ``./digits``.
         class_names: the model's classes in order. Sub-folders are matched to a whole name or to
             one of its comma-separated synonyms (``"tench, Tinca tinca"``), without regard to
@@ -180,6 +181,9 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: expected an .npz archive, got a single array.")
+            if set(omniglot.ARRAYS) <= set(archive.files):
+                held_out = omniglot.load_omniglot(path, "test")
+                return held_out.images, held_out.labels
             for pair in _NPZ_PAIRS:
                 if all(key in archive.files for key in pair):
                     # A member that is no .npy comes back as bytes: an array without dimensions.

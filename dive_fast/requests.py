@@ -62,12 +62,15 @@ class Answer:
             not measured.
         n_probes: int64 [C], on how many probes.
         trace: what the strategy saw on its way.
+        bound: float32 [C] for classes that were given up before all was measured: with the
+            strategy's confidence, ``losses[c] - losses[index]`` is at least this. NaN elsewhere.
     """
 
     index: int
     losses: torch.Tensor
     n_probes: torch.Tensor
     trace: dict[str, Any] = field(default_factory=dict)
+    bound: torch.Tensor | None = None
 
 
 Search = Generator[Losses | Gradients, Any, Answer]

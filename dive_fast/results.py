@@ -22,6 +22,10 @@ class Classification:
         log_posterior: float32 [C], log p(y | x0), normalised; -inf where nothing was measured.
         losses: float32 [C], mean noise-prediction loss of each class, NaN where not measured.
         n_probes: int64 [C], how many probes stand behind each class.
+        eliminated: bool [C], classes given up before all was measured. Their log-posterior is an
+            estimate on fewer probes than the answer's; what is certain is the bound.
+        log_odds_bound: float32 [C], for eliminated classes: with the strategy's confidence
+            log p(y | x0) - log p(answer | x0) is at most this. NaN elsewhere.
         names: the classes' names.
         evaluations: forwards plus backwards of the network that this image took.
         seconds: this image's share of the time, the packing of many images taken into account.
@@ -33,6 +37,8 @@ class Classification:
     log_posterior: torch.Tensor
     losses: torch.Tensor
     n_probes: torch.Tensor
+    eliminated: torch.Tensor
+    log_odds_bound: torch.Tensor
     names: tuple[str, ...]
     evaluations: int
     seconds: float
@@ -40,7 +46,7 @@ class Classification:
 
     def __post_init__(self) -> None:
         c = len(self.names)
-        for name in ("log_posterior", "losses", "n_probes"):
+        for name in ("log_posterior", "losses", "n_probes", "eliminated", "log_odds_bound"):
             shape = list(getattr(self, name).shape)
             if shape != [c]:
                 raise DiveFastError(f"{name} must have shape [{c}], got {shape}.")
@@ -68,7 +74,7 @@ class Classification:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON; null stands for what was not measured."""
+        """Plain numbers for JSON; null stands for what was not measured or has no bound."""
         return {
             "label": self.label,
             "index": self.index,
@@ -76,6 +82,8 @@ class Classification:
             "log_posterior": [_finite(x) for x in self.log_posterior.tolist()],
             "losses": [_finite(x) for x in self.losses.tolist()],
             "n_probes": self.n_probes.tolist(),
+            "eliminated": self.eliminated.nonzero()[:, 0].tolist(),
+            "log_odds_bound": [_finite(x) for x in self.log_odds_bound.tolist()],
             "evaluations": self.evaluations,
             "seconds": self.seconds,
         }
@@ -94,6 +102,22 @@ def log_posterior(
         energy = energy + log_prior.double()
     energy = torch.where(answer.n_probes > 0, energy, -math.inf)
     return energy.log_softmax(dim=0).float()
+
+
+def log_odds_bound(
+    answer: Answer, index: int, beta: float, log_prior: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Upper bounds on log p(y | x0) - log p(index | x0) of eliminated classes, float32 [C].
+
+    log p(y) - log p(index) - beta (bound_y + L(answer) - L(index)), NaN where there is no bound.
+    """
+    if answer.bound is None:
+        return torch.full_like(answer.losses, math.nan)
+    losses = answer.losses.double()
+    odds = -beta * (answer.bound.double() + losses[answer.index] - losses[index])
+    if log_prior is not None:
+        odds = odds + log_prior.double() - log_prior[index].double()
+    return odds.float()
 
 
 def _finite(x: float) -> float | None:

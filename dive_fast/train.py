@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,32 +14,89 @@ from safetensors import SafetensorError
 
 from dive_fast.calibration import fit_beta
 from dive_fast.classify import DiffusionClassifier
-from dive_fast.errors import RunError
+from dive_fast.errors import DataError, RunError
 from dive_fast.zoo import digits
+from dive_fast.zoo.arrays import Pictures
+from dive_fast.zoo.mnist import load_mnist
+from dive_fast.zoo.omniglot import load_omniglot
 from dive_fast.zoo.training import (
     DIGITS,
     LOG,
+    MNIST,
+    OMNIGLOT,
     TrainingConfig,
     augment_images,
     train_transformer,
 )
 
-N_CALIBRATION = 400
 PROBES = 100
+N_CALIBRATION = 400
+MAX_CALIBRATION_EVALUATIONS = 1_000_000
 
 
-def train_digits(
-    out: str | Path, *, steps: int | None = None, seed: int = 0, progress: bool = True
-) -> float:
-    """Trains the zoo's ``digits`` into ``out``, a diffusers model directory.
+@dataclass(frozen=True)
+class Recipe:
+    """How a zoo model is made.
+
+    Attributes:
+        config: of the training.
+        load: reads the part "train" or "test"; takes the file of the data and the part.
+        needs_data: whether the user has to name that file.
+        strategy: answers the test part for the expected accuracy.
+        n_test: pictures of the test part that are answered, the first ones.
+    """
+
+    config: TrainingConfig
+    load: Callable[[str | Path | None, str], Pictures]
+    needs_data: bool
+    strategy: str
+    n_test: int
+
+
+RECIPES = {
+    "digits": Recipe(
+        DIGITS,
+        lambda _, part: Pictures(*digits.load_digits(part), digits.NAMES),
+        needs_data=False,
+        strategy="enumerate",
+        n_test=397,
+    ),
+    "mnist": Recipe(MNIST, load_mnist, needs_data=True, strategy="auto", n_test=2000),
+    "omniglot": Recipe(OMNIGLOT, load_omniglot, needs_data=True, strategy="auto", n_test=1210),
+}
+
+
+def train_zoo_model(
+    model: str,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Trains a model of the zoo into ``out``, a diffusers model directory.
+
+    Args:
+        model: "digits", "mnist" or "omniglot".
+        data: the ``.npz`` of MNIST or Omniglot; the digits come with scikit-learn.
+        steps: fewer than the zoo's, for a try.
 
     Returns:
-        Accuracy on the 397 held-out digits by enumeration with 100 probes.
+        What is expected of it: strategy, probes, accuracy on the test part, and on how many.
 
     Raises:
+        DataError: the data are missing or of another form.
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
-    out = Path(out)
+    recipe, out = RECIPES[model], Path(out)
+    if recipe.needs_data == (data is None):
+        raise DataError(
+            f"{model} is trained from a file: expected --data FILE.npz, got none."
+            if recipe.needs_data
+            else f"the {model} come with scikit-learn: expected no --data, got {data}."
+        )
+    train, held_out = (recipe.load(data, part) for part in ("train", "test"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,44 +105,55 @@ def train_digits(
     unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
     if (out / "model_index.json").exists() and not unfinished:
         raise RunError(f"{out} holds a model already; choose another --out.")
-    config = dataclasses.replace(DIGITS, steps=steps or DIGITS.steps, seed=seed)
-    train = digits.load_digits("train")
+    config = dataclasses.replace(recipe.config, steps=steps or recipe.config.steps, seed=seed)
     transformer = train_transformer(train.images, train.labels, config, out, progress)
     try:
-        write_model(out, transformer, digits.NAMES)
+        write_model(out, transformer, train.names)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written ({error}).") from error
 
     classifier = DiffusionClassifier.from_pretrained(out)
     beta = fit_beta(*_calibration_losses(classifier, train, config, progress))
-
-    held_out = digits.load_digits("test")
-    losses = classifier.losses(held_out.images, probes=PROBES, progress=progress).mean(dim=2)
-    accuracy = (losses.argmin(dim=1).numpy() == held_out.labels).mean().item()
+    answers = classifier(
+        list(held_out.images[: recipe.n_test]),
+        strategy=recipe.strategy,
+        probes=PROBES,
+        progress=progress,
+    )
+    right = [a.index == y for a, y in zip(answers, held_out.labels.tolist(), strict=False)]
+    expected = {
+        "strategy": recipe.strategy,
+        "probes": PROBES,
+        "accuracy": round(sum(right) / len(right), 4),
+        "n": len(right),
+    }
     facts = {
         "timestep_embedding": "diffusers",
         "beta": round(beta, 2),
-        "command": "dive-fast train digits --out DIR",
+        "command": f"dive-fast train {model}{' --data FILE' * recipe.needs_data} --out DIR",
         "config": dataclasses.asdict(config),
-        "expected": {"enumerate_100_probes_accuracy": round(accuracy, 4), "n": len(losses)},
+        "expected": expected,
     }
     (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return accuracy
+    return expected
 
 
 def _calibration_losses(
-    classifier: DiffusionClassifier, train: digits.Digits, config: TrainingConfig, progress: bool
+    classifier: DiffusionClassifier, train: Pictures, config: TrainingConfig, progress: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses [B, C] and labels [B] of training images, each moved a little.
 
-    Of the training part, because the held-out digits are for the final figure only; moved, because
-    on pictures that it has seen as they are the model is surer than it ought to be.
+    Of the training part, because the held-out pictures are for the final figure only; moved,
+    because on pictures that it has seen as they are the model is surer than it ought to be.
     """
-    x0 = classifier.encode(train.images[:N_CALIBRATION])
+    n = min(N_CALIBRATION, max(1, MAX_CALIBRATION_EVALUATIONS // (len(train.names) * PROBES)))
+    # The first pictures of a file may all be of a few classes.
+    picked = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:n]
+    x0 = classifier.encode(list(train.images[picked.numpy()]))
     generator = torch.Generator().manual_seed(config.seed)
     moved = augment_images(x0, dataclasses.replace(config, augment=1.0), generator)
     losses = classifier.losses(latents=moved, probes=PROBES, progress=progress)
-    return losses.mean(dim=2), torch.from_numpy(train.labels[:N_CALIBRATION])
+    return losses.mean(dim=2), torch.from_numpy(train.labels)[picked]
 
 
 def write_model(out: Path, transformer: DiTTransformer2DModel, names: tuple[str, ...]) -> None:

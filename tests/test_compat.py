@@ -220,6 +220,26 @@ def test_the_race_agrees_with_enumeration_for_less() -> None:
     assert spent < 0.5 * enumerated
 
 
+@pytest.mark.parametrize(
+    ("n_samples", "to_keep", "n_trials"),
+    [([10, 50], [3, 1], 1), ([4, 20, 40], [4, 2, 1], 2), ([3, 7, 10], [4, 2, 1], 3)]
+    + [([20, 5, 20], [3, 2, 1], 1), ([1], [1], 1)],
+)
+def test_the_race_never_takes_more_than_the_stages(
+    unet, text, latent, n_samples, to_keep, n_trials
+) -> None:
+    """Prompts of random weights lie too close for the test to tell: the ceiling does the work."""
+    args = make_args(n_samples, to_keep, n_trials=n_trials)
+    arguments = (unet, latent, text, make_scheduler(), args, SIZE, draw_noise(120))
+    _, data = eval_prob_adaptive(*arguments)
+    _, expected = published_loop(*arguments)
+    assert n_evaluations(data) <= n_evaluations(expected)
+    # All prompts have the first stage; no more than it keeps go beyond it.
+    counts = sorted(len(measured["t"]) for measured in data.values())
+    assert len(counts) == N_PROMPTS and counts[0] >= min(n_samples[0], 20)
+    assert sum(n > n_samples[0] * n_trials for n in counts) <= to_keep[0]
+
+
 @pytest.mark.parametrize("n_trials", [1, 2])
 def test_the_race_returns_what_it_measured(unet, text, latent, n_trials) -> None:
     args = make_args((10, 40), (3, 1), n_trials=n_trials, batch_size=13)
@@ -250,7 +270,7 @@ def test_the_race_returns_what_it_measured(unet, text, latent, n_trials) -> None
 def test_the_race_spreads_its_timesteps(unet, text, latent) -> None:
     """The published timesteps, each once per trial; every beginning covers them evenly."""
     args = make_args((25,), (1,), n_trials=2)
-    # Equal prompts race to the end.
+    # Two equal prompts race to the end.
     same = text[:1].expand(2, -1, -1)
     _, data = eval_prob_adaptive(unet, latent, same, make_scheduler(), args, SIZE)
     t = data[0]["t"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
+
 import pytest
 import torch
 from toy_model import ToyModel
@@ -10,39 +13,46 @@ from dive_fast import DiffusionClassifier, DiveFastError
 from dive_fast.probes import low_discrepancy_probes
 from dive_fast.requests import Losses
 from dive_fast.strategies import Race, Task
-from dive_fast.strategies.race import student_t_quantile
+from dive_fast.strategies.elimination import student_t_quantile
 
 
-def drive(strategy, losses):
-    """Runs one search on a known loss matrix [C, K]; every class is its own row of the table."""
-    model = ToyModel(n_classes=len(losses))
-    probes = low_discrepancy_probes(losses.shape[1], 1000, model.latent_shape)
-    search, reply, asked = strategy.search(Task(model.vocabulary, probes)), None, 0
+@lru_cache
+def task(n_classes, k):
+    model = ToyModel(n_classes=n_classes)
+    return Task(model.vocabulary, low_discrepancy_probes(k, 1000, model.latent_shape))
+
+
+def drive(strategy, losses, log_prior=None):
+    """Runs one search on a known loss matrix [C, K]."""
+    search = strategy.search(replace(task(*losses.shape), log_prior=log_prior))
+    reply, asked = None, 0
     while True:
         try:
             request = search.send(reply)
         except StopIteration as stop:
             return stop.value, asked
         assert isinstance(request, Losses)
-        rows = model.vocabulary.nearest(request.conditions)
-        reply = losses[rows][:, request.probe_ids]
+        reply = losses[request.classes][:, request.probe_ids]
         asked += reply.numel()
 
 
 def test_the_best_class_is_dropped_no_more_often_than_promised():
-    """Random losses around means that lie close together, 1,500 races at error = 0.2."""
+    """Random losses around means that lie close together, 1,000 races at error = 0.2.
+
+    The best class is the one that enumeration over the same 80 probes would answer.
+    """
     generator = torch.Generator().manual_seed(0)
     error, dropped, spared = 0.2, 0, 0
-    for _ in range(1500):
+    for _ in range(1000):
         means = 0.05 * torch.rand(5, 1, generator=generator)
         common = torch.randn(1, 80, generator=generator)
         losses = means + common + 0.1 * torch.randn(5, 80, generator=generator)
         answer, asked = drive(Race(error=error, round_probes=5), losses)
-        dropped += int(means.argmin()) not in answer.trace["left"][-1]
+        dropped += answer.index != int(losses.mean(dim=1).argmin())
         spared += 5 * 80 - asked
     # The union bound is loose: what is seen must stay below it, and the race must really race.
-    assert dropped / 1500 <= error
-    assert spared / 1500 > 20
+    assert dropped / 1000 <= error
+    assert spared / 1000 > 20
 
 
 def test_on_the_toy_it_agrees_with_enumeration_for_less():
@@ -116,3 +126,70 @@ def test_bad_settings():
     ]:
         with pytest.raises(DiveFastError, match=message):
             Race(**settings)
+
+
+def test_stages_keep_the_lowest_means_and_end_with_their_samples():
+    generator = torch.Generator().manual_seed(2)
+    losses = torch.arange(6.0)[:, None] + torch.randn(6, 40, generator=generator)
+    answer, asked = drive(Race(stages=((5, 3), (12, 2), (30, 1))), losses)
+    assert asked == 6 * 5 + 3 * 7 + 2 * 18
+    first = losses[:, :5].mean(dim=1).argsort()[:3]
+    assert answer.trace["left"][0] == sorted(first.tolist())
+    second = first[losses[first, :12].mean(dim=1).argsort()[:2]]
+    assert answer.trace["left"][1] == sorted(second.tolist())
+    assert answer.index == int(second[losses[second, :30].mean(dim=1).argmin()])
+    # The finalists were measured alike; the others were given up, and say so.
+    assert sorted((~answer.bound.isfinite()).nonzero()[:, 0].tolist()) == sorted(second.tolist())
+
+
+def test_bounds_hold_as_often_as_promised():
+    """Over 600 races the true difference over all probes lies above nearly every bound."""
+    generator = torch.Generator().manual_seed(5)
+    broken, bounds, close = 0, 0, 0
+    for _ in range(600):
+        means = 0.2 * torch.rand(4, 1, generator=generator)
+        losses = means + 0.1 * torch.randn(4, 60, generator=generator)
+        answer, _ = drive(Race(error=0.1, round_probes=5), losses)
+        full = losses.mean(dim=1) - losses[answer.index].mean()
+        known = answer.bound.isfinite()
+        bounds += int(known.sum())
+        broken += int((answer.bound[known] > full[known]).sum())
+        close += int((answer.bound[known] > full[known] - 0.1).sum())
+    assert bounds > 600
+    assert broken / bounds <= 0.1
+    assert close / bounds > 0.5, "a bound that is far off says nothing"
+
+
+def test_a_prior_counts_before_classes_leave():
+    generator = torch.Generator().manual_seed(6)
+    losses = torch.tensor([[0.0], [0.3], [1.0]]) + 0.01 * torch.randn(3, 40, generator=generator)
+    assert drive(Race(), losses)[0].index == 0
+    favoured = torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)
+    answer, asked = drive(Race(), losses, favoured)
+    assert answer.index == 1 and asked == 3 * 20
+    impossible = torch.tensor([-torch.inf, 0.0, 0.0], dtype=torch.float64)
+    answer, asked = drive(Race(), losses, impossible)
+    assert answer.index == 1 and asked == 2 * 20, "a class of probability zero does not race"
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (),
+        ((10, 2),),
+        ((10, 3), (5, 1)),
+        ((10, 1), (20, 1)),
+        ((0, 1),),
+        (10, 1),
+        "10",
+        ((10, 1, 1),),
+    ],
+)
+def test_bad_stages(stages):
+    with pytest.raises(DiveFastError, match="stages must be pairs"):
+        Race(stages=stages)
+
+
+def test_stages_beyond_the_probes():
+    with pytest.raises(DiveFastError, match="the stages take 50 probes, got a list of 40"):
+        drive(Race(stages=((50, 1),)), torch.rand(3, 40))

@@ -82,6 +82,13 @@ class TestBadInput:
         said = call(capsys, "train", "digits", "--out", tmp_path)
         assert_refused(said, "holds a model already; choose another --out")
 
+    def test_mnist_needs_its_file(self, tmp_path: Path, capsys) -> None:
+        said = call(capsys, "train", "mnist", "--out", tmp_path / "out")
+        assert_refused(said, "mnist is trained from a file: expected --data FILE.npz, got none")
+        said = call(capsys, "train", "digits", "--out", tmp_path / "out", "--data", "x.npz")
+        assert_refused(said, "expected no --data, got x.npz")
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize("option", [["--steps", "0"], ["--seed", "-1"]], ids=" ".join)
     def test_options(self, option: list[str], tmp_path: Path, capsys) -> None:
         said = call(capsys, "train", "digits", "--out", tmp_path / "out", *option)

@@ -14,7 +14,12 @@ def add_parser(commands) -> None:
         description="Trains a model of the zoo from its real images and writes a diffusers model "
         "directory. Cut off and started again it goes on where it stopped.",
     )
-    parser.add_argument("model", choices=["digits"], help="which model")
+    parser.add_argument("model", choices=["digits", "mnist", "omniglot"], help="which model")
+    parser.add_argument(
+        "--data",
+        metavar="FILE.npz",
+        help="the pictures of mnist or omniglot; the digits come with scikit-learn",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
     parser.add_argument(
         "--steps", type=count, metavar="N", help="fewer steps than the zoo's, for a try"
@@ -24,8 +29,13 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.train import train_digits
+    from dive_fast.train import train_zoo_model
 
-    accuracy = train_digits(options.out, steps=options.steps, seed=options.seed)
-    print(f"{options.out}: {accuracy:.2%} of the held-out digits by enumeration, 100 probes")
+    expected = train_zoo_model(
+        options.model, options.out, data=options.data, steps=options.steps, seed=options.seed
+    )
+    print(
+        f"{options.out}: {expected['accuracy']:.2%} of {expected['n']} held-out pictures by "
+        f"{expected['strategy']}, {expected['probes']} probes"
+    )
     return 0

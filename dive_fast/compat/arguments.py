@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from dive_fast.compat.capped_race import CappedRace
 from dive_fast.errors import DiveFastError
 from dive_fast.models import DTYPES
 from dive_fast.objective import NORMS
@@ -74,6 +76,12 @@ class Settings:
                     f"args.to_keep must keep at most what is left ({limit} prompts), got {keep}."
                 )
         return AdaptiveEnumerate(self.n_samples, self.to_keep, self.n_trials, self.loss)
+
+    def race(self) -> CappedRace:
+        """The race that drops prompts at the latest where the published stages do."""
+        ends = accumulate((n * self.n_trials for n in self.n_samples), max)
+        # Of stages that end together the last one counts.
+        return CappedRace(tuple(dict(zip(ends, self.to_keep, strict=True)).items()))
 
     def timesteps(self, stages: AdaptiveEnumerate, n_schedule: int, paper: bool) -> torch.Tensor:
         """t of every probe in the order of measuring, int64 [K]; noises are taken in turn.

@@ -5,8 +5,8 @@ import changes:
 
     from dive_fast.compat import eval_prob_adaptive
 
-By default the answer is found by the race (``dive_fast.strategies.Race``). ``mode="paper"`` follows
-the published stages: the same timesteps and noises for the same prompts, and the same answer.
+By default a race finds the answer, with the published stages as its ceiling. ``mode="paper"``
+follows the stages: the same timesteps and noises for the same prompts, and the same answer.
 Source: arXiv 2303.16203.
 """
 
@@ -36,7 +36,7 @@ from dive_fast.objective import NORMS, Objective
 from dive_fast.probes import ProbeList
 from dive_fast.requests import Answer, Losses, Search
 from dive_fast.schedule import Schedule
-from dive_fast.strategies import Race, Task
+from dive_fast.strategies import Task
 
 MODES = ("race", "paper")
 
@@ -70,9 +70,9 @@ def eval_prob_adaptive(
         all_noise: float [N, C, h, w], N >= max(n_samples) * n_trials. Drawn from torch's global
             generator on the latent's device if None, as published.
         mode: "race": prompts leave as soon as paired statistics say that they cannot win, and at
-            the latest after max(n_samples) * n_trials probes. ``n_samples`` then says how many
-            probes there are at most; ``to_keep`` is checked but has no effect. The prediction is
-            compared to what the scheduler's ``prediction_type`` says.
+            the latest where the published stages drop them, so it never takes more evaluations (see
+            ``CappedRace``). The prediction is compared to what the scheduler's ``prediction_type``
+            says.
             "paper": the published stages. The prediction is compared to the noise, whatever the
             scheduler says, and with "float16" noise and ``alphas_cumprod`` are rounded to it first,
             both as published (but the scheduler given is not changed).
@@ -111,7 +111,7 @@ def eval_prob_adaptive(
     timesteps = settings.timesteps(stages, len(schedule), paper)
     probes = ProbeList(timesteps, all_noise)
     model = wrap_unet(unet, text_embeds, schedule, latent.shape[1:])
-    strategy = stages if paper else Race(loss=settings.loss)
+    strategy = stages if paper else settings.race()
     search = strategy.search(Task(model.vocabulary, probes))
     job = Job(0, _x0(latent), search)
     (finished,) = _run(model, [job], probes, settings.loss, settings.batch_size)

@@ -23,11 +23,20 @@ class Task:
         vocabulary: the possible answers.
         probes: the probe list; requests name its rows.
         seed: for strategies that draw at random.
+        log_prior: float64 [C] over the inverse temperature, log p(y) / beta, if it is not uniform:
+            the best class has the lowest L(y; x0) - log_prior.
     """
 
     vocabulary: Vocabulary
     probes: ProbeList
     seed: int = 0
+    log_prior: torch.Tensor | None = None
+
+    def penalty(self) -> torch.Tensor:
+        """What is added to each class's mean loss before classes are compared, float64 [C]."""
+        if self.log_prior is None:
+            return torch.zeros(len(self.vocabulary), dtype=torch.float64)
+        return -self.log_prior.double()
 
 
 class Strategy(Protocol):
@@ -134,7 +143,7 @@ class Ledger:
         """Each class's mean over the probes it was measured on, float32 [C]; NaN without any."""
         return self.losses.nanmean(dim=1)
 
-    def answer(self, index: int, **trace: Any) -> Answer:
+    def answer(self, index: int, bound: torch.Tensor | None = None, **trace: Any) -> Answer:
         """The answer ``index``, with losses that can be compared.
 
         A probe's loss depends on its timestep far more than on the class, so the mean of a class
@@ -144,4 +153,4 @@ class Ledger:
         winner = self.losses[index]
         losses = winner.nanmean() + (self.losses - winner).nanmean(dim=1)
         n_probes = self.losses.isfinite().sum(dim=1)
-        return Answer(index, losses, n_probes, trace)
+        return Answer(index, losses, n_probes, trace, bound)

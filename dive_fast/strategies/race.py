@@ -1,40 +1,36 @@
-"""The race: classes leave as soon as paired statistics say that they cannot win.
-
-Sources: Diffusion Classifier (arXiv 2303.16203, adaptive stages); arXiv 2303.15233 (paired t-tests
-with p = 2e-3 after at least 20 probes). The correction for looking repeatedly is ours.
-"""
+"""The race: classes leave as soon as paired statistics say that they cannot win."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from dive_fast.errors import DiveFastError
-from dive_fast.requests import Losses, Search
-from dive_fast.strategies.base import DefaultProbes, Ledger, Task
+from dive_fast.requests import Search
+from dive_fast.strategies.base import DefaultProbes, Task
+from dive_fast.strategies.elimination import Contest, PairedTest
 
 
 @dataclass(frozen=True)
 class Race(DefaultProbes):
-    """Successive elimination on common probes.
+    """Successive elimination on common probes, by confidence or by fixed stages.
 
-    After every ``round_probes`` probes, from ``min_probes`` on, each class c is compared with the
-    leader b (lowest mean) by a one-sided paired t-test on d_k = l_c,k - l_b,k:
+    By confidence: after every ``round_probes`` probes, from ``min_probes`` on, each class is
+    compared with the leader (lowest mean) by the one-sided paired t-test of ``PairedTest`` at level
+    error / (looks (C - 1)). The class that enumeration over the same probes would answer leaves
+    wrongly with probability at most ``error``: at each look only a test against one of the C - 1
+    others can drop it (union bound over looks and rivals).
 
-        c leaves if  mean(d) sqrt(n) / std(d) > t_{n-1}(1 - error / (looks (C - 1)))
-
-    The class of the lowest expected loss leaves wrongly with probability at most ``error``: at each
-    look only a test against one of the C - 1 others can drop it (union bound over looks and
-    rivals). That takes the paired differences for normal; probes in low-discrepancy order are
-    spread more evenly than independent ones, so their means vary less than the test assumes.
+    By stages ``((samples, keep), ...)``: when ``samples`` probes are measured, the best ``keep``
+    classes go on, without any guarantee (Diffusion Classifier, arXiv 2303.16203).
 
     Attributes:
         error: bound on the probability of dropping the best class.
         min_probes: probes before the first look.
         round_probes: probes between looks.
+        stages: fixed stages instead; samples rise, keep falls and ends with 1.
         loss: "l2", "l1" or "huber".
     """
 
@@ -42,6 +38,7 @@ class Race(DefaultProbes):
     error: float = 0.01
     min_probes: int = 20
     round_probes: int = 10
+    stages: tuple[tuple[int, int], ...] | None = None
     loss: str = "l2"
 
     def __post_init__(self) -> None:
@@ -50,46 +47,49 @@ class Race(DefaultProbes):
         for key, least in (("min_probes", 2), ("round_probes", 1)):
             if getattr(self, key) < least:
                 raise DiveFastError(f"{key} must be at least {least}, got {getattr(self, key)}.")
+        if self.stages is not None:
+            object.__setattr__(self, "stages", _checked_stages(self.stages))
 
     def search(self, task: Task) -> Search:
-        table, k = task.vocabulary.table, len(task.probes)
-        ledger, left = Ledger(len(table), k), torch.arange(len(table))
-        first, rest = torch.arange(k)[: self.min_probes], torch.arange(k)[self.min_probes :]
-        rounds = [first, *rest.split(self.round_probes)] if len(rest) else [first]
-        tail = self.error / (len(rounds) * max(len(table) - 1, 1))
-        left_after = []
-        for probes in rounds:
-            losses = yield Losses(table[left], probes)
-            ledger.add(left, probes, losses)
-            left = left[~self._beaten(ledger.losses[left, : int(probes[-1]) + 1], tail)]
-            left_after.append(left.tolist())
-            if len(left) == 1:
+        c, k = len(task.vocabulary), len(task.probes)
+        if self.stages is None:
+            looks = looks_every(self.min_probes, self.round_probes, k)
+            keep = [None] * len(looks)
+        else:
+            looks, keep = zip(*self.stages, strict=True)
+            if looks[-1] > k:
+                raise DiveFastError(f"the stages take {looks[-1]} probes, got a list of {k}.")
+        test = PairedTest(self.error / (len(looks) * max(c - 1, 1)), k)
+        contest = Contest(task, looks, test)
+        contest.enter(torch.arange(c))
+        for n in keep:
+            yield from contest.advance(n)
+            if contest.decided():
                 break
-        winner = int(left[ledger.means()[left].argmin()])
-        return ledger.answer(winner, losses=ledger.losses, left=left_after)
-
-    def _beaten(self, losses: torch.Tensor, tail: float) -> torch.Tensor:
-        """Which of the classes in losses [n, k] the leader beats, bool [n]."""
-        n = losses.shape[1]
-        if n < 2:
-            return torch.zeros(len(losses), dtype=torch.bool)
-        difference = losses.double() - losses[losses.mean(dim=1).argmin()].double()
-        # A class that is worse by the same amount everywhere is beaten; one that is equal is not.
-        margin = difference.mean(dim=1) * math.sqrt(n)
-        return margin > difference.std(dim=1) * student_t_quantile(1 - tail, n - 1)
+        return contest.answer()
 
 
-def student_t_quantile(p: float, degrees: int) -> float:
-    """The p-quantile of Student's t by the Cornish-Fisher expansion about the normal one.
+def looks_every(first: int, step: int, k: int) -> tuple[int, ...]:
+    """The numbers of probes at which a race looks: first, first + step, ... and k at last."""
+    return (*range(first, k, step), k)
 
-    To 1% for 19 degrees of freedom and more down to tails of 1e-6 (Abramowitz & Stegun 26.7.5);
-    below that it is too small.
-    """
-    z = torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+
+def _checked_stages(stages) -> tuple[tuple[int, int], ...]:
+    message = (
+        "stages must be pairs (samples, keep) with rising samples and falling keep that ends "
+        f"with 1, got {stages!r}."
     )
-    return z + sum(term / degrees ** (i + 1) for i, term in enumerate(terms))
+    try:
+        pairs = tuple((int(samples), int(keep)) for samples, keep in stages)
+    except (TypeError, ValueError) as error:
+        raise DiveFastError(message) from error
+    samples, keep = [p[0] for p in pairs], [p[1] for p in pairs]
+    if (
+        not pairs
+        or samples[0] < 1
+        or keep[-1] != 1
+        or any(b <= a for a, b in zip(samples, samples[1:], strict=False))
+        or any(b >= a for a, b in zip(keep, keep[1:], strict=False))
+    ):
+        raise DiveFastError(message)
+    return pairs

@@ -41,11 +41,36 @@ class TrainingConfig:
     augment: float = 0.5
     rotate_degrees: float = 8.0
     scale: float = 0.08
+    shear: float = 0.0
     shift_pixels: float = 0.6
     seed: int = 0
 
 
 DIGITS = TrainingConfig(sample_size=8, num_classes=10)
+MNIST = TrainingConfig(
+    sample_size=28,
+    num_classes=10,
+    patch_size=4,
+    steps=9_000,
+    batch_size=64,
+    ema_decay=0.999,
+    augment=0.5,
+    shift_pixels=1.0,
+)
+# Few images a class: every picture is moved.
+OMNIGLOT = TrainingConfig(
+    sample_size=16,
+    num_classes=242,
+    patch_size=4,
+    width=128,
+    steps=20_000,
+    batch_size=64,
+    augment=1.0,
+    rotate_degrees=10.0,
+    scale=0.12,
+    shear=0.12,
+    shift_pixels=0.8,
+)
 
 
 def build_transformer(config: TrainingConfig):
@@ -80,7 +105,7 @@ def build_transformer(config: TrainingConfig):
 
 
 def augment_images(x0: torch.Tensor, config: TrainingConfig, generator) -> torch.Tensor:
-    """Rotates, scales and shifts a share of the pictures a little. x0 [B, 1, h, w] in [-1, 1]."""
+    """Rotates, scales, shears and shifts a share of the pictures. x0 [B, 1, h, w] in [-1, 1]."""
     n = len(x0)
 
     def uniform(half_width: float) -> torch.Tensor:
@@ -89,8 +114,11 @@ def augment_images(x0: torch.Tensor, config: TrainingConfig, generator) -> torch
     angle = uniform(math.radians(config.rotate_degrees))
     scale = 1 + uniform(config.scale)
     shift = 2 * config.shift_pixels / config.sample_size
-    rows = [scale * angle.cos(), -scale * angle.sin(), uniform(shift)]
-    rows += [scale * angle.sin(), scale * angle.cos(), uniform(shift)]
+    # Drawn in a fixed order, and only where asked for: the digits were trained without shear.
+    right, down = uniform(shift), uniform(shift)
+    shear = uniform(config.shear) if config.shear else torch.zeros(n)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = [cos, shear * cos - sin, right, sin, shear * sin + cos, down]
     theta = torch.stack(rows, dim=1).view(n, 2, 3)
     grid = F.affine_grid(theta, list(x0.shape), align_corners=False)
     # The ground is -1: shifting it to zero makes zero padding the right border.
@@ -109,6 +137,8 @@ def train_transformer(
     images: np.ndarray, labels: np.ndarray, config: TrainingConfig, out: Path, progress: bool = True
 ):
     """Trains on uint8 images [N, h, w] and returns the transformer with averaged (EMA) weights.
+
+    The side of the images is the model's ``sample_size`` or a multiple of it.
 
     Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
     started again with the same configuration goes on from there. Losses are appended to
@@ -156,6 +186,8 @@ def train_transformer(
     for step in bar:
         pick = torch.randint(len(data), (config.batch_size,), generator=generator)
         x0, y = augment_images(data[pick], config, generator), target[pick]
+        # Larger pictures are moved at their own size, then averaged as ``images`` halves them.
+        x0 = F.avg_pool2d(x0, x0.shape[-1] // config.sample_size)
         drop = torch.rand(len(y), generator=generator) < config.label_dropout
         y = torch.where(drop, config.num_classes, y)
         t = torch.randint(len(alpha_bar), (len(x0),), generator=generator)
