@@ -3,7 +3,7 @@
     python -m bench.compat_loop --images 40
 
 First it trains a small text-conditional UNet on scikit-learn's digits, with one learned sequence of
-embeddings per digit as its prompt (about a minute on one idle core). A digit is 8 x 8; its latent
+embeddings per digit as its prompt (under two minutes on one core). A digit is 8 x 8; its latent
 is the 4 x 4 x 4 of ``pixel_unshuffle``. Then three functions get the same arguments for every held
 out digit: the published loop, written plainly (``bench/baselines/text_to_image.py``), and ours with
 ``mode="paper"`` and with its default, the race. No figure is printed unless paper mode gave the
