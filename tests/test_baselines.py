@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 
+from bench.baselines import diffusion_classifier, dive
 from bench.baselines.diffusion_classifier import (
     all_timesteps,
     eval_prob_adaptive,
@@ -328,6 +329,31 @@ def test_projection_is_the_row_forward_and_the_identity_backward() -> None:
     torch.testing.assert_close(projected, table[:1])
     (projected * torch.tensor([[3.0, -2.0]])).sum().backward()
     assert v.grad.tolist() == [[3.0, -2.0]]
+
+
+# -- what an image costs -------------------------------------------------------------------------
+
+
+def test_runs_count_every_row(transformer, x0, noises, errors) -> None:
+    rows = []
+    hook = transformer.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    settings = {"t_interval": 40, "n_loops": 2}
+    inverted = dive.run(transformer, x0, ALPHA_BAR, noises, **settings)
+    # A loop is a forward and a backward of each probe, then the monitor's forward.
+    assert sum(rows) == 2 * (25 + 25) and inverted.evaluations == sum(rows) + 2 * 25
+    assert inverted.answer == invert(transformer, x0, ALPHA_BAR, noises, **settings).pred
+    rows.clear()
+    full = diffusion_classifier.run_all(transformer, x0, N_CLASSES, ALPHA_BAR, noises, 40)
+    assert full.evaluations == sum(rows) == N_CLASSES * 25
+    assert full.answer == errors.mean(dim=1).argmin()
+    rows.clear()
+    stages = {"n_samples": (4, 10), "to_keep": (2, 1), "n_trials": 2, "all_noise": noises}
+    staged = diffusion_classifier.run_adaptive(transformer, x0, N_CLASSES, ALPHA_BAR, **stages)
+    assert staged.evaluations == sum(rows) == 2 * (N_CLASSES * 4 + 2 * 6)
+    hook.remove()
+    pred, _ = eval_prob_adaptive(transformer, x0, N_CLASSES, ALPHA_BAR, **stages)
+    assert staged.answer == pred
+    assert min(inverted.seconds, full.seconds, staged.seconds) > 0
 
 
 # -- bad input -----------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from tiny_sd import write_to_hub
+from tiny_unet import make_unet
 
 from dive_fast import DiffusionClassifier
 from dive_fast.models import _FAMILIES
@@ -23,6 +26,7 @@ PAGES = (
     "docs/models.md",
     "docs/caching.md",
     "docs/accelerate.md",
+    "docs/compat.md",
 )
 
 
@@ -34,6 +38,21 @@ def snippets() -> list:
         for i, (_, code) in enumerate(blocks):
             found.append(pytest.param(textwrap.dedent(code), id=f"{page}-{i}"))
     return found
+
+
+def text_conditional() -> dict:
+    """Arguments of the published text-to-image loop."""
+    unet = make_unet("sd2")
+    return {
+        "unet": unet,
+        "latent": torch.zeros(1, 4, 8, 8),
+        "latent_size": 8,
+        "text_embeds": torch.randn(3, 5, unet.config.cross_attention_dim),
+        "scheduler": EulerDiscreteScheduler(),
+        "args": Namespace(
+            n_samples=[4, 8], to_keep=[2, 1], n_trials=1, batch_size=32, dtype="float32", loss="l2"
+        ),
+    }
 
 
 def test_every_page_has_code():
@@ -68,6 +87,7 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         "labels": held_out.labels[:1],
         "x0": clf.encode(held_out.images[:1]),
         "my_noise": torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        **text_conditional(),
         "load": lambda directory, **options: None,
     }
     exec(compile(code, "<docs>", "exec"), names)

@@ -19,7 +19,7 @@ LAYERS = (
     ("cli",),
     ("demo",),
     ("conventions", "evaluate", "train"),
-    ("classify",),
+    ("classify", "compat"),
     ("strategies",),
     ("engine",),
     ("forward",),

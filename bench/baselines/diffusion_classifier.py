@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
+from bench.baselines import Run, timed
+
 POINTWISE_LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 
 
@@ -148,19 +150,19 @@ def eval_prob_adaptive(
     t_to_eval = all_timesteps(len(alphas_cumprod), max(n_samples))
     for n, n_to_keep in zip(n_samples, to_keep, strict=True):
         new = [t for t in stage_timesteps(t_to_eval, n) if t not in evaluated]
-        ts, noise_idxs, labels = _requests(remaining, new, len(evaluated), n_trials)
+        ts, noise_idxs, labels = stage_requests(remaining, new, len(evaluated), n_trials)
         evaluated.update(new)
         errors = _eval_error(
             transformer, x0, alphas_cumprod, all_noise, ts, noise_idxs, labels, batch_size, loss
         )
-        _append(data, remaining, ts, labels, errors)
+        append_stage(data, remaining, ts, labels, errors)
         scores = torch.tensor([-data[label]["pred_errors"].mean() for label in remaining])
         best = torch.topk(scores, k=n_to_keep).indices.tolist()
         remaining = [remaining[i] for i in best]
     return remaining[0], data
 
 
-def _requests(
+def stage_requests(
     remaining: list[int], new: list[int], n_evaluated: int, n_trials: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Timesteps, noise indices and labels of one stage, class after class.
@@ -205,7 +207,7 @@ def _eval_error(
     return pred_errors
 
 
-def _append(
+def append_stage(
     data: dict[int, dict[str, Tensor]],
     remaining: list[int],
     ts: Tensor,
@@ -220,6 +222,39 @@ def _append(
         if earlier is not None:
             stage = {key: torch.cat([earlier[key], stage[key]]) for key in stage}
         data[label] = stage
+
+
+def run_all(
+    transformer: DiTTransformer2DModel,
+    x0: Tensor,
+    n_classes: int,
+    alphas_cumprod: Tensor,
+    noises: Tensor,
+    t_interval: int,
+    **settings,
+) -> Run:
+    """``eval_prob_all``, the answer from its errors, and what it cost; arguments as there."""
+    arguments = (transformer, x0, n_classes, alphas_cumprod, noises, t_interval)
+    errors, seconds = timed(lambda: eval_prob_all(*arguments, **settings))
+    return Run(int(errors.mean(dim=1).argmin()), errors.numel(), seconds)
+
+
+def run_adaptive(
+    transformer: DiTTransformer2DModel,
+    x0: Tensor,
+    n_classes: int,
+    alphas_cumprod: Tensor,
+    **settings,
+) -> Run:
+    """``eval_prob_adaptive`` and what it cost; arguments as there."""
+    arguments = (transformer, x0, n_classes, alphas_cumprod)
+    (pred, data), seconds = timed(lambda: eval_prob_adaptive(*arguments, **settings))
+    return Run(pred, n_evaluations(data), seconds)
+
+
+def n_evaluations(data: dict[int, dict[str, Tensor]]) -> int:
+    """Rows that were sent through the network for the data of ``eval_prob_adaptive``."""
+    return sum(len(measured["t"]) for measured in data.values())
 
 
 def _check_image(transformer: DiTTransformer2DModel, x0: Tensor) -> None:

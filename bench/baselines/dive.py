@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from bench.baselines import Run, timed
 from bench.baselines.diffusion_classifier import first_channels, interval_timesteps, q_sample
 
 METRICS = ("l2", "cosine")
@@ -202,6 +203,18 @@ def invert(
         n_forward=n_forward,
         n_backward=n_backward,
     )
+
+
+def run(
+    transformer: DiTTransformer2DModel,
+    x0: Tensor,
+    alphas_cumprod: Tensor,
+    noises: Tensor,
+    **settings,
+) -> Run:
+    """``invert`` and what it cost; arguments as there. The noises are the same for all images."""
+    result, seconds = timed(lambda: invert(transformer, x0, alphas_cumprod, noises, **settings))
+    return Run(result.pred, result.n_forward + result.n_backward, seconds)
 
 
 def _check(
