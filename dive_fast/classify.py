@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from dive_fast.engine import Engine, Finished, Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError
+from dive_fast.fitting import Fitting
 from dive_fast.images import as_images
-from dive_fast.models import load_model
+from dive_fast.models import load_model, own_directory
 from dive_fast.models.protocol import Model
 from dive_fast.objective import Objective
 from dive_fast.probes import ProbeList, low_discrepancy_probes
@@ -23,7 +24,7 @@ from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
 
 
-class DiffusionClassifier:
+class DiffusionClassifier(Fitting):
     """A frozen conditional diffusion model as classifier.
 
     Args:
@@ -41,6 +42,7 @@ class DiffusionClassifier:
             raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
         self.batch_size = batch_size
+        self.directory = None
 
     @classmethod
     def from_pretrained(
@@ -67,7 +69,9 @@ class DiffusionClassifier:
             allow_pickle=allow_pickle,
             timestep_embedding=timestep_embedding,
         )
-        return cls(model, batch_size=batch_size)
+        classifier = cls(model, batch_size=batch_size)
+        classifier.directory = own_directory(source)
+        return classifier
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import dive_fast
+from dive_fast.calibration import expected_calibration_error
 from dive_fast.classify import DiffusionClassifier
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
@@ -32,6 +33,7 @@ class Summary:
         accuracy: share of the images answered right.
         standard_error: of the accuracy, sqrt(p (1 - p) / n).
         mean_per_class_accuracy: mean over the classes that occur.
+        expected_calibration_error: mean distance of confidence and accuracy, over 15 bins.
         n: images answered.
         failed: images that could not be read.
         evaluations_per_image: forwards plus backwards of the network.
@@ -41,6 +43,7 @@ class Summary:
     accuracy: float | None
     standard_error: float | None
     mean_per_class_accuracy: float | None
+    expected_calibration_error: float | None
     n: int
     failed: int
     evaluations_per_image: float | None
@@ -80,6 +83,7 @@ def evaluate(
         "data": data.identity(),
         "strategy": {"name": chosen.name, **_settings(chosen)},
         "probes": len(probe_list),
+        "beta": classifier.model.beta,
         "seed": seed,
     }
     with RunDirectory.open(out, config, environment(classifier)) as run:
@@ -106,16 +110,19 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> Summary:
     good = [record for record in records if "error" not in record]
     failed = len(records) - len(good)
     if not good:
-        return Summary(None, None, None, 0, failed, None, None)
+        return Summary(None, None, None, None, 0, failed, None, None)
+    correct = [record["prediction"] == record["label"] for record in good]
     right: dict[int, list[bool]] = {}
-    for record in good:
-        right.setdefault(record["label"], []).append(record["prediction"] == record["label"])
+    for record, hit in zip(good, correct, strict=True):
+        right.setdefault(record["label"], []).append(hit)
     n = len(good)
-    p = sum(map(sum, right.values())) / n
+    p = sum(correct) / n
+    confidence = [record["probability"] for record in good]
     return Summary(
         accuracy=p,
         standard_error=math.sqrt(p * (1 - p) / n),
         mean_per_class_accuracy=sum(sum(c) / len(c) for c in right.values()) / len(right),
+        expected_calibration_error=expected_calibration_error(confidence, correct),
         n=n,
         failed=failed,
         evaluations_per_image=sum(record["evaluations"] for record in good) / n,

@@ -20,6 +20,7 @@ LAYERS = (
     ("demo",),
     ("conventions", "evaluate", "train"),
     ("classify",),
+    ("fitting",),
     ("strategies",),
     ("engine",),
     ("calibration", "objective", "results"),

@@ -54,6 +54,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="auto|diffusers|original",
         help="which frequencies a DiT was trained with (default: auto)",
     )
+    group.add_argument(
+        "--fitted",
+        metavar="DIR",
+        help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
+    )
 
 
 def add_strategy_options(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +87,7 @@ def load_classifier(options: argparse.Namespace):
     """The classifier that the model options name."""
     from dive_fast.classify import DiffusionClassifier
 
-    return DiffusionClassifier.from_pretrained(
+    classifier = DiffusionClassifier.from_pretrained(
         options.model,
         dtype=options.dtype,
         device=options.device,
@@ -90,3 +95,6 @@ def load_classifier(options: argparse.Namespace):
         allow_pickle=options.allow_pickle,
         timestep_embedding=options.timestep_embedding,
     )
+    if options.fitted is not None:
+        classifier.load_fitted(options.fitted)
+    return classifier

@@ -78,6 +78,12 @@ def load_model(
     return model.to(device, dtype)
 
 
+def own_directory(source: str | Path) -> Path | None:
+    """The directory that ``load_model`` reads, where it is the user's; None for zoo and hub."""
+    path = Path(source).expanduser()
+    return path if str(source) not in zoo.names() and path.is_dir() else None
+
+
 def _find(source: str, allow_pickle: bool) -> Path:
     if source in zoo.names():
         return zoo.path(source)

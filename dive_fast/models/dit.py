@@ -18,6 +18,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from dive_fast.errors import ModelError
 from dive_fast.models.checkpoint import fingerprint, load_component, read_class_names, read_json
+from dive_fast.models.fitted import read_fitted
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
 
@@ -186,15 +187,8 @@ def load(
             timestep_embedding, extra.get("timestep_embedding"), config
         ),
         tied=embedders_are_equal(transformer),
-        beta=_read_beta(extra, directory),
+        beta=read_fitted(directory).beta,
     )
-
-
-def _read_beta(extra: dict[str, Any], directory: Path) -> float | None:
-    beta = extra.get("beta")
-    if beta is None or (isinstance(beta, int | float) and 0 < beta < math.inf):
-        return beta
-    raise ModelError(f"beta in {directory / 'dive_fast.json'} must be above 0, got {beta!r}.")
 
 
 def choose_timestep_embedding(asked: str, stated: str | None, config) -> str:
