@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dive_fast.engine import Engine, Finished, Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError
-from dive_fast.fitting import Fitting
+from dive_fast.fitting import Fitting, choose_timesteps
 from dive_fast.images import as_images
 from dive_fast.models import load_model, own_directory
 from dive_fast.models.protocol import Model
@@ -22,6 +22,7 @@ from dive_fast.requests import Answer, Losses, Search
 from dive_fast.results import Classification, log_posterior
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
+from dive_fast.timesteps import TimestepWeights
 
 
 class DiffusionClassifier(Fitting):
@@ -87,6 +88,7 @@ class DiffusionClassifier(Fitting):
         preset: str | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
         trace: bool = False,
         progress: bool = False,
@@ -102,6 +104,9 @@ class DiffusionClassifier(Fitting):
             preset: "dive-paper" or "diffusion-classifier", the published settings.
             probes: how many, or a list of your own; the strategy's choice if None.
             seed: of the probes' noise and of the strategy's draws.
+            timesteps: "learned" takes the probes where the model's fitted timesteps say,
+                "uniform" evenly, a ``TimestepWeights`` where it says. None: learned where the
+                model has them and the strategy leaves the list to us; presets are uniform.
             prior: p(y), [C]; uniform if None.
             trace: keep on each answer what the strategy saw.
             progress: show a bar.
@@ -123,6 +128,7 @@ class DiffusionClassifier(Fitting):
                 preset=preset,
                 probes=probes,
                 seed=seed,
+                timesteps=timesteps,
                 prior=prior,
                 trace=trace,
                 progress=len(x0) if progress else None,
@@ -140,6 +146,7 @@ class DiffusionClassifier(Fitting):
         preset: str | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
         trace: bool = False,
         progress: int | None = None,
@@ -154,7 +161,7 @@ class DiffusionClassifier(Fitting):
         The other arguments are those of ``__call__``.
         """
         chosen = resolve_strategy(strategy, preset, settings)
-        probe_list = self.probe_list(chosen, probes, seed)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps)
         log_prior = self._log_prior(prior)
         task = Task(self.model.vocabulary, probe_list, seed)
         jobs = (Job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
@@ -217,12 +224,21 @@ class DiffusionClassifier(Fitting):
         return self.model.encode(torch.stack(pixels))
 
     def probe_list(
-        self, strategy: Strategy, probes: int | ProbeList | None = None, seed: int = 0
+        self,
+        strategy: Strategy,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
     ) -> ProbeList:
         """The probes that ``strategy`` would run on: given, counted, or its own choice."""
+        weights = choose_timesteps(self.model, strategy, probes, timesteps)
         if not isinstance(probes, ProbeList):
             shape = self.model.latent_shape
-            probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
+            if weights is None:
+                probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
+            else:
+                k = DEFAULT_PROBES if probes is None else probes
+                probes = weights.probes(k, shape, seed)
         probes.check(self.model.latent_shape, len(self.model.schedule))
         return probes
 

@@ -21,8 +21,10 @@ from dive_fast.calibration import expected_calibration_error
 from dive_fast.classify import DiffusionClassifier
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
+from dive_fast.fitting import choose_timesteps
 from dive_fast.rundir import RunDirectory
 from dive_fast.strategies import Task, resolve_strategy
+from dive_fast.timesteps import TimestepWeights
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def evaluate(
     preset: str | None = None,
     probes: int | None = None,
     seed: int = 0,
+    timesteps: str | TimestepWeights | None = None,
     progress: bool = False,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
@@ -75,7 +78,8 @@ def evaluate(
         DiveFastError: an unknown strategy, preset or number of probes.
     """
     chosen = resolve_strategy(strategy, preset, {})
-    probe_list = classifier.probe_list(chosen, probes, seed)
+    probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
+    weights = choose_timesteps(classifier.model, chosen, probes, timesteps)
     # A strategy may refuse the probes when it starts: before the run directory is made.
     next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed)), None)
     config = {
@@ -83,6 +87,7 @@ def evaluate(
         "data": data.identity(),
         "strategy": {"name": chosen.name, **_settings(chosen)},
         "probes": len(probe_list),
+        "timesteps": "uniform" if weights is None else weights.to_dict(),
         "beta": classifier.model.beta,
         "seed": seed,
     }
@@ -95,7 +100,9 @@ def evaluate(
             disable=not progress,
         ) as bar:
             latents = _latents(classifier, todo, run, bar)
-            stream = classifier.stream(latents, strategy=chosen, probes=probe_list, seed=seed)
+            stream = classifier.stream(
+                latents, strategy=chosen, probes=probes, seed=seed, timesteps=timesteps
+            )
             for example, answer in stream:
                 # to_dict() calls the answer's name "label"; in a record the label is the truth.
                 record = {"id": example.id, **answer.to_dict(), "label": example.label}

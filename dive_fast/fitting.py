@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dive_fast.calibration import Calibration, as_labels, calibrate
-from dive_fast.errors import ModelError
+from dive_fast.engine import Engine, Job
+from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.fitted import Fitted, read_fitted, write_fitted
 from dive_fast.models.protocol import Model
-from dive_fast.strategies import Strategy
+from dive_fast.objective import Objective
+from dive_fast.probes import ProbeList, low_discrepancy_probes
+from dive_fast.requests import Answer, Losses, Search
+from dive_fast.sampling import sample
+from dive_fast.strategies import DefaultProbes, Strategy
+from dive_fast.timesteps import TimestepWeights, estimate
+
+# Rivals of the right class are found on this many probes, where there are more than are wanted.
+SCREEN_PROBES = 20
 
 
 class Fitting:
@@ -19,10 +29,12 @@ class Fitting:
 
     Attributes:
         model: what they are fitted to.
+        batch_size: rows per forward at most.
         directory: where ``save_fitted`` writes unless told; None for models of zoo and hub.
     """
 
     model: Model
+    batch_size: int
     directory: Path | None
 
     def calibrate(
@@ -34,6 +46,7 @@ class Fitting:
         strategy: str | Strategy = "enumerate",
         probes: int | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
         progress: bool = False,
         **settings: Any,
     ) -> Calibration:
@@ -46,7 +59,8 @@ class Fitting:
             images, latents: as in ``__call__``; best such as the model was not trained on, of
                 which it is surer than of others.
             labels: whole numbers [B], rows of the vocabulary.
-            strategy, probes, seed, settings: as in ``__call__``. The default measures all classes.
+            strategy, probes, seed, timesteps, settings: as in ``__call__``. The default measures
+                all classes.
 
         Returns:
             beta, expected calibration error and likelihood, before and after.
@@ -58,7 +72,13 @@ class Fitting:
             x0 = self._latents(images, latents)
         labels = as_labels(labels, len(x0), len(self.names))
         answers = self(
-            latents=x0, strategy=strategy, probes=probes, seed=seed, progress=progress, **settings
+            latents=x0,
+            strategy=strategy,
+            probes=probes,
+            seed=seed,
+            timesteps=timesteps,
+            progress=progress,
+            **settings,
         )
         losses = torch.stack([answer.losses for answer in answers])
         found = torch.tensor([answer.index for answer in answers])
@@ -66,8 +86,80 @@ class Fitting:
         self.model.beta = record.beta_after
         return record
 
+    def fit_timesteps(
+        self,
+        images: Any = None,
+        labels: Any = None,
+        *,
+        latents: torch.Tensor | None = None,
+        generate: int | None = None,
+        guidance: float = 1.0,
+        probes: int = 100,
+        rivals: int = 3,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> TimestepWeights:
+        """Learns which timesteps part the right class from its rivals, and sets it on the model.
+
+        Strategies then take their probes there, unless told ``timesteps="uniform"``. The expected
+        losses stay what they were, so ``beta`` does too. ``save_fitted`` keeps the result.
+
+        Args:
+            images, latents: as in ``__call__``.
+            labels: whole numbers [B], rows of the vocabulary.
+            generate: instead of images, how many the model shall generate itself, its classes in
+                turn, by 50 steps of DDIM.
+            guidance: of the generation; see ``sampling.sample``.
+            probes: evenly spread ones, on which the right class and its rivals are compared.
+            rivals: the nearest wrong classes, found on 20 probes.
+            seed: of the noises.
+            progress: show a bar.
+
+        Raises:
+            DiveFastError: labels that do not fit, a model of one class, too few probes, or bad
+                input as in ``__call__``.
+        """
+        for name, value, least in (("rivals", rivals, 1), ("generate", generate, 1)):
+            if value is not None and value < least:
+                raise DiveFastError(f"{name} must be at least {least}, got {value}.")
+        n_classes = len(self.names)
+        if n_classes < 2:
+            raise DiveFastError(f"{self.model.name} has one class: nothing to tell it from.")
+        with torch.inference_mode(False):
+            if generate is None:
+                x0 = self._latents(images, latents)
+            else:
+                if images is not None or latents is not None or labels is not None:
+                    raise DiveFastError("expected images with labels, or generate, got both.")
+                labels = torch.arange(generate) * max(n_classes, generate) // generate % n_classes
+                x0 = sample(
+                    self.model,
+                    labels,
+                    guidance=guidance,
+                    seed=seed,
+                    batch_size=self.batch_size,
+                    progress=progress,
+                )
+            labels = as_labels(labels, len(x0), n_classes)
+            n_timesteps = len(self.model.schedule)
+            probe_list = low_discrepancy_probes(probes, n_timesteps, self.model.latent_shape, seed)
+            table = self.model.vocabulary.table
+            jobs = (
+                Job(i, self._check_latent(x), _compare(table, int(y), probes, rivals))
+                for i, (x, y) in enumerate(zip(x0, labels, strict=True))
+            )
+            losses = torch.empty(len(x0), 1 + min(rivals, n_classes - 1), probes)
+            with tqdm(total=len(x0), unit="image", disable=not progress) as bar:
+                for finished in Engine(self.model, self.batch_size).run(
+                    jobs, probe_list, Objective()
+                ):
+                    losses[finished.key] = finished.answer.trace["losses"]
+                    bar.update()
+        self.model.timesteps = estimate(losses, probe_list.timesteps, n_timesteps)
+        return self.model.timesteps
+
     def save_fitted(self, directory: str | Path | None = None) -> Path:
-        """Writes ``beta`` into ``dive_fast.json``, keeping its other entries.
+        """Writes ``beta`` and ``timesteps`` into ``dive_fast.json``, keeping its other entries.
 
         Args:
             directory: the model's own if None, which it must have been loaded from. For models of
@@ -84,7 +176,7 @@ class Fitting:
             raise ModelError(
                 f"{self.model.name} has no model directory of yours to write to: give one."
             )
-        return write_fitted(target, Fitted(self.model.beta))
+        return write_fitted(target, Fitted(self.model.beta, getattr(self.model, "timesteps", None)))
 
     def load_fitted(self, directory: str | Path) -> None:
         """Takes over what ``save_fitted`` wrote.
@@ -93,5 +185,67 @@ class Fitting:
             ModelError: there is no ``dive_fast.json``, or it is damaged.
         """
         fitted = read_fitted(Path(directory), required=True)
+        if fitted.timesteps is not None:
+            _check_timesteps(self.model, fitted.timesteps)
+        self.model.timesteps = fitted.timesteps
         if fitted.beta is not None:
             self.model.beta = fitted.beta
+
+
+def choose_timesteps(
+    model: Model,
+    strategy: Strategy,
+    probes: int | ProbeList | None,
+    timesteps: str | TimestepWeights | None,
+) -> TimestepWeights | None:
+    """The learned timesteps that a run shall follow, or None for the strategy's own list.
+
+    Args:
+        timesteps: as in ``DiffusionClassifier.__call__``.
+
+    Raises:
+        DiveFastError: something else, or learned timesteps asked for where the probes are given or
+            published.
+        ModelError: the model has none, or such as are not for its schedule.
+    """
+    if not isinstance(timesteps, TimestepWeights) and timesteps not in (None, "learned", "uniform"):
+        raise DiveFastError(
+            f"expected timesteps 'learned', 'uniform' or a TimestepWeights, got {timesteps!r}."
+        )
+    ours = getattr(type(strategy), "probes", None) is DefaultProbes.probes
+    ours = ours and not isinstance(probes, ProbeList)
+    if timesteps == "uniform" or (timesteps is None and not ours):
+        return None
+    if not ours:
+        raise DiveFastError(
+            "learned timesteps need a list of probes that is ours to choose: "
+            "this one is given or published."
+        )
+    asked = isinstance(timesteps, TimestepWeights)
+    weights = timesteps if asked else getattr(model, "timesteps", None)
+    if weights is None and timesteps == "learned":
+        raise ModelError(f"{model.name} has no learned timesteps; see fit_timesteps.")
+    if weights is not None:
+        _check_timesteps(model, weights)
+    return weights
+
+
+def _check_timesteps(model: Model, weights: TimestepWeights) -> None:
+    if weights.n_timesteps != len(model.schedule):
+        raise ModelError(
+            f"{model.name} has {len(model.schedule)} timesteps, "
+            f"but these were learned for {weights.n_timesteps}."
+        )
+
+
+def _compare(table: torch.Tensor, label: int, k: int, rivals: int) -> Search:
+    """Losses of the right class and its nearest rivals: ``trace["losses"]`` [1 + R, k]."""
+    others = torch.tensor([c for c in range(len(table)) if c != label])
+    if len(others) > rivals:
+        losses = yield Losses(table[others], torch.arange(min(SCREEN_PROBES, k)))
+        others = others[losses.mean(dim=1).argsort()[:rivals]]
+    compared = torch.cat([torch.tensor([label]), others])
+    losses = yield Losses(table[compared], torch.arange(k))
+    means = torch.full((len(table),), torch.nan)
+    means[compared] = losses.mean(dim=1)
+    return Answer(label, means, means.isfinite() * k, {"losses": losses})

@@ -1,7 +1,7 @@
 """The noise-prediction loss of (image, probe, condition) rows: how well y explains x0.
 
 x_t = a_t x0 + s_t eps
-l(y; x0, t, eps) = || target - f(x_t, t, y) ||^2 / dim
+l(y; x0, t, eps) = w_t || target - f(x_t, t, y) ||^2 / dim
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class DeviceProbes(NamedTuple):
     noise_index: torch.Tensor  # int64 [K]
     a: torch.Tensor  # float32 [K]
     s: torch.Tensor  # float32 [K]
+    weights: torch.Tensor  # float32 [K], w_t
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Objective:
         """Moves the probes to the model's device once per run."""
         probes.check(model.latent_shape, len(model.schedule))
         t = probes.timesteps
-        parts = (t, probes.noise, probes.noise_index, model.schedule.a[t], model.schedule.s[t])
+        weights = torch.ones(len(probes)) if probes.weights is None else probes.weights
+        a, s = model.schedule.a[t], model.schedule.s[t]
+        parts = (t, probes.noise, probes.noise_index, a, s, weights)
         return DeviceProbes(*(part.to(model.device) for part in parts))
 
     def losses(
@@ -67,7 +70,7 @@ class Objective:
         a, s = probes.a[probe_index], probes.s[probe_index]
         x_t = ops.q_sample(x0, image_index, probes.noise, noise_index, a, s)
         prediction = model.predict(x_t, probes.timesteps[probe_index], condition)
-        return ops.noise_prediction_loss(
+        losses = ops.noise_prediction_loss(
             prediction,
             probes.noise,
             noise_index,
@@ -78,3 +81,4 @@ class Objective:
             target=model.schedule.target,
             norm=self.norm,
         )
+        return losses * probes.weights[probe_index]

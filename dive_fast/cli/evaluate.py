@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
             preset=options.preset,
             probes=options.probes,
             seed=options.seed,
+            timesteps=options.timesteps,
             progress=sys.stderr.isatty(),
         )
     except KeyboardInterrupt:

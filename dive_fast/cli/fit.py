@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         strategy=strategy,
         probes=options.probes,
         seed=options.seed,
+        timesteps=options.timesteps,
         progress=sys.stderr.isatty(),
     )
     print(record)

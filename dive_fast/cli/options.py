@@ -80,6 +80,12 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="(timestep, noise) pairs per image (default: 100; dive-paper 250)",
     )
+    group.add_argument(
+        "--timesteps",
+        choices=["learned", "uniform"],
+        help="take probes where the model's fitted timesteps say, or evenly (default: learned "
+        "where the model has them; presets are uniform)",
+    )
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
 

@@ -20,6 +20,7 @@ from dive_fast.errors import ModelError
 from dive_fast.models.checkpoint import fingerprint, load_component, read_class_names, read_json
 from dive_fast.models.fitted import read_fitted
 from dive_fast.schedule import Schedule
+from dive_fast.timesteps import TimestepWeights
 from dive_fast.vocabulary import Vocabulary
 
 # The frequencies are max_period^(-i / (half - shift)): diffusers builds the DiT with shift 1,
@@ -50,6 +51,8 @@ class DiT:
         timestep_embedding: "diffusers" or "original", see ``FREQ_SHIFT``.
         tied: all blocks' embedders hold equal copies, so the class vector has the width D of one
             row. Otherwise it is the rows of all copies end to end, [copies * D].
+        beta: fitted; half the squared error summed over the latent if None.
+        timesteps: learned; strategies take their probes evenly if None.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class DiT:
         timestep_embedding: str = "diffusers",
         tied: bool = True,
         beta: float | None = None,
+        timesteps: TimestepWeights | None = None,
     ) -> None:
         config = transformer.config
         self.name = name
@@ -77,6 +81,7 @@ class DiT:
         self.image_shape = _image_shape(self.latent_shape, vae)
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
         self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
+        self.timesteps = timesteps
 
         embedders = [block.norm1.emb for block in transformer.transformer_blocks]
         for i, block in enumerate(transformer.transformer_blocks):
@@ -149,7 +154,7 @@ def load(
     """Reads what ``DiTPipeline.save_pretrained`` writes; without a ``vae`` it is a model of pixels.
 
     An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding`` and
-    ``beta``.
+    what was fitted: ``beta`` and ``timesteps``.
 
     Raises:
         ModelError: a part is missing, broken or unsupported.
@@ -177,6 +182,7 @@ def load(
             f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
             f"transformer in {directory}, got {config.out_channels}."
         )
+    fitted = read_fitted(directory)
     return DiT(
         transformer,
         vae,
@@ -187,7 +193,8 @@ def load(
             timestep_embedding, extra.get("timestep_embedding"), config
         ),
         tied=embedders_are_equal(transformer),
-        beta=read_fitted(directory).beta,
+        beta=fitted.beta,
+        timesteps=fitted.timesteps,
     )
 
 

@@ -8,10 +8,10 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dive_fast.errors import ModelError
+from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.checkpoint import read_json
+from dive_fast.timesteps import TimestepWeights
 
 FILE = "dive_fast.json"
 
@@ -22,9 +22,11 @@ class Fitted:
 
     Attributes:
         beta: inverse temperature of log p(y | x0) = -beta L + log p(y).
+        timesteps: learned density and weights of the probes' timesteps.
     """
 
     beta: float | None = None
+    timesteps: TimestepWeights | None = None
 
 
 def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
@@ -44,11 +46,17 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
     good = isinstance(beta, int | float) and not isinstance(beta, bool) and 0 < beta < math.inf
     if beta is not None and not good:
         raise ModelError(f"beta in {path} must be above 0, got {beta!r}.")
-    return Fitted(None if beta is None else float(beta))
+    timesteps = content.get("timesteps")
+    if timesteps is not None:
+        try:
+            timesteps = TimestepWeights.from_dict(timesteps)
+        except DiveFastError as error:
+            raise ModelError(f"timesteps in {path} cannot be used: {error}") from error
+    return Fitted(None if beta is None else float(beta), timesteps)
 
 
 def write_fitted(directory: Path, fitted: Fitted) -> Path:
-    """Writes the values that are not None into ``dive_fast.json`` and keeps its other entries.
+    """Puts the values into ``dive_fast.json`` and keeps its other entries; None takes one out.
 
     The directory is made if it is missing; the file is there whole or as it was.
 
@@ -60,17 +68,17 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
     """
     path = directory / FILE
     content = read_json(path) if path.exists() else {}
-    content |= _as_json(fitted)
+    values = {
+        "beta": fitted.beta,
+        "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),
+    }
+    content = {key: value for key, value in (content | values).items() if value is not None}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror or error}.") from error
     return path
-
-
-def _as_json(fitted: Fitted) -> dict[str, Any]:
-    return {} if fitted.beta is None else {"beta": fitted.beta}
 
 
 def _replace(path: Path, text: str) -> None:

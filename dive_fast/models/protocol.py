@@ -14,6 +14,9 @@ from dive_fast.vocabulary import Vocabulary
 class Model(Protocol):
     """A frozen conditional diffusion model.
 
+    A model may also have ``timesteps``, a ``TimestepWeights`` or None, which the strategies' probes
+    then follow.
+
     Attributes:
         name: what the user called it.
         schedule: the noise schedule it was trained with.
