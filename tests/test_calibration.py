@@ -237,7 +237,7 @@ class TestCommand:
 
     def test_fit_writes_beside_the_model(self, data: Path, tmp_path: Path, capsys) -> None:
         model = write_model(tmp_path / "model")
-        arguments = ("fit", "--data", data, "--model", model, "--probes", 5)
+        arguments = ("fit", "--what", "beta", "--data", data, "--model", model, "--probes", 5)
         said = call(capsys, *arguments)
         assert (said.code, said.err) == (0, "")
         assert "expected calibration error" in said.out
@@ -260,7 +260,7 @@ class TestCommand:
 
     def test_refused(self, data: Path, tmp_path: Path, capsys) -> None:
         for arguments, message in [
-            ((), "the following arguments are required: --data"),
+            ((), "needs --data or --generate"),
             (("--data", data), "digits has no model directory .* with --out"),
             (("--data", tmp_path, "--out", tmp_path), "expected a sub-folder for each class"),
             (("--data", data, "--fitted", tmp_path), "expected dive_fast.json in"),
