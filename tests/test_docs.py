@@ -16,7 +16,7 @@ from dive_fast.strategies import base
 from dive_fast.zoo.digits import load_digits
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/strategies.md", "docs/models.md")
+PAGES = ("README.md", "docs/strategies.md", "docs/models.md", "docs/timesteps.md")
 
 
 def snippets() -> list:
