@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
+    from dive_fast.calibration import Calibration
     from dive_fast.classify import DiffusionClassifier
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from dive_fast.probes import ProbeList
     from dive_fast.results import Classification
     from dive_fast.strategies import register_preset, register_strategy
+    from dive_fast.timesteps import TimestepWeights
 
 __version__ = "0.1.0"
 
 # Loaded when first used: the command line's --help should not wait for torch and diffusers.
 _HOMES = {
+    "Calibration": "dive_fast.calibration",
     "Classification": "dive_fast.results",
     "DataError": "dive_fast.errors",
     "DiffusionClassifier": "dive_fast.classify",
@@ -35,12 +38,14 @@ _HOMES = {
     "ProbeList": "dive_fast.probes",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
+    "TimestepWeights": "dive_fast.timesteps",
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
     "register_strategy": "dive_fast.strategies",
 }
 
 __all__ = [
+    "Calibration",
     "Classification",
     "DataError",
     "DiffusionClassifier",
@@ -50,6 +55,7 @@ __all__ = [
     "ModelError",
     "ProbeList",
     "RunError",
+    "TimestepWeights",
     "__version__",
     "accelerate",
     "register_model_family",

@@ -1,43 +1,130 @@
-"""The temperature that makes log p(y | x0) = -beta L(y; x0) mean something."""
+"""The temperature that makes log p(y | x0) = -beta L(y; x0) mean something, and how well it does.
+
+Confidence and accuracy are compared by the expected calibration error (Guo et al. 2017, arXiv
+1706.04599), whose remedy, one temperature fitted to labelled images, is the one used here.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from dive_fast.errors import DiveFastError
 
+BINS = 15
+# p(label) in a likelihood where the label's class was never measured: it has no loss to tell.
+UNMEASURED_PROBABILITY = 1e-6
+_LOWEST, _HIGHEST = 1e-3, 1e7
 
-def fit_beta(losses: torch.Tensor, labels: torch.Tensor) -> float:
+
+@dataclass(frozen=True)
+class Calibration:
+    """What fitting beta did, measured on the images that it was fitted to.
+
+    One number is fitted, so figures on other images of the same kind come out much the same.
+
+    Attributes:
+        beta_before, beta_after: inverse temperature.
+        ece_before, ece_after: expected calibration error over 15 bins, in [0, 1].
+        nll_before, nll_after: mean of -log p(label), in nats; a label whose class was not measured
+            counts as p = 1e-6.
+        n: images.
+        unmeasured: of these, images whose label was not among the classes that the strategy
+            measured. They count in both figures, but no beta can mend them.
+    """
+
+    beta_before: float
+    beta_after: float
+    ece_before: float
+    ece_after: float
+    nll_before: float
+    nll_after: float
+    n: int
+    unmeasured: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"                            {'before':>10} {'after':>10}",
+            f"beta                        {self.beta_before:10.2f} {self.beta_after:10.2f}",
+            f"expected calibration error  {self.ece_before:10.2%} {self.ece_after:10.2%}",
+            f"-log p(label), nats         {self.nll_before:10.4f} {self.nll_after:10.4f}",
+            f"images                      {self.n:10d}",
+        ]
+        if self.unmeasured:
+            lines.append(f"label not measured          {self.unmeasured:10d}")
+        return "\n".join(lines)
+
+
+def calibrate(
+    losses: torch.Tensor, labels: Any, beta: float, answers: torch.Tensor | None = None
+) -> Calibration:
+    """Fits beta and says what it changes.
+
+    Args:
+        losses: float [B, C], NaN where a class was not measured.
+        labels: whole numbers [B].
+        beta: the one in use.
+        answers: int64 [B], the classes answered; those of the lowest loss if None.
+
+    Raises:
+        DiveFastError: as ``fit_beta``.
+    """
+    labels = as_labels(labels, *_shape(losses))
+    fitted = fit_beta(losses, labels)
+    if answers is None:
+        answers = losses.nan_to_num(math.inf).argmin(dim=1)
+    before, after = (_figures(losses, labels, answers, b) for b in (beta, fitted))
+    unmeasured = int(losses.gather(1, labels[:, None]).isnan().sum())
+    return Calibration(
+        beta, fitted, before[0], after[0], before[1], after[1], len(labels), unmeasured
+    )
+
+
+def fit_beta(losses: torch.Tensor, labels: Any) -> float:
     """The beta that gives labelled images the highest likelihood.
 
     Minimises the cross-entropy of softmax(-beta L) over beta > 0 by golden-section search over
     log beta (it is convex in beta). The targets are Platt's, (n + 1) / (n + 2) for the label, so
     that beta stays finite where every image is answered right (Platt, 1999).
 
+    A class that was not measured takes no part in its image's softmax. Where that is the label's
+    class, p(label) is a floor that does not depend on beta, so the image has no say.
+
     Args:
-        losses: float [B, C], mean loss of each class over the probes.
-        labels: int64 [B].
+        losses: float [B, C], mean loss of each class over the probes; NaN where not measured.
+        labels: whole numbers [B].
 
     Raises:
-        DiveFastError: shapes that do not fit.
+        DiveFastError: shapes that do not fit, labels outside [0, C), infinite losses, an image
+            without any measured class, or no image whose label was measured beside another class.
     """
-    if losses.ndim != 2 or labels.shape != losses.shape[:1] or len(labels) == 0:
+    labels = as_labels(labels, *_shape(losses))
+    energy = losses.double().cpu()
+    if energy.isinf().any():
+        raise DiveFastError("losses must be finite, or NaN where not measured; got infinity.")
+    measured = ~energy.isnan()
+    if not measured.any(dim=1).all():
+        raise DiveFastError("every image needs a class that was measured, got one without any.")
+    useful = measured.gather(1, labels[:, None])[:, 0] & (measured.sum(dim=1) > 1)
+    if not useful.any():
         raise DiveFastError(
-            f"expected losses [B, C] and labels [B], got {list(losses.shape)} "
-            f"and {list(labels.shape)}."
+            "beta needs an image whose label was measured beside another class, got none."
         )
-    energy = losses.double()
-    n, c = losses.shape
-    target = torch.full((n, c), 1 / (n + 2) / max(c - 1, 1), dtype=torch.float64)
+    energy, measured, labels = energy[useful], measured[useful], labels[useful]
+    n = len(energy)
+    rivals = measured.sum(dim=1, keepdim=True) - 1
+    target = torch.where(measured, 1 / (n + 2) / rivals, 0.0)
     target[torch.arange(n), labels] = (n + 1) / (n + 2)
 
     def cross_entropy(log_beta: float) -> float:
-        return F.cross_entropy(-math.exp(log_beta) * energy, target).item()
+        log_p = _log_softmax(energy, math.exp(log_beta))
+        return -(target * log_p.where(measured, 0.0)).sum().item()
 
-    low, high, ratio = math.log(1e-3), math.log(1e7), (math.sqrt(5) - 1) / 2
+    low, high, ratio = math.log(_LOWEST), math.log(_HIGHEST), (math.sqrt(5) - 1) / 2
     for _ in range(80):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if cross_entropy(left) < cross_entropy(right):
@@ -45,3 +132,96 @@ def fit_beta(losses: torch.Tensor, labels: torch.Tensor) -> float:
         else:
             low = left
     return math.exp((low + high) / 2)
+
+
+def expected_calibration_error(
+    confidence: torch.Tensor | Sequence[float],
+    correct: torch.Tensor | Sequence[bool],
+    bins: int = BINS,
+) -> float:
+    """How far confidence and accuracy lie apart (Guo et al. 2017, arXiv 1706.04599, equation 3).
+
+        ECE = sum_m |B_m| / n  | acc(B_m) - conf(B_m) |
+
+    over ``bins`` bins of equal width, B_m = ((m - 1) / bins, m / bins]; 0 falls into the first.
+
+    Args:
+        confidence: [n], the probability that each answer was given.
+        correct: [n], whether it was right.
+        bins: 15 in the paper.
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        DiveFastError: no answers, shapes that do not fit, or values outside [0, 1].
+    """
+    p = torch.as_tensor(confidence, dtype=torch.float64).cpu()
+    hit = torch.as_tensor(correct).cpu()
+    if bins < 1:
+        raise DiveFastError(f"bins must be at least 1, got {bins}.")
+    if p.ndim != 1 or len(p) == 0 or hit.shape != p.shape:
+        raise DiveFastError(
+            f"expected confidence [n] and correct [n] with n >= 1, got {list(p.shape)} "
+            f"and {list(hit.shape)}."
+        )
+    # A softmax in float32 may end a rounding error above 1.
+    if not bool(((p >= 0) & (p <= 1 + 1e-6)).all()):
+        raise DiveFastError("confidence must lie in [0, 1], got values outside.")
+    if not bool(((hit == 0) | (hit == 1)).all()):
+        raise DiveFastError("correct must be true or false for every answer.")
+    edges = torch.arange(1, bins, dtype=torch.float64) / bins
+    index = torch.bucketize(p, edges)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, hit.double() - p)
+    return gap.abs().sum().item() / len(p)
+
+
+def as_labels(labels: Any, n: int, classes: int) -> torch.Tensor:
+    """Labels as int64 [n] on the CPU.
+
+    Raises:
+        DiveFastError: they are no whole numbers [n] in [0, classes), or there are none.
+    """
+    try:
+        given = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DiveFastError(
+            f"labels must be the classes' whole numbers, one for each of {n} images."
+        ) from error
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise DiveFastError(f"labels must be whole numbers, got {given.dtype}.")
+    if list(given.shape) != [n]:
+        raise DiveFastError(
+            f"labels must have shape [{n}], one for each image, got {list(given.shape)}."
+        )
+    if n == 0:
+        raise DiveFastError("expected at least one labelled image, got none.")
+    if int(given.min()) < 0 or int(given.max()) >= classes:
+        raise DiveFastError(
+            f"labels must lie in [0, {classes}), got {int(given.min())} to {int(given.max())}."
+        )
+    return given.long().cpu()
+
+
+def _shape(losses: torch.Tensor) -> tuple[int, int]:
+    if losses.ndim != 2 or losses.numel() == 0:
+        raise DiveFastError(
+            f"expected losses [B, C] of at least one image, got {list(losses.shape)}."
+        )
+    return losses.shape[0], losses.shape[1]
+
+
+def _log_softmax(energy: torch.Tensor, beta: float) -> torch.Tensor:
+    """log p(y | x0) of losses [B, C]; -inf where the loss is NaN."""
+    return (-beta * energy).masked_fill(energy.isnan(), -math.inf).log_softmax(dim=1)
+
+
+def _figures(
+    losses: torch.Tensor, labels: torch.Tensor, answers: torch.Tensor, beta: float
+) -> tuple[float, float]:
+    """Expected calibration error and mean -log p(label) at one beta."""
+    log_p = _log_softmax(losses.double().cpu(), beta)
+    confidence = log_p.gather(1, answers[:, None])[:, 0].exp()
+    of_label = log_p.gather(1, labels[:, None])[:, 0]
+    of_label = of_label.masked_fill(of_label == -math.inf, math.log(UNMEASURED_PROBABILITY))
+    return expected_calibration_error(confidence, answers == labels), -of_label.mean().item()

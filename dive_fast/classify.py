@@ -13,8 +13,9 @@ from tqdm import tqdm
 from dive_fast.averaging import averaged
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError
+from dive_fast.fitting import Fitting, choose_timesteps
 from dive_fast.images import as_images
-from dive_fast.models import load_model
+from dive_fast.models import load_model, own_directory
 from dive_fast.models.prompts import Classes
 from dive_fast.models.protocol import Model
 from dive_fast.objective import Objective
@@ -23,9 +24,10 @@ from dive_fast.requests import Answer, Losses, Search
 from dive_fast.results import Classification, log_odds_bound, log_posterior
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
+from dive_fast.timesteps import TimestepWeights
 
 
-class DiffusionClassifier:
+class DiffusionClassifier(Fitting):
     """A frozen conditional diffusion model as classifier.
 
     Args:
@@ -46,6 +48,7 @@ class DiffusionClassifier:
             raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
         self.batch_size = batch_size
+        self.directory = None
         self.options = EngineOptions() if options is None else options
         self._engine = self._make_engine()
 
@@ -83,7 +86,9 @@ class DiffusionClassifier:
             templates=templates,
             average=average,
         )
-        return cls(model, batch_size=batch_size, options=options)
+        classifier = cls(model, batch_size=batch_size, options=options)
+        classifier.directory = own_directory(source)
+        return classifier
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,6 +109,7 @@ class DiffusionClassifier:
         preset: str | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
         trace: bool = False,
         progress: bool = False,
@@ -119,6 +125,9 @@ class DiffusionClassifier:
             preset: "dive-paper" or "diffusion-classifier", the published settings.
             probes: how many, or a list of your own; the strategy's choice if None.
             seed: of the probes' noise and of the strategy's draws.
+            timesteps: "learned" takes the probes where the model's fitted timesteps say,
+                "uniform" evenly, a ``TimestepWeights`` where it says. None: learned where the
+                model has them and the strategy leaves the list to us; presets are uniform.
             prior: p(y), [C]; uniform if None.
             trace: keep on each answer what the strategy saw.
             progress: show a bar.
@@ -140,6 +149,7 @@ class DiffusionClassifier:
                 preset=preset,
                 probes=probes,
                 seed=seed,
+                timesteps=timesteps,
                 prior=prior,
                 trace=trace,
                 progress=len(x0) if progress else None,
@@ -157,6 +167,7 @@ class DiffusionClassifier:
         preset: str | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
         trace: bool = False,
         progress: int | None = None,
@@ -171,7 +182,7 @@ class DiffusionClassifier:
         The other arguments are those of ``__call__``.
         """
         chosen = resolve_strategy(strategy, preset, settings)
-        probe_list = self.probe_list(chosen, probes, seed)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps)
         log_prior = self._log_prior(prior)
         scaled = None if log_prior is None else log_prior / self.model.beta
         task = Task(self.model.vocabulary, probe_list, seed, scaled)
@@ -243,12 +254,21 @@ class DiffusionClassifier:
         return self.model.encode(torch.stack(pixels))
 
     def probe_list(
-        self, strategy: Strategy, probes: int | ProbeList | None = None, seed: int = 0
+        self,
+        strategy: Strategy,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
     ) -> ProbeList:
         """The probes that ``strategy`` would run on: given, counted, or its own choice."""
+        weights = choose_timesteps(self.model, strategy, probes, timesteps)
         if not isinstance(probes, ProbeList):
             shape = self.model.latent_shape
-            probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
+            if weights is None:
+                probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
+            else:
+                k = DEFAULT_PROBES if probes is None else probes
+                probes = weights.probes(k, shape, seed)
         probes.check(self.model.latent_shape, len(self.model.schedule))
         return probes
 

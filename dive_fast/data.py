@@ -22,7 +22,10 @@ from dive_fast.errors import DataError, ImageError
 from dive_fast.images import list_images, read_image
 from dive_fast.zoo import digits, omniglot
 
-_NPZ_PAIRS = (("images", "labels"), ("x_test", "y_test"))
+_NPZ_PAIRS = {
+    "test": (("images", "labels"), ("x_test", "y_test")),
+    "train": (("images", "labels"), ("x_train", "y_train")),
+}
 _NAMED_AT_MOST = 5  # classes listed in an error message
 
 
@@ -72,7 +75,9 @@ class DataSet:
         }
 
 
-def open_dataset(spec: str | os.PathLike[str], class_names: Sequence[str]) -> DataSet:
+def open_dataset(
+    spec: str | os.PathLike[str], class_names: Sequence[str], part: str = "test"
+) -> DataSet:
     """Open labelled pictures for a model with these classes.
 
     Args:
@@ -84,14 +89,17 @@ def open_dataset(spec: str | os.PathLike[str], class_names: Sequence[str]) -> Da
         class_names: the model's classes in order. Sub-folders are matched to a whole name or to
             one of its comma-separated synonyms (``"tench, Tinca tinca"``), without regard to
             case; an integer that no class is called is the class of that index.
+        part: ``"train"`` takes the 1,400 digits for training, and ``x_train`` and ``y_train``.
 
     Raises:
-        DataError: there is no such data, it cannot be read, or it has classes that the model does
-            not know.
+        DataError: there is no such part or no such data, it cannot be read, or it has classes that
+            the model does not know.
     """
     spec = os.fspath(spec)
+    if part not in _NPZ_PAIRS:
+        raise DataError(f"expected a part of {', '.join(_NPZ_PAIRS)}, got {part!r}.")
     if spec == "digits":
-        return _open_digits(class_names)
+        return _open_digits(class_names, part)
     if os.path.isdir(spec):
         return _open_folder(Path(spec), class_names)
     if not os.path.exists(spec):
@@ -100,7 +108,7 @@ def open_dataset(spec: str | os.PathLike[str], class_names: Sequence[str]) -> Da
         )
     if not spec.lower().endswith(".npz"):
         raise DataError(f"{spec}: expected 'digits', a folder by class or an .npz file.")
-    return _open_npz(Path(spec), class_names)
+    return _open_npz(Path(spec), class_names, part)
 
 
 def folder_classes(spec: str | os.PathLike[str]) -> list[str] | None:
@@ -129,14 +137,24 @@ def select(dataset: DataSet, limit: int | None, seed: int) -> DataSet:
     return replace(dataset, examples=[dataset.examples[i] for i in sorted(chosen.tolist())])
 
 
-def _open_digits(class_names: Sequence[str]) -> DataSet:
+def load_all(dataset: DataSet) -> tuple[list[Image.Image | np.ndarray], np.ndarray]:
+    """All pictures and their labels, int64 [n].
+
+    Raises:
+        ImageError: a picture cannot be read.
+    """
+    labels = np.array([example.label for example in dataset.examples], dtype=np.int64)
+    return [example.load() for example in dataset.examples], labels
+
+
+def _open_digits(class_names: Sequence[str], part: str) -> DataSet:
     index_of = _class_index(class_names)
     # Models of digits call them by word or by figure; an index alone would let any model pass.
     found = [index_of.get(n) or index_of.get(str(i)) for i, n in enumerate(digits.NAMES)]
     unknown = [name for name, indices in zip(digits.NAMES, found, strict=True) if not indices]
     if unknown:
         raise DataError(f"digits: the model does not know the classes {_some(unknown)}.")
-    images, labels = digits.load_digits("test")
+    images, labels = digits.load_digits(part)
     return DataSet(
         name="digits",
         examples=_array_examples(images, np.array([indices[0] for indices in found])[labels]),
@@ -175,8 +193,8 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
-def _open_npz(path: Path, class_names: Sequence[str]) -> DataSet:
-    images, labels = _read_npz(path)
+def _open_npz(path: Path, class_names: Sequence[str], part: str) -> DataSet:
+    images, labels = _read_npz(path, part)
     _check_arrays(path, images, labels, len(class_names))
     return DataSet(
         name=path.name,
@@ -186,7 +204,7 @@ def _open_npz(path: Path, class_names: Sequence[str]) -> DataSet:
     )
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """The arrays of the first pair of names that the file has, each member read once."""
     try:
         with open(path, "rb") as file:  # np.load leaves a damaged file open if it opens it itself
@@ -194,14 +212,15 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: expected an .npz archive, got a single array.")
             if set(omniglot.ARRAYS) <= set(archive.files):
-                held_out = omniglot.load_omniglot(path, "test")
-                return held_out.images, held_out.labels
-            for pair in _NPZ_PAIRS:
+                pictures = omniglot.load_omniglot(path, part)
+                return pictures.images, pictures.labels
+            for pair in _NPZ_PAIRS[part]:
                 if all(key in archive.files for key in pair):
                     # A member that is no .npy comes back as bytes: an array without dimensions.
                     return np.asarray(archive[pair[0]]), np.asarray(archive[pair[1]])
+            other = " and ".join(_NPZ_PAIRS[part][1])
             raise DataError(
-                f"{path}: expected the arrays images and labels, or x_test and y_test, "
+                f"{path}: expected the arrays images and labels, or {other}, "
                 f"got {_some(archive.files) or 'none'}."
             )
     except DataError:

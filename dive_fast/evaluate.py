@@ -17,11 +17,14 @@ import torch
 from tqdm import tqdm
 
 import dive_fast
+from dive_fast.calibration import expected_calibration_error
 from dive_fast.classify import DiffusionClassifier
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
+from dive_fast.fitting import choose_timesteps
 from dive_fast.rundir import RunDirectory
 from dive_fast.strategies import Task, resolve_strategy
+from dive_fast.timesteps import TimestepWeights
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Summary:
         accuracy: share of the images answered right.
         standard_error: of the accuracy, sqrt(p (1 - p) / n).
         mean_per_class_accuracy: mean over the classes that occur.
+        expected_calibration_error: mean distance of confidence and accuracy, over 15 bins.
         n: images answered.
         failed: images that could not be read.
         evaluations_per_image: forwards plus backwards of the network.
@@ -42,6 +46,7 @@ class Summary:
     accuracy: float | None
     standard_error: float | None
     mean_per_class_accuracy: float | None
+    expected_calibration_error: float | None
     n: int
     failed: int
     evaluations_per_image: float | None
@@ -61,6 +66,7 @@ def evaluate(
     preset: str | None = None,
     probes: int | None = None,
     seed: int = 0,
+    timesteps: str | TimestepWeights | None = None,
     progress: bool = False,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
@@ -74,7 +80,8 @@ def evaluate(
         DiveFastError: an unknown strategy, preset or number of probes.
     """
     chosen = resolve_strategy(strategy, preset, {})
-    probe_list = classifier.probe_list(chosen, probes, seed)
+    probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
+    weights = choose_timesteps(classifier.model, chosen, probes, timesteps)
     # A strategy may refuse the probes when it starts: before the run directory is made.
     next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed)), None)
     config = {
@@ -82,6 +89,8 @@ def evaluate(
         "data": data.identity(),
         "strategy": {"name": chosen.name, **_settings(chosen)},
         "probes": len(probe_list),
+        "timesteps": "uniform" if weights is None else weights.to_dict(),
+        "beta": classifier.model.beta,
         "seed": seed,
     }
     # Only what changes answers: a run may go on under another cache, but not another precision.
@@ -96,7 +105,9 @@ def evaluate(
             disable=not progress,
         ) as bar:
             latents = _latents(classifier, todo, run, bar)
-            stream = classifier.stream(latents, strategy=chosen, probes=probe_list, seed=seed)
+            stream = classifier.stream(
+                latents, strategy=chosen, probes=probes, seed=seed, timesteps=timesteps
+            )
             for example, answer in stream:
                 # to_dict() calls the answer's name "label"; in a record the label is the truth.
                 record = {"id": example.id, **answer.to_dict(), "label": example.label}
@@ -112,16 +123,19 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> Summary:
     good = [record for record in records if "error" not in record]
     failed = len(records) - len(good)
     if not good:
-        return Summary(None, None, None, 0, failed, None, None)
+        return Summary(None, None, None, None, 0, failed, None, None)
+    correct = [record["prediction"] == record["label"] for record in good]
     right: dict[int, list[bool]] = {}
-    for record in good:
-        right.setdefault(record["label"], []).append(record["prediction"] == record["label"])
+    for record, hit in zip(good, correct, strict=True):
+        right.setdefault(record["label"], []).append(hit)
     n = len(good)
-    p = sum(map(sum, right.values())) / n
+    p = sum(correct) / n
+    confidence = [record["probability"] for record in good]
     return Summary(
         accuracy=p,
         standard_error=math.sqrt(p * (1 - p) / n),
         mean_per_class_accuracy=sum(sum(c) / len(c) for c in right.values()) / len(right),
+        expected_calibration_error=expected_calibration_error(confidence, correct),
         n=n,
         failed=failed,
         evaluations_per_image=sum(record["evaluations"] for record in good) / n,

@@ -1,7 +1,7 @@
 """The noise-prediction loss of (image, probe, condition) rows: how well y explains x0.
 
 x_t = a_t x0 + s_t eps
-l(y; x0, t, eps) = || target - f(x_t, t, y) ||^2 / dim
+l(y; x0, t, eps) = w_t || target - f(x_t, t, y) ||^2 / dim
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class DeviceProbes(NamedTuple):
     noise_index: torch.Tensor  # int64 [K]
     a: torch.Tensor  # float32 [K]
     s: torch.Tensor  # float32 [K]
+    weights: torch.Tensor  # float32 [K], w_t
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Objective:
         """Moves the probes to the model's device once per run."""
         probes.check(model.latent_shape, len(model.schedule))
         t = probes.timesteps
-        parts = (t, probes.noise, probes.noise_index, model.schedule.a[t], model.schedule.s[t])
+        weights = torch.ones(len(probes)) if probes.weights is None else probes.weights
+        a, s = model.schedule.a[t], model.schedule.s[t]
+        parts = (t, probes.noise, probes.noise_index, a, s, weights)
         return DeviceProbes(*(part.to(model.device) for part in parts))
 
     def noised(
@@ -78,7 +81,7 @@ class Objective:
             prediction: [M, C or 2C, h, w], what the network made of ``noised``; the other arguments
                 are those of ``noised``.
         """
-        return ops.noise_prediction_loss(
+        losses = ops.noise_prediction_loss(
             prediction,
             probes.noise,
             probes.noise_index[probe_index],
@@ -89,3 +92,4 @@ class Objective:
             target=model.schedule.target,
             norm=self.norm,
         )
+        return losses * probes.weights[probe_index]

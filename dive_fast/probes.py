@@ -21,11 +21,13 @@ class ProbeList:
         timesteps: int64 [K], t_k.
         noise: float32 [N, C, h, w].
         noise_index: int64 [K], the row of ``noise`` that is eps_k; counts 0, 1, 2, ... if left out.
+        weights: float32 [K], w_k, multiplied into each probe's loss; None stands for ones.
     """
 
     timesteps: torch.Tensor
     noise: torch.Tensor
     noise_index: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         t, noise = torch.as_tensor(self.timesteps), torch.as_tensor(self.noise)
@@ -48,6 +50,16 @@ class ProbeList:
             )
         if not torch.isfinite(noise).all():
             raise DiveFastError("noise must be finite, got NaN or infinity.")
+        if self.weights is not None:
+            weights = torch.as_tensor(self.weights).float().cpu()
+            if weights.shape != t.shape:
+                raise DiveFastError(
+                    f"weights must have the shape of timesteps, {list(t.shape)}, "
+                    f"got {list(weights.shape)}."
+                )
+            if not bool((torch.isfinite(weights) & (weights >= 0)).all()) or not weights.any():
+                raise DiveFastError("weights must be finite, at least 0, and not all 0.")
+            object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "timesteps", t.long().cpu())
         object.__setattr__(self, "noise", noise.float().cpu())
         object.__setattr__(self, "noise_index", index.cpu())
@@ -85,7 +97,7 @@ def low_discrepancy_probes(
     """
     _check_count(k)
     # Index 0 would be t = 0, where every condition explains the noise equally badly.
-    timesteps = [int(_van_der_corput(i) * n_timesteps) for i in range(1, k + 1)]
+    timesteps = [int(van_der_corput(i) * n_timesteps) for i in range(1, k + 1)]
     generator = torch.Generator().manual_seed(seed)
     # One draw per probe: a single draw of [k, ...] would not be a prefix of a longer one.
     noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(k)])
@@ -119,7 +131,7 @@ def _check_count(k: int) -> None:
         raise DiveFastError(f"the number of probes must be at least 1, got {k}.")
 
 
-def _van_der_corput(i: int) -> float:
+def van_der_corput(i: int) -> float:
     """The i-th term in base 2: the binary digits of i, mirrored at the point."""
     value, step = 0.0, 0.5
     while i:

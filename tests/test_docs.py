@@ -27,6 +27,7 @@ PAGES = (
     "docs/caching.md",
     "docs/accelerate.md",
     "docs/compat.md",
+    "docs/timesteps.md",
 )
 
 

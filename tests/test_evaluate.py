@@ -27,8 +27,8 @@ from dive_fast.zoo import digits
 
 ROOT = Path(__file__).parent.parent
 SUMMARY = {
-    "accuracy", "standard_error", "mean_per_class_accuracy", "n", "failed",
-    "evaluations_per_image", "seconds_per_image", "fill_rate",
+    "accuracy", "standard_error", "mean_per_class_accuracy", "expected_calibration_error",
+    "n", "failed", "evaluations_per_image", "seconds_per_image", "fill_rate",
 }  # fmt: skip
 
 
@@ -73,7 +73,10 @@ def assert_same_answers(found: dict[str, dict], expected: dict[str, dict]) -> No
 class TestFigures:
     def test_summarise(self) -> None:
         def record(label: int, prediction: int) -> dict:
-            return {"label": label, "prediction": prediction, "evaluations": 10, "seconds": 0.5}
+            return {
+                "label": label, "prediction": prediction, "probability": 0.9,
+                "evaluations": 10, "seconds": 0.5,
+            }  # fmt: skip
 
         # Class 0: 3 of 4 right; class 2: 0 of 1.
         records = [record(0, 0), record(0, 0), record(0, 1), record(0, 0), record(2, 0)]
@@ -82,6 +85,7 @@ class TestFigures:
             "accuracy": pytest.approx(0.6),
             "standard_error": pytest.approx((0.6 * 0.4 / 5) ** 0.5),
             "mean_per_class_accuracy": pytest.approx(0.375),
+            "expected_calibration_error": pytest.approx(0.3),
             "n": 5,
             "failed": 1,
             "evaluations_per_image": 10,
@@ -109,7 +113,7 @@ class TestFigures:
 
         # Resumed: nothing is left to compute, so no batch was filled.
         said = call(capsys, *arguments)
-        assert said.out.startswith("accuracy  ") and len(said.out.splitlines()) == 5
+        assert said.out.startswith("accuracy  ") and len(said.out.splitlines()) == 6
 
 
 class TestRecords:

@@ -17,7 +17,6 @@ from diffusers import (
 )
 
 from dive_fast import DiveFastError, ModelError, ProbeList
-from dive_fast.calibration import fit_beta
 from dive_fast.schedule import _DEFAULT_BETAS, Schedule
 from dive_fast.vocabulary import Vocabulary
 
@@ -158,17 +157,3 @@ def test_bad_probe_lists():
             ProbeList(*arguments)
     with pytest.raises(DiveFastError, match=r"lie in \[0, 1000\), got values from -1 to 5"):
         ProbeList(torch.tensor([5, -1]), noise).check((1, 2, 2), 1000)
-
-
-def test_fit_beta_finds_the_temperature_that_drew_the_labels():
-    generator = torch.Generator().manual_seed(0)
-    losses = 0.1 + 0.02 * torch.rand(4000, 5, generator=generator)
-    labels = torch.multinomial((-150.0 * losses).softmax(1), 1, generator=generator)[:, 0]
-    assert fit_beta(losses, labels) == pytest.approx(150, rel=0.1)
-
-
-def test_fit_beta_stays_finite_where_every_answer_is_right():
-    losses = torch.eye(4) * -0.1 + 0.5
-    assert 1 < fit_beta(losses, torch.arange(4)) < 1000
-    with pytest.raises(DiveFastError, match=r"losses \[B, C\] and labels \[B\], got \[4, 4\]"):
-        fit_beta(losses, torch.arange(3))

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,
+            timesteps=options.timesteps,
             progress=len(paths) if sys.stderr.isatty() else None,
         )
         for i, answer in stream:

@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
             preset=options.preset,
             probes=options.probes,
             seed=options.seed,
+            timesteps=options.timesteps,
             progress=sys.stderr.isatty(),
         )
     except KeyboardInterrupt:
@@ -76,6 +77,7 @@ def as_text(summary) -> str:
     lines = [
         f"accuracy                 {summary.accuracy:.2%} +- {summary.standard_error:.2%}",
         f"mean per-class accuracy  {summary.mean_per_class_accuracy:.2%}",
+        f"calibration error        {summary.expected_calibration_error:.2%}",
         f"images                   {summary.n}",
         f"evaluations per image    {summary.evaluations_per_image:,.0f}",
         f"seconds per image        {summary.seconds_per_image:.3f}",

@@ -55,6 +55,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="auto|diffusers|original",
         help="which frequencies a DiT was trained with (default: auto)",
     )
+    group.add_argument(
+        "--fitted",
+        metavar="DIR",
+        help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
+    )
     text = parser.add_argument_group("classes of a text-conditional model (Stable Diffusion)")
     text.add_argument(
         "--classes",
@@ -132,6 +137,12 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="(timestep, noise) pairs per image (default: 100; dive-paper 250)",
     )
+    group.add_argument(
+        "--timesteps",
+        choices=["learned", "uniform"],
+        help="take probes where the model's fitted timesteps say, or evenly (default: learned "
+        "where the model has them; presets are uniform)",
+    )
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
 
@@ -171,7 +182,7 @@ def load_classifier(options: argparse.Namespace, classes: list[str] | None = Non
         options.model, allow_pickle=options.allow_pickle
     ):
         classes = None
-    return DiffusionClassifier.from_pretrained(
+    classifier = DiffusionClassifier.from_pretrained(
         options.model,
         dtype=options.dtype,
         device=options.device,
@@ -188,3 +199,6 @@ def load_classifier(options: argparse.Namespace, classes: list[str] | None = Non
         templates=options.template,
         average=options.average,
     )
+    if options.fitted is not None:
+        classifier.load_fitted(options.fitted)
+    return classifier

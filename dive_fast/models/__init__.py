@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from dive_fast import zoo
 from dive_fast.errors import ModelError
 from dive_fast.models.checkpoint import first_line, read_json
+from dive_fast.models.fitted import apply_fitted, read_fitted
 from dive_fast.models.hub import find
 from dive_fast.models.prompts import Classes, stored_classes
 from dive_fast.models.protocol import Model
@@ -122,7 +124,9 @@ def load_model(
         raise ModelError(
             f"{source} has classes of its own: {given[0]} is for text-conditional models."
         )
-    return family.loader(directory, name=str(source), **options).to(device, dtype)
+    model = family.loader(directory, name=str(source), **options).to(device, dtype)
+    apply_fitted(model, read_fitted(directory))
+    return model
 
 
 def needs_classes(source: str | Path, *, allow_pickle: bool = False) -> bool:
@@ -149,6 +153,12 @@ def _family(index: dict[str, Any], where: str | Path) -> _Family:
             f"{', '.join(sorted(_FAMILIES))}."
         )
     return _FAMILIES[name]
+
+
+def own_directory(source: str | Path) -> Path | None:
+    """The directory that ``load_model`` reads, where it is the user's; None for zoo and hub."""
+    path = Path(source).expanduser()
+    return path if str(source) not in zoo.names() and path.is_dir() else None
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

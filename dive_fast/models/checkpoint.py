@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -145,18 +144,6 @@ def read_class_names(index: dict[str, Any], n: int) -> tuple[str, ...]:
     if sorted(by_id) != list(range(n)):
         raise ModelError(f"id2label must name the classes 0 to {n - 1}, got {len(by_id)} ids.")
     return tuple(by_id[i] for i in range(n))
-
-
-def read_beta(extra: dict[str, Any], directory: Path) -> float | None:
-    """``beta`` of a directory's ``dive_fast.json``, None where it says nothing.
-
-    Raises:
-        ModelError: not a number above 0.
-    """
-    beta = extra.get("beta")
-    if beta is None or (isinstance(beta, int | float) and 0 < beta < math.inf):
-        return beta
-    raise ModelError(f"beta in {directory / 'dive_fast.json'} must be above 0, got {beta!r}.")
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -21,13 +21,13 @@ from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
 from dive_fast.models.checkpoint import (
     fingerprint,
     load_component,
-    read_beta,
     read_class_names,
     read_extra,
     read_json,
 )
 from dive_fast.models.protocol import State
 from dive_fast.schedule import Schedule
+from dive_fast.timesteps import TimestepWeights
 from dive_fast.vocabulary import Vocabulary
 
 # The frequencies are max_period^(-i / (half - shift)): diffusers builds the DiT with shift 1,
@@ -57,6 +57,8 @@ class DiT:
         timestep_embedding: "diffusers" or "original", see ``FREQ_SHIFT``.
         tied: all blocks' embedders hold equal copies, so the class vector has the width D of one
             row. Otherwise it is the rows of all copies end to end, [copies * D].
+        beta: fitted; half the squared error summed over the latent if None.
+        timesteps: learned; strategies take their probes evenly if None.
 
     Attributes:
         encoder_blocks: how many blocks ``encoder`` runs; half of them unless set.
@@ -77,6 +79,7 @@ class DiT:
         timestep_embedding: str = "diffusers",
         tied: bool = True,
         beta: float | None = None,
+        timesteps: TimestepWeights | None = None,
     ) -> None:
         config = transformer.config
         self.name = name
@@ -92,6 +95,7 @@ class DiT:
         self.image_shape = image_shape(self.latent_shape, vae)
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
         self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
+        self.timesteps = timesteps
 
         embedders = [block.norm1.emb for block in transformer.transformer_blocks]
         for i, block in enumerate(transformer.transformer_blocks):
@@ -193,7 +197,7 @@ def load(
     """Reads what ``DiTPipeline.save_pretrained`` writes; without a ``vae`` it is a model of pixels.
 
     An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding`` and
-    ``beta``.
+    what was fitted, which ``load_model`` sets.
 
     Raises:
         ModelError: a part is missing, broken or unsupported.
@@ -220,7 +224,6 @@ def load(
             timestep_embedding, extra.get("timestep_embedding"), config
         ),
         tied=embedders_are_equal(transformer),
-        beta=read_beta(extra, directory),
     )
 
 

@@ -21,6 +21,9 @@ class Model(Protocol):
     A model may also have ``network``, its ``torch.nn.Module``: the engine's option
     ``channels_last`` needs it.
 
+    A model may also have ``timesteps``, a ``TimestepWeights`` or None, which the strategies' probes
+    then follow.
+
     Attributes:
         name: what the user called it.
         schedule: the noise schedule it was trained with.

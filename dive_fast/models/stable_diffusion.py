@@ -20,8 +20,6 @@ from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
 from dive_fast.models.checkpoint import (
     fingerprint,
     load_component,
-    read_beta,
-    read_extra,
     read_json,
 )
 from dive_fast.models.prompts import Classes, ClassPrompts, choose_prompts
@@ -223,7 +221,6 @@ def load(
         name=name,
         device=device,
         zero_unconditional=bool(index.get("force_zeros_for_empty_prompt", False)),
-        beta=read_beta(read_extra(directory), directory),
     )
 
 

@@ -1,0 +1,108 @@
+"""``dive-fast fit``: fits temperature and timesteps to images, and stores them with the model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dive_fast.cli.options import add_model_options, add_strategy_options, count, load_classifier
+
+DESCRIPTION = """\
+Fits to labelled images, prints what it changes, and writes it into dive_fast.json beside the model:
+
+  timesteps  which timesteps part the right class from its rivals; probes are then taken there
+  beta       the temperature of log p(y | x0) = -beta L(y; x0), for honest probabilities
+
+Best use images that the model was not trained on: of those it is surer than of others. Timesteps
+can be fitted without data, to images that the model generates itself (--generate N)."""
+
+PARTS = ("timesteps", "beta")
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "fit",
+        help="fit timesteps and probabilities to images",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data",
+        metavar="digits|DIR|FILE.npz",
+        help="digits (the training part), a folder with one sub-folder per class, or an .npz with "
+        "images and labels (or x_train and y_train)",
+    )
+    parser.add_argument(
+        "--generate", type=count, metavar="N", help="fit timesteps to N images of the model's own"
+    )
+    parser.add_argument(
+        "--what",
+        type=_parts,
+        metavar="timesteps,beta",
+        help="what to fit (default: both; without --data timesteps)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="the directory whose dive_fast.json takes the values (default: the model's own; "
+        "needed for models of the zoo and the hub)",
+    )
+    parser.add_argument("--limit", type=count, metavar="N", help="a random subset of N images")
+    add_model_options(parser)
+    add_strategy_options(parser)
+    parser.set_defaults(run=run, strategy="enumerate")
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    asked = text.split(",")
+    if not set(asked) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"expected {' or '.join(PARTS)} or both, got {text!r}")
+    return tuple(part for part in PARTS if part in asked)
+
+
+def run(options: argparse.Namespace) -> int:
+    from dive_fast.data import load_all, open_dataset, select
+    from dive_fast.errors import DiveFastError
+    from dive_fast.strategies import resolve_strategy
+
+    strategy = resolve_strategy(options.strategy, options.preset, {})
+    what = options.what or (PARTS if options.data else PARTS[:1])
+    if options.data is None and (options.generate is None or "beta" in what):
+        needed = "--data" if "beta" in what else "--data or --generate"
+        raise DiveFastError(f"fitting {' and '.join(what)} needs {needed}.")
+    classifier = load_classifier(options)
+    if options.out is None and classifier.directory is None:
+        raise DiveFastError(
+            f"{options.model} has no model directory of yours to write to: name one with --out."
+        )
+    common = {"seed": options.seed, "progress": sys.stderr.isatty()}
+    images = labels = None
+    if options.data is not None:
+        data = open_dataset(options.data, classifier.names, part="train")
+        images, labels = load_all(select(data, options.limit, options.seed))
+    if "timesteps" in what:
+        given = {"generate": options.generate}
+        if options.generate is None:
+            given = {"images": images, "labels": labels}
+        print(as_text(classifier.fit_timesteps(**given, **common)))
+    if "beta" in what:
+        record = classifier.calibrate(
+            images,
+            labels,
+            strategy=strategy,
+            probes=options.probes,
+            timesteps=options.timesteps,
+            **common,
+        )
+        print(record)
+    print(f"written to {classifier.save_fitted(options.out)}")
+    return 0
+
+
+def as_text(timesteps) -> str:
+    """The density in a row of bars, one per bin, and in numbers."""
+    mean = sum(timesteps.density) / len(timesteps.density)
+    relative = [q / mean for q in timesteps.density]
+    bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(7 * q / max(relative)))] for q in relative)
+    numbers = " ".join(f"{q:.1f}" for q in relative)
+    return f"probes over t = 0 to {timesteps.n_timesteps}: {bars}\nrelative to uniform: {numbers}"
