@@ -23,7 +23,8 @@ from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
 from dive_fast.fitting import choose_timesteps
 from dive_fast.rundir import RunDirectory
-from dive_fast.strategies import Task, resolve_strategy
+from dive_fast.shortlist import Shortlist, names_digest
+from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.timesteps import TimestepWeights
 
 
@@ -62,7 +63,7 @@ def evaluate(
     data: DataSet,
     out: str | Path,
     *,
-    strategy: str | None = None,
+    strategy: str | Strategy | None = None,
     preset: str | None = None,
     probes: int | None = None,
     seed: int = 0,
@@ -93,6 +94,8 @@ def evaluate(
         "beta": classifier.model.beta,
         "seed": seed,
     }
+    if (shortlist := Shortlist.of(classifier.model.vocabulary)) is not None:
+        config["shortlist"] = names_digest(map(str, shortlist.to_dict().items()))
     # Only what changes answers: a run may go on under another cache, but not another precision.
     if engine := classifier.options.identity():
         config["engine"] = engine

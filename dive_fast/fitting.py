@@ -210,7 +210,12 @@ class Fitting:
             if len(x0) < 2:
                 raise DiveFastError(f"a shortlist is learned from 2 images or more, got {len(x0)}.")
             n_timesteps, shape = len(self.model.schedule), self.model.latent_shape
-            probe_list = low_discrepancy_probes(probes, n_timesteps, shape, seed)
+            learned = getattr(self.model, "timesteps", None)
+            probe_list = (
+                low_discrepancy_probes(probes, n_timesteps, shape, seed)
+                if learned is None
+                else learned.probes(probes, shape, seed)
+            )
             vocabulary = self.model.vocabulary
             jobs = (
                 Job(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class Shortlist:
         return cls(**values)
 
 
-def names_digest(names: Sequence[str]) -> str:
+def names_digest(names: Iterable[str]) -> str:
     """Tells one list of classes from another."""
     return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:16]
 

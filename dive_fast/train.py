@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from safetensors import SafetensorError
 
-from dive_fast.calibration import fit_beta
 from dive_fast.classify import DiffusionClassifier
 from dive_fast.errors import DataError, RunError
 from dive_fast.zoo import digits
@@ -30,8 +30,9 @@ from dive_fast.zoo.training import (
 )
 
 PROBES = 100
-N_CALIBRATION = 400
-MAX_CALIBRATION_EVALUATIONS = 1_000_000
+N_FIT = 300
+MAX_FIT_EVALUATIONS = 300_000
+SHORTLIST_PROBES = 24
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def train_zoo_model(
         raise RunError(f"{out} cannot be written ({error}).") from error
 
     classifier = DiffusionClassifier.from_pretrained(out)
-    beta = fit_beta(*_calibration_losses(classifier, train, config, progress))
+    fit_zoo_model(classifier, train, config, progress)
     answers = classifier(
         list(held_out.images[: recipe.n_test]),
         strategy=recipe.strategy,
@@ -129,31 +130,39 @@ def train_zoo_model(
     }
     facts = {
         "timestep_embedding": "diffusers",
-        "beta": round(beta, 2),
         "command": f"dive-fast train {model}{' --data FILE' * recipe.needs_data} --out DIR",
         "config": dataclasses.asdict(config),
         "expected": expected,
     }
     (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
+    classifier.save_fitted(out)
     return expected
 
 
-def _calibration_losses(
+def fit_zoo_model(
     classifier: DiffusionClassifier, train: Pictures, config: TrainingConfig, progress: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [B, C] and labels [B] of training images, each moved a little.
+) -> None:
+    """Fits timesteps, shortlist and beta on training pictures, each moved a little.
 
     Of the training part, because the held-out pictures are for the final figure only; moved,
     because on pictures that it has seen as they are the model is surer than it ought to be.
     """
-    n = min(N_CALIBRATION, max(1, MAX_CALIBRATION_EVALUATIONS // (len(train.names) * PROBES)))
-    # The first pictures of a file may all be of a few classes.
-    picked = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:n]
-    x0 = classifier.encode(list(train.images[picked.numpy()]))
     generator = torch.Generator().manual_seed(config.seed)
-    moved = augment_images(x0, dataclasses.replace(config, augment=1.0), generator)
-    losses = classifier.losses(latents=moved, probes=PROBES, progress=progress)
-    return losses.mean(dim=2), torch.from_numpy(train.labels)[picked]
+    # In a random order: the first pictures of a file may all be of a few classes.
+    picked = torch.randperm(len(train.images), generator=generator)[:N_FIT]
+    x0 = torch.from_numpy(train.images)[picked].float().div(127.5).sub(1).unsqueeze(1)
+    x0 = augment_images(x0, dataclasses.replace(config, augment=1.0), generator)
+    x0 = F.avg_pool2d(x0, x0.shape[-1] // config.sample_size)
+    labels, c = torch.from_numpy(train.labels)[picked], len(train.names)
+
+    def affordable(evaluations: int) -> int:
+        return max(2, MAX_FIT_EVALUATIONS // evaluations)
+
+    n = affordable(20 * c + 4 * PROBES)
+    classifier.fit_timesteps(latents=x0[:n], labels=labels[:n], progress=progress)
+    n = affordable(SHORTLIST_PROBES * (c + 2))
+    classifier.fit_shortlist(latents=x0[:n], probes=SHORTLIST_PROBES, progress=progress)
+    classifier.calibrate(latents=x0, labels=labels, strategy="auto", progress=progress)
 
 
 def write_model(out: Path, transformer: DiTTransformer2DModel, names: tuple[str, ...]) -> None:

@@ -11,7 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dive_fast.cli.options import add_model_options, add_strategy_options, count, load_classifier
+from dive_fast.cli.options import (
+    add_model_options,
+    add_strategy_options,
+    chosen_strategy,
+    count,
+    load_classifier,
+)
 
 
 def add_parser(commands) -> None:
@@ -33,10 +39,8 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.strategies import resolve_strategy
-
     # A misspelt name should not wait for a large model to load.
-    strategy = resolve_strategy(options.strategy, options.preset, {})
+    strategy = chosen_strategy(options)
     errors: dict[int, str] = {}
     paths = list(_expand(options.images, errors))
     report = _Report(paths, errors, options)

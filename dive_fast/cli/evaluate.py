@@ -6,7 +6,13 @@ import argparse
 import json
 import sys
 
-from dive_fast.cli.options import add_model_options, add_strategy_options, count, load_classifier
+from dive_fast.cli.options import (
+    add_model_options,
+    add_strategy_options,
+    chosen_strategy,
+    count,
+    load_classifier,
+)
 
 DESCRIPTION = """\
 Classifies labelled images and reports accuracy, evaluations and seconds per image.
@@ -43,9 +49,8 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     from dive_fast.data import folder_classes, open_dataset, select
     from dive_fast.evaluate import evaluate
-    from dive_fast.strategies import resolve_strategy
 
-    resolve_strategy(options.strategy, options.preset, {})
+    strategy = chosen_strategy(options)
     classifier = load_classifier(options, folder_classes(options.data))
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
     try:
@@ -53,8 +58,7 @@ def run(options: argparse.Namespace) -> int:
             classifier,
             data,
             options.out,
-            strategy=options.strategy,
-            preset=options.preset,
+            strategy=strategy,
             probes=options.probes,
             seed=options.seed,
             timesteps=options.timesteps,

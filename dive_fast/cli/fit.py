@@ -5,18 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dive_fast.cli.options import add_model_options, add_strategy_options, count, load_classifier
+from dive_fast.cli.options import (
+    add_model_options,
+    add_strategy_options,
+    chosen_strategy,
+    count,
+    load_classifier,
+)
 
 DESCRIPTION = """\
 Fits to labelled images, prints what it changes, and writes it into dive_fast.json beside the model:
 
   timesteps  which timesteps part the right class from its rivals; probes are then taken there
+  shortlist  what one gradient says of every class; strategy auto then measures fewer of them
   beta       the temperature of log p(y | x0) = -beta L(y; x0), for honest probabilities
 
 Best use images that the model was not trained on: of those it is surer than of others. Timesteps
-can be fitted without data, to images that the model generates itself (--generate N)."""
+and shortlist can be fitted without data, to images that the model generates itself (--generate N).
+A shortlist measures every class of up to 60 images; --limit takes fewer."""
 
-PARTS = ("timesteps", "beta")
+PARTS = ("timesteps", "shortlist", "beta")
+SHORTLIST_IMAGES = 60
 
 
 def add_parser(commands) -> None:
@@ -33,13 +42,13 @@ def add_parser(commands) -> None:
         "images and labels (or x_train and y_train)",
     )
     parser.add_argument(
-        "--generate", type=count, metavar="N", help="fit timesteps to N images of the model's own"
+        "--generate", type=count, metavar="N", help="fit to N images of the model's own"
     )
     parser.add_argument(
         "--what",
         type=_parts,
-        metavar="timesteps,beta",
-        help="what to fit (default: both; without --data timesteps)",
+        metavar="timesteps,shortlist,beta",
+        help="what to fit (default: all; without --data timesteps and shortlist)",
     )
     parser.add_argument(
         "--out",
@@ -56,17 +65,16 @@ def add_parser(commands) -> None:
 def _parts(text: str) -> tuple[str, ...]:
     asked = text.split(",")
     if not set(asked) <= set(PARTS):
-        raise argparse.ArgumentTypeError(f"expected {' or '.join(PARTS)} or both, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PARTS)}, got {text!r}")
     return tuple(part for part in PARTS if part in asked)
 
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.data import load_all, open_dataset, select
     from dive_fast.errors import DiveFastError
-    from dive_fast.strategies import resolve_strategy
 
-    strategy = resolve_strategy(options.strategy, options.preset, {})
-    what = options.what or (PARTS if options.data else PARTS[:1])
+    strategy = chosen_strategy(options)
+    what = options.what or (PARTS if options.data else PARTS[:-1])
     if options.data is None and (options.generate is None or "beta" in what):
         needed = "--data" if "beta" in what else "--data or --generate"
         raise DiveFastError(f"fitting {' and '.join(what)} needs {needed}.")
@@ -85,6 +93,12 @@ def run(options: argparse.Namespace) -> int:
         if options.generate is None:
             given = {"images": images, "labels": labels}
         print(as_text(classifier.fit_timesteps(**given, **common)))
+    if "shortlist" in what:
+        given = {"generate": options.generate}
+        if options.generate is None:
+            given = {"images": images[:SHORTLIST_IMAGES]}
+        learned = classifier.fit_shortlist(**given, **common)
+        print(f"shortlist: slope {learned.slope:g}, curvature of {len(learned.curvature)} classes")
     if "beta" in what:
         record = classifier.calibrate(
             images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from pathlib import Path
 
 
@@ -122,9 +123,9 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("strategy")
     group.add_argument(
         "--strategy",
-        metavar="enumerate|race|invert",
-        help="enumerate: try every class; race: drop classes that cannot win; "
-        "invert: optimise the condition (default)",
+        metavar="auto|enumerate|race|invert",
+        help="auto: a gradient names the few classes that race (default); enumerate: try every "
+        "class; race: drop classes that cannot win; invert: optimise the condition",
     )
     group.add_argument(
         "--preset",
@@ -143,7 +144,39 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
         help="take probes where the model's fitted timesteps say, or evenly (default: learned "
         "where the model has them; presets are uniform)",
     )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the strategy, such as min_agreement=0.99; may be given several times",
+    )
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
+
+
+def chosen_strategy(options: argparse.Namespace):
+    """The strategy that the options name, with its settings.
+
+    Raises:
+        DiveFastError: an unknown name or setting, or a value that the strategy refuses.
+    """
+    from dive_fast.errors import DiveFastError
+    from dive_fast.strategies import resolve_strategy
+
+    settings = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise DiveFastError(f"expected --set NAME=VALUE, got {text!r}.")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    try:
+        return resolve_strategy(options.strategy, options.preset, settings)
+    except TypeError as error:  # a word where a number belongs
+        given = ", ".join(options.set)
+        raise DiveFastError(f"{given}: not a value that the strategy takes ({error}).") from error
 
 
 def class_names(text: str) -> list[str]:

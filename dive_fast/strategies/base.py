@@ -123,7 +123,7 @@ def _by_name(strategy: str | None, preset: str | None) -> Strategy:
                 f"preset {preset!r} belongs to strategy {owner!r}, got {strategy!r}."
             )
         return settings
-    name = "invert" if strategy is None else strategy
+    name = "auto" if strategy is None else strategy
     if name not in _STRATEGIES:
         raise DiveFastError(f"expected a strategy of {', '.join(_STRATEGIES)}, got {name!r}.")
     return _STRATEGIES[name]
