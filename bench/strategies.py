@@ -53,7 +53,7 @@ ENTRIES = {
     **{f"auto K={k}": Entry(Auto(), k) for k in (16, 32, 64, 100)},
     "invert": Entry(Invert()),
     "invert K=100": Entry(Invert(), 100),
-    "dive-paper": Entry(DivePaper(), limit=100),
+    "dive-paper": Entry(DivePaper(), limit=40),
 }
 
 
