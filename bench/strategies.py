@@ -28,7 +28,7 @@ from bench.baselines import diffusion_classifier, dive
 from bench.records import append
 from dive_fast import DiffusionClassifier, zoo
 from dive_fast.data import DataSet, open_dataset, select
-from dive_fast.evaluate import evaluate, read_records
+from dive_fast.evaluate import evaluate, read_records, summarise
 from dive_fast.strategies import Auto, DivePaper, Enumerate, Invert, Race, Strategy
 
 K = 250
@@ -89,21 +89,26 @@ def run_entry(name: str, options: argparse.Namespace) -> dict:
         entry = ENTRIES[name]
         limits = [x for x in (options.limit, entry.limit) if x is not None]
         chosen = select(data, min(limits, default=None), seed=0)
-        summary = evaluate(
-            classifier,
-            chosen,
-            options.runs / name.replace(" ", "-"),
-            strategy=entry.strategy,
-            probes=entry.probes,
-            progress=sys.stderr.isatty(),
-        ).to_dict()
-        mine = read_records(options.runs / name.replace(" ", "-"))
-        row = summary | agreement(options.runs, {k: v["prediction"] for k, v in mine.items()})
+        run = options.runs / name.replace(" ", "-")
+        if not options.finished_only:
+            evaluate(
+                classifier,
+                chosen,
+                run,
+                strategy=entry.strategy,
+                probes=entry.probes,
+                progress=sys.stderr.isatty(),
+            )
+        mine = read_records(run)
+        row = summarise(list(mine.values())).to_dict()
+        if not options.finished_only and classifier.last_run.batches:
+            row["fill_rate"] = classifier.last_run.fill_rate
+        row |= agreement(options.runs, {k: v["prediction"] for k, v in mine.items()})
     # Linux counts it in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     row |= {"peak_memory_mib": round(peak), "threads": torch.get_num_threads()}
     row = {"model": options.model, "classes": len(classifier.names), "entry": name, **row}
-    append("strategies", row, classifier)
+    append(options.results, row, classifier)
     return row
 
 
@@ -151,6 +156,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the run directories")
     parser.add_argument("--limit", type=int, help="a random subset of N images")
     parser.add_argument("--baseline-images", type=int, default=5, help="for the published loops")
+    parser.add_argument(
+        "--results", default="strategies", help="name of the record; another for timings alone"
+    )
+    parser.add_argument(
+        "--finished-only",
+        action="store_true",
+        help="compute nothing: the figures of what the run directories hold so far",
+    )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument(
         "--only", nargs="+", choices=[*ENTRIES, *BASELINES], metavar="ENTRY", help="not all entries"
@@ -162,9 +175,10 @@ def main() -> None:
         print({k: v for k, v in row.items() if k != "environment"}, flush=True)
         return
     common = ["--model", options.model, "--data", options.data, "--runs", str(options.runs)]
-    common += ["--batch-size", str(options.batch_size)]
+    common += ["--batch-size", str(options.batch_size), "--results", options.results]
     common += ["--baseline-images", str(options.baseline_images)]
     common += ["--limit", str(options.limit)] if options.limit else []
+    common += ["--finished-only"] if options.finished_only else []
     for name in names:
         subprocess.run(
             [sys.executable, "-m", "bench.strategies", *common, "--only", name], check=True

@@ -227,7 +227,7 @@ class TestClassify:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--strategy", "guess"], "expected a strategy of enumerate, invert.*, got 'guess'"),
+        (["--strategy", "guess"], "expected a strategy of auto, enumerate, invert.*, got 'guess'"),
         (["--preset", "x"], "expected a preset of dive-paper, diffusion-classifier.*, got 'x'"),
         (["--strategy", "enumerate", "--preset", "dive-paper"], "belongs to strategy 'invert'"),
         (["--preset", "dive-paper", "--probes", "4"], "multiple of the batch of 25, got 4"),

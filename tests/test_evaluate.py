@@ -294,7 +294,7 @@ class TestResume:
         [
             (["--seed", "1"], "seed is 0 there and 1 here"),
             (["--probes", "3"], "probes is 2 there and 3 here"),
-            (["--strategy", "enumerate"], "strategy.name is 'invert' there and 'enumerate' here"),
+            (["--strategy", "enumerate"], "strategy.name is 'auto' there and 'enumerate' here"),
             (["--dtype", "bfloat16"], "model.dtype is 'float32' there and 'bfloat16' here"),
             (["--timestep-embedding", "original"], "model.timestep_embedding is 'diffusers' there"),
             (["--limit", "5"], "data.count is 12 there and 5 here"),

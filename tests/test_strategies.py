@@ -206,7 +206,7 @@ def test_strategies_and_presets_register_from_outside(toy, monkeypatch):
 
 def test_bad_names_and_settings():
     bad = [
-        (("nope", None, {}), "expected a strategy of enumerate, invert, race, got 'nope'"),
+        (("nope", None, {}), "expected a strategy of auto, enumerate, invert, race, got 'nope'"),
         ((None, "nope", {}), "expected a preset of dive-paper, diffusion-classifier, got 'nope'"),
         (("enumerate", "dive-paper", {}), "belongs to strategy 'invert'"),
         ((Enumerate(), "dive-paper", {}), "a strategy object or a preset, got both"),

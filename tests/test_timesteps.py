@@ -378,7 +378,7 @@ class TestCommand:
 
     def test_refused(self, model: Path, data: Path, capsys) -> None:
         for arguments, message in [
-            ((), "fitting timesteps needs --data or --generate"),
+            ((), "fitting timesteps and shortlist needs --data or --generate"),
             (("--what", "beta"), "fitting beta needs --data"),
             (("--what", "timesteps,beta", "--generate", 3), "timesteps and beta needs --data"),
             (("--what", "loss"), "expected some of timesteps, shortlist, beta, got 'loss'"),
