@@ -112,15 +112,18 @@ def table(record: dict) -> str:
 
 
 def draw(record: dict, path: Path) -> None:
-    """The share of wrong answers over the number of probes, and the learned density."""
+    """Accuracy over the number of probes, and the learned density."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, values in by_name(record, "accuracy").items():
-        left.plot(COUNTS, [100 * value for value in values], marker="o", label=name)
+    accuracy = by_name(record, "accuracy")
+    colours = {name: f"C{i}" for i, name in enumerate(accuracy)}
+    for name, values in accuracy.items():
+        percent = [100 * value for value in values]
+        left.plot(COUNTS, percent, marker="o", label=name, color=colours[name])
     left.set_xscale("log", base=2)
     left.set_xlabel("probes")
     left.set_ylabel("accuracy, %")
@@ -128,8 +131,8 @@ def draw(record: dict, path: Path) -> None:
     for name, weights in record["learned"].items():
         density = weights["density"]
         edges = [weights["n_timesteps"] * b / len(density) for b in range(len(density) + 1)]
-        right.stairs(density, edges, label=name)
-    right.axhline(1, color="grey", linewidth=0.8)
+        right.stairs(density, edges, label=name, color=colours[name])
+    right.axhline(1, color=colours["uniform"])
     right.set_xlabel("timestep")
     right.set_ylabel("probes, relative to uniform")
     right.legend()
