@@ -35,6 +35,7 @@ class Row:
 
 ROWS = (
     Row("enumerate", "enumerate", "enumerate"),
+    Row("auto", "auto", "auto"),
     Row("invert", "invert", "invert"),
     Row("invert, dive-paper", "dive-paper", "invert", "dive-paper", PAPER_IMAGES),
 )
