@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,6 +31,12 @@ def family(entry: str) -> str:
     return next(name for name in FAMILIES if entry.startswith(name))
 
 
+def standard_error(row: dict) -> float:
+    """Of the accuracy on the images that enumeration saw too."""
+    p = row["accuracy_there"]
+    return math.sqrt(p * (1 - p) / row["agreement_n"])
+
+
 def draw_accuracy(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
@@ -38,16 +45,17 @@ def draw_accuracy(rows: list[dict], path: Path) -> None:
         1, len(models), figsize=(4.4 * len(models), 3.8), layout="constrained", squeeze=False
     )
     for panel, model in zip(panels[0], models, strict=True):
-        mine = [row for row in rows if row["model"] == model and "published" not in row["entry"]]
+        mine = [row for row in rows if row["model"] == model and row.get("agreement_n")]
         for name in FAMILIES[:-1]:
             group = [row for row in mine if family(row["entry"]) == name]
             group.sort(key=lambda row: row["evaluations_per_image"])
             if group:
                 panel.errorbar(
                     [row["evaluations_per_image"] for row in group],
-                    [100 * row["accuracy"] for row in group],
-                    yerr=[100 * row["standard_error"] for row in group],
+                    [100 * row["accuracy_there"] for row in group],
+                    yerr=[100 * standard_error(row) for row in group],
                     marker=MARKERS[name],
+                    color=f"C{FAMILIES.index(name)}",
                     markersize=4,
                     capsize=2,
                     linewidth=1,
@@ -77,6 +85,7 @@ def draw_scaling(rows: list[dict], path: Path) -> None:
                 [row[over] for row in mine],
                 [row[figure_of] for row in mine],
                 marker=MARKERS[name],
+                color=f"C{FAMILIES.index(name)}",
                 markersize=4,
                 label=name,
             )

@@ -103,7 +103,7 @@ def run_entry(name: str, options: argparse.Namespace) -> dict:
         row = summarise(list(mine.values())).to_dict()
         if not options.finished_only and classifier.last_run.batches:
             row["fill_rate"] = classifier.last_run.fill_rate
-        row |= agreement(options.runs, {k: v["prediction"] for k, v in mine.items()})
+        row |= agreement(options.runs, mine)
     # Linux counts it in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     row |= {"peak_memory_mib": round(peak), "threads": torch.get_num_threads()}
@@ -136,17 +136,31 @@ def run_baseline(
         "n": n,
         "evaluations_per_image": evaluations / n,
         "seconds_per_image": seconds / n,
-        **agreement(options.runs, predictions),
+        **agreement(
+            options.runs,
+            {e.id: {"prediction": predictions[e.id], "label": e.label} for e in data.examples},
+        ),
     }
 
 
-def agreement(runs: Path, predictions: dict[str, int]) -> dict:
-    """The share of images answered as by the entry "enumerate", and how many they are."""
+def agreement(runs: Path, records: dict[str, dict]) -> dict:
+    """How often images are answered as by the entry "enumerate", over those that both saw."""
     reference = runs / "enumerate" / "results.jsonl"
     full = read_records(reference.parent) if reference.exists() else {}
-    both = [key for key in predictions if key in full]
-    same = sum(full[key]["prediction"] == predictions[key] for key in both)
-    return {"agreement": same / len(both) if both else None, "agreement_n": len(both)}
+    both = [key for key in records if key in full]
+    if not both:
+        return {"agreement": None, "agreement_n": 0}
+
+    def share(hits: list[bool]) -> float:
+        return sum(hits) / len(both)
+
+    label = {key: records[key]["label"] for key in both}
+    return {
+        "agreement": share([full[k]["prediction"] == records[k]["prediction"] for k in both]),
+        "agreement_n": len(both),
+        "accuracy_there": share([records[k]["prediction"] == label[k] for k in both]),
+        "enumerate_accuracy_there": share([full[k]["prediction"] == label[k] for k in both]),
+    }
 
 
 def main() -> None:

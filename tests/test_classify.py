@@ -95,7 +95,9 @@ def test_raw_losses_are_what_enumeration_averages(classifier, digits):
     losses = classifier.losses(images, probes=12)
     assert losses.shape == (3, 10, 12) and losses.dtype == torch.float32
     for answer, matrix in zip(
-        classifier(images, strategy="enumerate", probes=12), losses, strict=True
+        classifier(images, strategy="enumerate", probes=12, timesteps="uniform"),
+        losses,
+        strict=True,
     ):
         torch.testing.assert_close(answer.losses, matrix.mean(dim=1))
     part = classifier.losses(images, classes=[7, 2], probes=12)
