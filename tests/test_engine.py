@@ -14,11 +14,22 @@ from dive_fast.objective import Objective
 from dive_fast.probes import low_discrepancy_probes
 from dive_fast.requests import Answer, Gradients, Losses
 from dive_fast.schedule import Schedule, make_betas
-from dive_fast.strategies import AdaptiveEnumerate, DivePaper, Enumerate, Invert, Task
+from dive_fast.strategies import (
+    AdaptiveEnumerate,
+    Auto,
+    DivePaper,
+    Enumerate,
+    Invert,
+    Race,
+    Task,
+)
 
 STRATEGIES = {
     "enumerate": (Enumerate(), 40),
     "adaptive": (AdaptiveEnumerate(n_samples=(5, 20), to_keep=(3, 1)), None),
+    "race": (Race(min_probes=5, round_probes=5), 40),
+    "stages": (Race(stages=((5, 3), (20, 1))), 40),
+    "auto": (Auto(shortlist=2, gradient_probes=5), 40),
     "invert": (Invert(search_probes=10), 40),
     "dive-paper": (DivePaper(loops=3, batch_size=10, learning_rate=0.3), 40),
 }

@@ -18,6 +18,7 @@ from dive_fast.requests import Answer, Gradients, Losses
 from dive_fast.schedule import Schedule, make_betas
 from dive_fast.strategies import (
     AdaptiveEnumerate,
+    Auto,
     DivePaper,
     Enumerate,
     Invert,
@@ -29,6 +30,7 @@ STRATEGIES = {
     "enumerate": (Enumerate(), 12),
     "adaptive": (AdaptiveEnumerate(n_samples=(5, 20), to_keep=(3, 1)), None),
     "race": (Race(min_probes=5, round_probes=4), 20),
+    "auto": (Auto(shortlist=2, gradient_probes=5), 20),
     "invert": (Invert(search_probes=10), 20),
     "dive-paper": (DivePaper(loops=3, batch_size=5, learning_rate=0.3), 20),
 }

@@ -184,7 +184,7 @@ def test_average_of_losses(kind, request):
             assert answer.evaluations == 3 * 3 * 6  # forwards of the network, not rows
 
 
-@pytest.mark.parametrize("strategy", ["race", "invert"])
+@pytest.mark.parametrize("strategy", ["race", "auto", "invert"])
 def test_other_strategies_search_over_averaged_losses(strategy, sd):
     clf = DiffusionClassifier.from_pretrained(
         sd, classes=["cat", "dog", "fox", "owl"], templates=TEMPLATES, average="loss"

@@ -126,7 +126,7 @@ def test_unconditional(zeros, directories, tmp_path):
     assert (model.vocabulary.unconditional == 0).all() == zeros
 
 
-@pytest.mark.parametrize("strategy", ["enumerate", "race", "invert"])
+@pytest.mark.parametrize("strategy", ["enumerate", "race", "auto", "invert"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_classification(kind, strategy, directories):
     """Every strategy runs, and what it measured is what enumeration measured."""
@@ -137,7 +137,7 @@ def test_classification(kind, strategy, directories):
         if strategy != "invert":  # which ends in a local minimum on a network that means nothing
             assert found.index == expected.index
         complete = found.n_probes == 24
-        assert strategy == "race" or complete[found.index]
+        assert strategy in ("race", "auto") or complete[found.index]
         torch.testing.assert_close(found.losses[complete], expected.losses[complete])
 
 
