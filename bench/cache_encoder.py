@@ -45,7 +45,7 @@ def main() -> None:
         for options in levels:
             classifier.options = options
             start = time.perf_counter()
-            answers = classifier(images, strategy=strategy, probes=probes)
+            answers = classifier(images, strategy=strategy, probes=probes, timesteps="uniform")
             seconds = (time.perf_counter() - start) / len(images)
             reference = answers if reference is None else reference
             record, n = classifier.last_run, len(images)

@@ -23,7 +23,7 @@ from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
 from dive_fast.fitting import choose_timesteps
 from dive_fast.rundir import RunDirectory
-from dive_fast.shortlist import Shortlist, names_digest
+from dive_fast.shortlist import Shortlist, digest
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.timesteps import TimestepWeights
 
@@ -95,7 +95,7 @@ def evaluate(
         "seed": seed,
     }
     if (shortlist := Shortlist.of(classifier.model.vocabulary)) is not None:
-        config["shortlist"] = names_digest(map(str, shortlist.to_dict().items()))
+        config["shortlist"] = digest(map(str, shortlist.to_dict().items()))
     # Only what changes answers: a run may go on under another cache, but not another precision.
     if engine := classifier.options.identity():
         config["engine"] = engine

@@ -18,7 +18,7 @@ from dive_fast.objective import Objective
 from dive_fast.probes import ProbeList, low_discrepancy_probes
 from dive_fast.requests import Answer, Gradients, Losses, Search
 from dive_fast.sampling import sample
-from dive_fast.shortlist import Shortlist, estimate_shortlist, names_digest
+from dive_fast.shortlist import Shortlist, digest, estimate_shortlist
 from dive_fast.strategies import DefaultProbes, Strategy
 from dive_fast.timesteps import TimestepWeights, estimate
 from dive_fast.vocabulary import Vocabulary
@@ -237,7 +237,7 @@ class Fitting:
             for key in ("losses", "base", "linear")
         )
         slope, curvature = estimate_shortlist(losses, base, linear)
-        learned = Shortlist(slope, tuple(curvature.tolist()), names_digest(vocabulary.names))
+        learned = Shortlist(slope, tuple(curvature.tolist()), digest(vocabulary.names))
         learned.apply(vocabulary)
         return learned
 

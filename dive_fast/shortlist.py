@@ -54,7 +54,7 @@ class Shortlist:
 
     def apply(self, vocabulary: Vocabulary) -> bool:
         """Sets it on the vocabulary it was learned for; leaves others alone and returns False."""
-        if self.classes != names_digest(vocabulary.names):
+        if self.classes != digest(vocabulary.names):
             return False
         vocabulary.slope = float(self.slope)
         vocabulary.curvature = torch.tensor(self.curvature)
@@ -66,7 +66,7 @@ class Shortlist:
         if vocabulary.curvature is None:
             return None
         values = tuple(vocabulary.curvature.tolist())
-        return cls(vocabulary.slope, values, names_digest(vocabulary.names))
+        return cls(vocabulary.slope, values, digest(vocabulary.names))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, to six digits."""
@@ -85,9 +85,9 @@ class Shortlist:
         return cls(**values)
 
 
-def names_digest(names: Iterable[str]) -> str:
-    """Tells one list of classes from another."""
-    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:16]
+def digest(texts: Iterable[str]) -> str:
+    """Tells one list of texts from another, as 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
 def estimate_shortlist(

@@ -13,7 +13,7 @@ from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError
 from dive_fast.requests import Gradients
-from dive_fast.shortlist import Shortlist, estimate_shortlist, names_digest
+from dive_fast.shortlist import Shortlist, digest, estimate_shortlist
 from dive_fast.strategies import Auto
 from dive_fast.vocabulary import Vocabulary
 
@@ -120,7 +120,7 @@ def test_it_is_kept_beside_the_model_for_these_classes_only(tmp_path: Path) -> N
 
 
 def test_round_trip_and_other_vocabularies() -> None:
-    shortlist = Shortlist(1.25, (0.1, 0.2), names_digest(("a", "b")))
+    shortlist = Shortlist(1.25, (0.1, 0.2), digest(("a", "b")))
     assert Shortlist.from_dict(json.loads(json.dumps(shortlist.to_dict()))) == shortlist
     table = torch.eye(2)
     assert shortlist.apply(Vocabulary(table, ("a", "b")))
