@@ -1,0 +1,141 @@
+"""Layouts as a search sees them: objects on the grid, their conditions, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dive_fast.layouts import LayoutFormat
+from dive_fast.probes import ProbeList
+from dive_fast.projection import SLOTS_PER_OBJECT
+from dive_fast.requests import Gradients, Losses
+
+ANY = -1  # the mean of all classes' embeddings, in place of a class
+
+
+class Box(NamedTuple):
+    """Sides in steps of the grid, left < right and top < bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+class Item(NamedTuple):
+    """An object: a class, or ANY, and where it is."""
+
+    class_id: int
+    box: Box
+
+
+Items = tuple[Item, ...]
+# A search: yields requests, is sent what the engine found, returns an answer.
+Steps = Generator[Losses | Gradients, Any, Any]
+
+
+@dataclass(frozen=True)
+class LayoutAnswer:
+    """What a search found for one image.
+
+    Attributes:
+        items: the objects.
+        losses: float64 [n, C + 1], for each object the mean loss (with the prior's part) of the
+            layout when it is of class c, and last when it is not there, all on common probes.
+        loss: of the layout as it is, on the same probes.
+        trace: what the search saw on its way.
+    """
+
+    items: Items
+    losses: Tensor
+    loss: float
+    trace: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Board:
+    """What a search knows of the one image it works for.
+
+    Attributes:
+        table: float32 [V, D], the tokens' embeddings.
+        format: how layouts are written as tokens.
+        probes: the probe list; requests name its rows.
+        seed: for searches that draw at random.
+        penalty: token embeddings [N, S, D] to [N], lambda times the prior's loss, differentiable;
+            None for no prior.
+    """
+
+    table: Tensor
+    format: LayoutFormat
+    probes: ProbeList
+    seed: int = 0
+    penalty: Callable[[Tensor], Tensor] | None = None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [N, S] to conditions float32 [N, S, D]."""
+        return self.table[tokens]
+
+    def conditions(self, layouts: Sequence[Items]) -> Tensor:
+        """Token embeddings of layouts, float32 [N, S, D]."""
+        return torch.stack([self._condition(items) for items in layouts])
+
+    def price(self, embeddings: Tensor) -> Tensor:
+        """What the prior adds to the mean loss, float64 [N]."""
+        if self.penalty is None:
+            return torch.zeros(len(embeddings), dtype=torch.float64)
+        with torch.no_grad():
+            return self.penalty(embeddings).double()
+
+    def items(self, tokens: Tensor) -> Items:
+        """The objects that tokens [S] mean; triples that are no valid box are left out."""
+        form, found = self.format, []
+        n = SLOTS_PER_OBJECT * form.max_objects
+        for c, first, second in tokens[:n].view(-1, SLOTS_PER_OBJECT).tolist():
+            if form.none in (c, first, second):
+                continue
+            (top, left), (bottom, right) = (
+                divmod(token - form.coordinate_start, form.grid) for token in (first, second)
+            )
+            if left < right and top < bottom:
+                found.append(Item(c - form.class_start, Box(left, top, right, bottom)))
+        return tuple(found)
+
+    def _condition(self, items: Items) -> Tensor:
+        form = self.format
+        tokens = torch.full((form.n_slots,), form.none)
+        if form.crop:
+            start, stop = form.coordinate_range
+            tokens[-2], tokens[-1] = start, stop - 1
+        for i, (c, box) in enumerate(items):
+            corners = (box.top * form.grid + box.left, box.bottom * form.grid + box.right)
+            triple = [form.class_start + max(c, 0)]
+            triple += [form.coordinate_start + corner for corner in corners]
+            tokens[SLOTS_PER_OBJECT * i : SLOTS_PER_OBJECT * (i + 1)] = torch.tensor(triple)
+        found = self.table[tokens]
+        for i, item in enumerate(items):
+            if item.class_id == ANY:
+                found[SLOTS_PER_OBJECT * i] = self.table[slice(*form.class_range)].mean(dim=0)
+        return found
+
+
+def measure(board: Board, layouts: Sequence[Items], probe_ids: Tensor) -> Steps:
+    """The mean loss of each layout with the prior's part, float64 [N]."""
+    embeddings = board.conditions(layouts)
+    losses = yield Losses(embeddings.flatten(1), probe_ids)
+    return losses.double().mean(dim=1) + board.price(embeddings)
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union."""
+    width = min(a.right, b.right) - max(a.left, b.left)
+    height = min(a.bottom, b.bottom) - max(a.top, b.top)
+    inside = max(width, 0) * max(height, 0)
+    return inside / (_area(a) + _area(b) - inside)
+
+
+def _area(box: Box) -> int:
+    return (box.right - box.left) * (box.bottom - box.top)

@@ -1,0 +1,76 @@
+"""The end of every search: each object decided again, exactly, on common probes.
+
+Its class, or that it is not there, is what explains the image best while all others stay; removing
+an object and looking what is lost (leave-one-out) is also its confidence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dive_fast.strategies.layout.board import Board, Items, LayoutAnswer, Steps, measure, overlap
+
+DUPLICATE = 0.7  # intersection over union of two objects that are one
+
+
+def without(items: Items, i: int) -> Items:
+    return items[:i] + items[i + 1 :]
+
+
+def with_class(items: Items, i: int, c: int) -> Items:
+    return (*items[:i], items[i]._replace(class_id=c), *items[i + 1 :])
+
+
+def decide(board: Board, items: Items, i: int, probe_ids: Tensor) -> Steps:
+    """Losses [C + 1] of the layout with object i of every class, and last without it."""
+    classes = range(len(board.format.names))
+    layouts = [with_class(items, i, c) for c in classes] + [without(items, i)]
+    return (yield from measure(board, layouts, probe_ids))
+
+
+def settle(board: Board, items: Items, probe_ids: Tensor, margin: float, rounds: int = 2) -> Steps:
+    """Decides object by object until nothing changes, at most ``rounds`` times.
+
+    Args:
+        margin: an object has to make the loss better by more than this share of it.
+
+    Returns:
+        a ``LayoutAnswer``.
+    """
+    items = drop_duplicates(items)
+    for _ in range(rounds):
+        before, i, rows = items, 0, []
+        while i < len(items):
+            losses = yield from decide(board, items, i, probe_ids)
+            best = int(losses[:-1].argmin())
+            if losses[-1] * (1 - margin) <= losses[best]:
+                items = without(items, i)
+                continue
+            items = with_class(items, i, best)
+            rows.append(losses)
+            i += 1
+        items = drop_duplicates(items)
+        if items == before:
+            break
+    if items != before or not rows:
+        # The rows belong to layouts on the way.
+        rows = []
+        for i in range(len(items)):
+            rows.append((yield from decide(board, items, i, probe_ids)))
+    n_classes = len(board.format.names)
+    table = torch.stack(rows) if rows else torch.empty(0, n_classes + 1, dtype=torch.float64)
+    if rows:
+        loss = float(table[0, items[0].class_id])
+    else:
+        loss = float((yield from measure(board, [()], probe_ids))[0])
+    return LayoutAnswer(items, table, loss)
+
+
+def drop_duplicates(items: Items) -> Items:
+    """Of objects in nearly the same place, the first."""
+    kept: list = []
+    for item in items:
+        if all(overlap(item.box, other.box) < DUPLICATE for other in kept):
+            kept.append(item)
+    return tuple(kept)

@@ -1,0 +1,159 @@
+"""Searches for layouts on the analytic model, where the true layout has loss 0."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy_layout import ToyLayoutModel
+
+from dive_fast.engine import Engine, Job
+from dive_fast.errors import DiveFastError
+from dive_fast.objective import Objective
+from dive_fast.probes import low_discrepancy_probes
+from dive_fast.strategies.layout import ANY, Board, Box, Guided, InvertLayout, Item
+from dive_fast.strategies.layout.board import overlap
+from dive_fast.strategies.layout.guided import coarse_boxes, neighbours
+from dive_fast.strategies.layout.settle import drop_duplicates
+
+SCENES = (
+    (Item(0, Box(0, 1, 2, 4)),),
+    (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6))),
+    (Item(2, Box(0, 0, 2, 2)), Item(0, Box(3, 1, 5, 3)), Item(1, Box(1, 4, 4, 6))),
+    (),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> ToyLayoutModel:
+    return ToyLayoutModel()
+
+
+def make_board(model: ToyLayoutModel, penalty=None) -> Board:
+    probes = low_discrepancy_probes(24, 1000, model.latent_shape)
+    return Board(model.vocabulary.table, model.layout, probes, penalty=penalty)
+
+
+def run(model: ToyLayoutModel, board: Board, strategy, scenes=SCENES, batch_size: int = 256):
+    """Answers and evaluations, in the order of the scenes."""
+    pictures = model.picture(board.conditions(scenes).flatten(1))
+    jobs = [Job(i, x0, strategy.search(board)) for i, x0 in enumerate(pictures)]
+    found = Engine(model, batch_size).run(jobs, board.probes, Objective())
+    return [(f.answer, f.evaluations) for f in sorted(found, key=lambda f: f.key)]
+
+
+def test_conditions_are_tokens_of_the_layout(model) -> None:
+    board = make_board(model)
+    for items in SCENES:
+        (embedded,) = board.conditions([items])
+        tokens = embedded.argmax(dim=1)
+        assert board.items(tokens) == items
+        assert torch.equal(board.embed(tokens[None])[0], embedded)
+        layout = model.layout.decode(tokens)
+        assert layout.class_ids.tolist() == [item.class_id for item in items]
+
+
+def test_any_is_the_mean_class(model) -> None:
+    (embedded,) = make_board(model).conditions([(Item(ANY, Box(0, 0, 1, 1)),)])
+    assert torch.allclose(embedded[0, :3], torch.full((3,), 1 / 3))
+
+
+def test_guided_finds_every_layout(model) -> None:
+    board = make_board(model)
+    for scene, (answer, evaluations) in zip(
+        SCENES, run(model, board, Guided(lines=4)), strict=True
+    ):
+        assert set(answer.items) == set(scene)
+        assert answer.loss == pytest.approx(0, abs=1e-6)
+        assert 0 < evaluations < 5000
+
+
+def test_guided_ranks_classes_by_gradient(model) -> None:
+    answers = run(model, make_board(model), Guided(lines=4, names=1), SCENES[:2])
+    assert [set(answer.items) for answer, _ in answers] == [set(s) for s in SCENES[:2]]
+
+
+def test_invert_finds_a_layout(model) -> None:
+    strategy = InvertLayout(starts=4, steps=80)
+    answer, _ = run(model, make_board(model), strategy, SCENES[:1])[0]
+    (item,) = answer.items
+    assert item.class_id == SCENES[0][0].class_id
+    # A relaxed search may end a step beside the truth.
+    assert overlap(item.box, SCENES[0][0].box) >= 0.5
+
+
+def test_corners_by_themselves_may_make_no_box(model) -> None:
+    """Such objects are left out; with the joint projection there are none."""
+    found = {}
+    for joint in (True, False):
+        strategy = InvertLayout(starts=8, steps=3, joint_boxes=joint, settled=False)
+        answer, _ = run(model, make_board(model), strategy, SCENES[2:3])[0]
+        found[joint] = answer.trace["found"]
+    assert len(found[False]) < len(found[True])
+
+
+def test_losses_of_an_answer_are_leave_one_out(model) -> None:
+    board = make_board(model)
+    answer, _ = run(model, board, Guided(lines=4), SCENES[1:2])[0]
+    assert answer.losses.shape == (2, 4)
+    for item, row in zip(answer.items, answer.losses, strict=True):
+        assert int(row.argmin()) == item.class_id
+        assert row[-1] > row[item.class_id]
+
+
+def test_alone_as_in_a_batch(model) -> None:
+    board = make_board(model)
+    for strategy in (Guided(lines=4), InvertLayout(steps=10)):
+        together = run(model, board, strategy)
+        for scene, (answer, evaluations) in zip(SCENES, together, strict=True):
+            alone, cost = run(model, board, strategy, [scene], batch_size=7)[0]
+            assert alone.items == answer.items and cost == evaluations
+
+
+def test_a_penalty_on_objects_removes_them(model) -> None:
+    """A prior that finds every object far too unlikely leaves none."""
+    none = model.layout.none
+
+    def penalty(v: torch.Tensor) -> torch.Tensor:
+        return 100 * (1 - v[:, ::3, none]).sum(dim=1)
+
+    board = make_board(model, penalty)
+    for strategy in (Guided(lines=4), InvertLayout(steps=5)):
+        assert all(answer.items == () for answer, _ in run(model, board, strategy))
+
+
+def test_duplicates_go() -> None:
+    a, near, far = Box(0, 0, 4, 4), Box(0, 0, 4, 3), Box(2, 2, 6, 6)
+    items = (Item(0, a), Item(1, near), Item(0, far))
+    assert overlap(a, near) == 0.75 and overlap(a, far) == pytest.approx(4 / 28)
+    assert drop_duplicates(items) == (items[0], items[2])
+
+
+def test_neighbours_stay_on_the_grid_and_keep_a_size() -> None:
+    found = neighbours(Box(0, 0, 1, 3), 1, 4)
+    assert Box(0, 0, 2, 3) in found and Box(1, 0, 2, 3) in found
+    assert all(0 <= b.left < b.right < 4 and 0 <= b.top < b.bottom < 4 for b in found)
+    assert Box(1, 0, 1, 3) not in found
+
+
+@pytest.mark.parametrize("lines", [2, 3, 7, 20])
+def test_coarse_boxes(lines: int) -> None:
+    n = min(lines, 7)
+    boxes = coarse_boxes(7, lines)
+    assert len(set(boxes)) == len(boxes) == (n * (n - 1) // 2) ** 2
+    assert Box(0, 0, 6, 6) in boxes
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Guided(lines=1), "lines must be at least 2"),
+        (lambda: Guided(margin=1), "margin must be in"),
+        (lambda: Guided(step_probes=0), "step_probes must be at least 1"),
+        (lambda: InvertLayout(steps=0), "steps must be at least 1"),
+        (lambda: InvertLayout(learning_rate=0), "learning_rate must be above 0"),
+        (lambda: InvertLayout(margin=-1), "margin must be in"),
+    ],
+)
+def test_bad_settings(make, said: str) -> None:
+    with pytest.raises(DiveFastError, match=said):
+        make()
