@@ -38,7 +38,7 @@ def settle(board: Board, items: Items, probe_ids: Tensor, margin: float, rounds:
     Returns:
         a ``LayoutAnswer``.
     """
-    items = drop_duplicates(items)
+    items, before, rows = drop_duplicates(items), None, []
     for _ in range(rounds):
         before, i, rows = items, 0, []
         while i < len(items):
@@ -53,7 +53,7 @@ def settle(board: Board, items: Items, probe_ids: Tensor, margin: float, rounds:
         items = drop_duplicates(items)
         if items == before:
             break
-    if items != before or not rows:
+    if items != before:
         # The rows belong to layouts on the way.
         rows = []
         for i in range(len(items)):
