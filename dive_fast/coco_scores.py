@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,11 +111,24 @@ def _checked(result: Mapping[str, Any], known: set[int]) -> dict[str, Any]:
     """A copy, because pycocotools writes into what it is given."""
     if not isinstance(result, Mapping) or any(key not in result for key in _RESULT_KEYS):
         raise DataError(f"expected results with {', '.join(_RESULT_KEYS)}, got {result!r}.")
+    if not _is_box(result["bbox"]) or not _is_finite(result["score"]):
+        raise DataError(
+            "expected results with a bbox of four finite numbers and a finite score, got "
+            f"{result!r}."
+        )
     if result["image_id"] not in known:
         raise DataError(
             f"expected results of the annotated images, got one of image {result['image_id']!r}."
         )
     return {key: result[key] for key in _RESULT_KEYS}
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_finite, value))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _mean(precision: np.ndarray) -> float | None:

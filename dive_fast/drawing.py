@@ -38,14 +38,14 @@ def draw_boxes(
     size = (picture.width * factor, picture.height * factor)
     picture = picture.resize(size, Image.Resampling.NEAREST)
     canvas = ImageDraw.Draw(picture)
-    unit = max(1, round(max(size) / 400))  # line width
-    font = ImageFont.load_default(size=11 * unit)
+    line = max(2, round(max(size) / 250))
+    font = ImageFont.load_default(size=max(14, round(max(size) / 40)))
     scaled = [tuple(factor * x for x in box) for box in boxes]
     for box, number in zip(scaled, classes, strict=True):
         left, top, right, bottom = box
         # Edges lie between pixels; the last pixel inside is one before the right edge.
         corners = (left, top, max(left, right - 1), max(top, bottom - 1))
-        canvas.rectangle(corners, outline=class_colour(number), width=2 * unit)
+        canvas.rectangle(corners, outline=class_colour(number), width=line)
     taken: list[Rectangle] = []
     # After all boxes, so that no outline runs through a caption.
     for box, number, caption in zip(scaled, classes, captions, strict=True):

@@ -39,8 +39,8 @@ def unknown_classes(dataset: CocoDataset, names: Sequence[str]) -> str | None:
         return None
     return (
         f"{dataset.source}: the model does not know the classes "
-        f"{_some([dataset.names[c] for c in missing])}; their {sum(boxes[c] for c in missing)} "
-        "boxes count as missed."
+        f"{_some([dataset.names[c] for c in missing])}; their boxes "
+        f"({sum(boxes[c] for c in missing)}) count as missed."
     )
 
 

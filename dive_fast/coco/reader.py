@@ -44,7 +44,7 @@ def read_coco(
         if not isinstance(content.get(key), list):
             raise DataError(
                 f"{path}: expected a COCO annotation file with the lists images, annotations and "
-                f"categories, got none of {key}."
+                f"categories, got one without {key}."
             )
     problems: list[str] = []
     names, category_ids = _categories(path, content["categories"])
