@@ -16,6 +16,7 @@ from dive_fast.coco_scores import NAMES, pycocotools, score_boxes
 from dive_fast.detections import Detections
 from dive_fast.errors import ImageError
 from dive_fast.evaluate import machine
+from dive_fast.images import to_mode
 from dive_fast.rundir import RunDirectory
 
 
@@ -33,7 +34,7 @@ class Detector(Protocol):
         """Reads images when it has room for them, yields answers as they are ready.
 
         Args:
-            images: (key, picture), each key once.
+            images: (key, RGB picture), each key once.
 
         Yields:
             (key, detections in pixels of that picture, evaluations, seconds), in any order.
@@ -169,10 +170,13 @@ def _pictures(
     """Reads the pictures one by one; those that cannot be read go straight to the record."""
     for image in todo:
         try:
-            picture = image.read()
+            # A mode that cannot be converted is this picture's error and not the detector's.
+            picture = to_mode(image.read(), 3)
         except ImageError as error:
             if image.path is not None:  # a missing one is already among the data's problems
-                _tell(str(error))
+                # The message begins with the path where the file, not its mode, is the trouble.
+                name = "" if str(image.path) in str(error) else f"{image.path}: "
+                _tell(f"{name}{error}")
             run.append({"id": str(image.id), "error": str(error)})
             bar.update()
             continue

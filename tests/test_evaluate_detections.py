@@ -53,7 +53,7 @@ class GreyDetector:
                 raise KeyboardInterrupt
             key, image = waiting.pop()
             self.searched.append(key)
-            yield key, self._detect(np.asarray(image)), 100 + int(key), 0.5
+            yield key, self._detect(np.asarray(image.convert("L"))), 100 + int(key), 0.5
 
     def _detect(self, pixels: np.ndarray) -> Detections:
         boxes, classes = [], []
@@ -163,20 +163,24 @@ def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, capsys)
     (folder / "1.png").unlink()
     (folder / "2.png").write_bytes(b"no picture")
     Image.new("L", (40, 60)).save(folder / "3.png")
+    deep = Image.fromarray(np.full((40, 60), -1, dtype=np.int32))
+    deep.save(folder / "4.png", format="TIFF")  # a mode that no detector can use
     data = read_coco(tmp_path / "boxes.json", folder)
     assert data.problems == (f"boxes.json: image 11 (1.png): the picture is not in {folder}.",)
     out = tmp_path / "run"
     detector = GreyDetector()
     summary = evaluate_detections(detector, data, out, config=CONFIG)
-    assert sorted(detector.searched) == ["10", "14", "15"]
-    assert (summary.n, summary.failed) == (3, 3)
+    assert sorted(detector.searched) == ["10", "15"]
+    assert (summary.n, summary.failed) == (2, 4)
     assert summary.scores["AP"] == pytest.approx(1)  # of the pictures that were searched
     records = read_records(out)
     assert records["11"] == {"id": "11", "error": "image 11 has no picture."}
     assert records["13"]["error"].endswith("expected 60 x 40 pixels as annotated, got 40 x 60.")
-    first, second = capsys.readouterr().err.splitlines()  # the missing one is known already
+    assert "expected 16-bit values" in records["14"]["error"]
+    first, second, third = capsys.readouterr().err.splitlines()  # the missing one is known already
     assert first.startswith("dive-fast: ") and "2.png: expected a picture" in first
     assert "3.png: expected 60 x 40 pixels" in second
+    assert "4.png: expected 16-bit values" in third
 
 
 def test_no_picture_can_be_used(data: CocoDataset, tmp_path: Path) -> None:
