@@ -11,14 +11,17 @@ import glob
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dive_fast.errors import ImageError
+
+T = TypeVar("T")
 
 MAX_PIXELS = 89_478_485  # Pillow's own default: a quarter of a gigabyte as RGB
 IMAGE_SUFFIXES = frozenset(
@@ -147,9 +150,7 @@ def squash(image: Image.Image, size: int) -> Image.Image:
 
 def image_to_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
     """One picture as float32 [channels, size, size] in [-1, 1]: value / 127.5 - 1."""
-    pixels = np.array(center_crop(to_mode(image, channels), size), dtype=np.float32)
-    pixels = pixels.reshape(size, size, channels).transpose(2, 0, 1)  # [channels, size, size]
-    return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1.0
+    return _to_tensor(center_crop(to_mode(image, channels), size), channels)
 
 
 def as_image(picture: object) -> Image.Image:
@@ -191,18 +192,21 @@ def as_images(images: object, size: int, channels: int) -> list[torch.Tensor]:
         ImageError: there is no picture, or one of them cannot be used; with several pictures the
             message begins with the number of the bad one, counted from 0.
     """
-    pictures = _split(images, channels)
-    if not pictures:
-        raise ImageError("expected at least one picture, got none.")
-    tensors = []
-    for index, picture in enumerate(pictures):
-        try:
-            tensors.append(image_to_tensor(as_image(picture), size, channels))
-        except ImageError as error:
-            if len(pictures) == 1:
-                raise
-            raise ImageError(f"picture {index}: {error}") from error
-    return tensors
+    return _each(images, channels, lambda picture: image_to_tensor(picture, size, channels))
+
+
+def as_pictures(images: object, channels: int) -> list[Image.Image]:
+    """The pictures that ``as_images`` takes, whole, as grey or RGB PIL images.
+
+    Raises:
+        ImageError: as for ``as_images``.
+    """
+    return _each(images, channels, lambda picture: to_mode(picture, channels))
+
+
+def squashed_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
+    """One picture ``squash``ed, as float32 [channels, size, size] in [-1, 1]."""
+    return _to_tensor(squash(to_mode(image, channels), size), channels)
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[Path]:
@@ -293,6 +297,29 @@ def _orientation(image: Image.Image) -> object:
         return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # a damaged EXIF block does not make the pixels unreadable
         return None
+
+
+def _each(images: object, channels: int, make: Callable[[Image.Image], T]) -> list[T]:
+    """What ``make`` makes of every picture; errors tell the number of the bad one of several."""
+    pictures = _split(images, channels)
+    if not pictures:
+        raise ImageError("expected at least one picture, got none.")
+    found = []
+    for index, picture in enumerate(pictures):
+        try:
+            found.append(make(as_image(picture)))
+        except ImageError as error:
+            if len(pictures) == 1:
+                raise
+            raise ImageError(f"picture {index}: {error}") from error
+    return found
+
+
+def _to_tensor(image: Image.Image, channels: int) -> torch.Tensor:
+    """A square picture of the right mode as float32 [channels, size, size] in [-1, 1]."""
+    pixels = np.array(image, dtype=np.float32)
+    pixels = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1.0
 
 
 def _split(images: object, channels: int) -> list[object]:

@@ -20,7 +20,7 @@ LAYERS = (
     ("demo",),
     ("evaluate_detections",),
     ("conventions", "evaluate", "train"),
-    ("classify", "compat"),
+    ("classify", "compat", "detect"),
     ("fitting",),
     ("strategies",),
     ("engine",),

@@ -102,6 +102,15 @@ def resolve_strategy(
     chosen = _by_name(strategy, preset) if isinstance(strategy, str | None) else strategy
     if not isinstance(strategy, str | None) and preset is not None:
         raise DiveFastError("expected a strategy object or a preset, got both.")
+    return with_settings(chosen, settings)
+
+
+def with_settings(chosen: Any, settings: dict[str, Any]) -> Any:
+    """The strategy with other settings.
+
+    Raises:
+        DiveFastError: it has no setting of that name, or refuses the value.
+    """
     if not settings:
         return chosen
     known = [field.name for field in fields(chosen)] if is_dataclass(chosen) else []

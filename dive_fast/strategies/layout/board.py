@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dive_fast.layouts import LayoutFormat
-from dive_fast.probes import ProbeList
+from dive_fast.probes import ProbeList, low_discrepancy_probes
 from dive_fast.projection import SLOTS_PER_OBJECT
 from dive_fast.requests import Gradients, Losses
 
+DEFAULT_PROBES = 48
+T_RANGE = (0.1, 0.6)
 ANY = -1  # the mean of all classes' embeddings, in place of a class
 
 
@@ -36,6 +38,42 @@ class Item(NamedTuple):
 Items = tuple[Item, ...]
 # A search: yields requests, is sent what the engine found, returns an answer.
 Steps = Generator[Losses | Gradients, Any, Any]
+
+
+class LayoutStrategy(Protocol):
+    """The settings of a search for layouts: a frozen dataclass with two methods.
+
+    Attributes:
+        loss: "l2", "l1" or "huber".
+    """
+
+    name: ClassVar[str]
+    loss: str
+
+    def probes(
+        self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int
+    ) -> ProbeList:
+        """The probe list that this strategy wants when the user gives none."""
+        ...
+
+    def search(self, board: Board) -> Steps:
+        """A generator that yields requests for one image and returns a ``LayoutAnswer``."""
+        ...
+
+
+class LayoutProbes:
+    """Mixin: K probes (48 unless said), low-discrepancy in the middle of the schedule.
+
+    t lies in [0.1, 0.6) T: below, the layout says little that x_t does not show; above, x_t shows
+    too little.
+    """
+
+    def probes(
+        self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int
+    ) -> ProbeList:
+        whole = low_discrepancy_probes(DEFAULT_PROBES if k is None else k, 1000, shape, seed)
+        low, high = (share * n_timesteps for share in T_RANGE)
+        return replace(whole, timesteps=(low + whole.timesteps / 1000 * (high - low)).long())
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dive_fast.errors import DiveFastError
 from dive_fast.requests import Gradients
-from dive_fast.strategies.base import DefaultProbes
 from dive_fast.strategies.layout.board import (
     ANY,
     Board,
     Box,
     Item,
     Items,
+    LayoutProbes,
     Steps,
     measure,
     overlap,
@@ -32,7 +32,7 @@ EXPLAINED = 0.5  # a coarse box that overlaps an object more is not proposed aga
 
 
 @dataclass(frozen=True)
-class Guided(DefaultProbes):
+class Guided(LayoutProbes):
     """Adds one object after the other, each where it lowers the loss most.
 
     1. Coarse boxes, all with corners on every n-th line of the grid, are measured once in an empty

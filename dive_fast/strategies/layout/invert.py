@@ -17,13 +17,12 @@ from torch import Tensor
 
 from dive_fast.errors import DiveFastError
 from dive_fast.requests import Gradients
-from dive_fast.strategies.base import DefaultProbes
-from dive_fast.strategies.layout.board import Board, Items, Steps, measure
+from dive_fast.strategies.layout.board import Board, Items, LayoutProbes, Steps, measure
 from dive_fast.strategies.layout.settle import settle
 
 
 @dataclass(frozen=True)
-class InvertLayout(DefaultProbes):
+class InvertLayout(LayoutProbes):
     """Several relaxed layouts from random starts; the best discrete one that they met is settled.
 
     Attributes:

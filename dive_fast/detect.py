@@ -1,0 +1,188 @@
+"""The detector that users call: the layout that best explains an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dive_fast.detections import Detections
+from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
+from dive_fast.errors import ModelError
+from dive_fast.images import as_pictures, squashed_tensor
+from dive_fast.models import load_model, own_directory
+from dive_fast.objective import Objective
+from dive_fast.probes import ProbeList
+from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
+
+
+class LayoutDetector:
+    """A frozen layout-to-image diffusion model as object detector.
+
+    Args:
+        model: of the family "layout-to-image", or anything that follows
+            ``dive_fast.models.protocol.Model`` and has a ``layout``.
+        batch_size: rows per forward of the network at most.
+        options: how the engine computes; measured defaults if None.
+
+    Raises:
+        ModelError: the model has no layout.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch_size: int = 256,
+        options: EngineOptions | None = None,
+    ) -> None:
+        if getattr(model, "layout", None) is None:
+            raise ModelError(
+                f"expected a layout-to-image model, got {model.name}, which has no layout."
+            )
+        self.model = model
+        self.batch_size = batch_size
+        self.directory: Path | None = None
+        self.options = EngineOptions() if options is None else options
+        self._engine = Engine(model, batch_size, None, self.options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str | None = None,
+        batch_size: int = 256,
+        allow_pickle: bool = False,
+        **engine: Any,
+    ) -> LayoutDetector:
+        """From a model of the zoo, a model directory, or a hub id.
+
+        The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
+        ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
+
+        Raises:
+            ModelError: the source is unknown, broken, or no layout-to-image model.
+        """
+        options = EngineOptions(**engine)
+        model = load_model(source, dtype=dtype, device=device, allow_pickle=allow_pickle)
+        detector = cls(model, batch_size=batch_size, options=options)
+        detector.directory = own_directory(source)
+        return detector
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names."""
+        return self.model.layout.names
+
+    @property
+    def last_run(self) -> EngineRecord:
+        """Batches, rows, evaluations, fill rate and cache of the last call."""
+        return self._engine.record
+
+    def __call__(
+        self,
+        images: Any,
+        *,
+        strategy: str | LayoutStrategy | None = None,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> list[Detections]:
+        """Detects the objects of one image or many.
+
+        Args:
+            images: PIL images, paths, arrays or tensors, one or many; see
+                ``dive_fast.images.as_images``.
+            strategy: "guided" or "invert", or a strategy object.
+            probes: how many, or a list of your own.
+            seed: of the probes' noise and of the strategy's draws.
+            settings: of the strategy, by name.
+
+        Returns:
+            One ``Detections`` per image, in their order, boxes in pixels of each image.
+
+        Raises:
+            DiveFastError: bad input, an unknown strategy or setting.
+        """
+        with torch.inference_mode(False):
+            pictures = as_pictures(images, self.model.image_shape[0])
+            found: list[Detections | None] = [None] * len(pictures)
+            stream = self.detect_stream(
+                enumerate(pictures), strategy=strategy, probes=probes, seed=seed, **settings
+            )
+            for i, detections, _, _ in stream:
+                found[i] = detections
+        return found
+
+    def detect_stream(
+        self,
+        images: Iterable[tuple[Any, Image.Image]],
+        *,
+        strategy: str | LayoutStrategy | None = None,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Iterator[tuple[Any, Detections, int, float]]:
+        """Detects in pictures as they come and yields what is found as soon as it is.
+
+        Args:
+            images: pairs of a key and a PIL image; read lazily.
+
+        The other arguments are those of ``__call__``.
+
+        Yields:
+            key, detections in pixels of that image, evaluations, and its share of the seconds.
+        """
+        chosen = resolve_layout_strategy(strategy, settings)
+        probe_list = self._probe_list(chosen, probes, seed)
+        model = self.model
+        board = Board(model.vocabulary.table, model.layout, probe_list, seed)
+        sizes: dict[Any, tuple[int, int]] = {}
+
+        def jobs() -> Iterator[Job]:
+            channels, side, _ = model.image_shape
+            for key, image in images:
+                sizes[key] = image.size
+                x0 = model.encode(squashed_tensor(image, side, channels)[None])[0]
+                # Cloned: a tensor made in inference mode cannot take part in a backward.
+                yield Job(key, x0.detach().float().clone(), chosen.search(board))
+
+        engine = self._engine = Engine(model, self.batch_size, None, self.options)
+        for finished in engine.run(jobs(), probe_list, Objective(chosen.loss)):
+            detections = self._detections(finished, sizes.pop(finished.key))
+            yield finished.key, detections, finished.evaluations, finished.seconds
+        # Memory that ran out once would run out again.
+        self.batch_size = engine.batch_size
+
+    def _probe_list(
+        self, strategy: LayoutStrategy, probes: int | ProbeList | None, seed: int
+    ) -> ProbeList:
+        model = self.model
+        if not isinstance(probes, ProbeList):
+            probes = strategy.probes(probes, len(model.schedule), model.latent_shape, seed)
+        probes.check(model.latent_shape, len(model.schedule))
+        return probes
+
+    def _detections(self, finished: Finished, size: tuple[int, int]) -> Detections:
+        """Boxes in pixels; the confidence of an object is its posterior among all it could be.
+
+        p(c | rest, x0) = softmax over classes and "not there" of -beta L
+        """
+        answer: LayoutAnswer = finished.answer
+        if answer.losses.isnan().any() or answer.loss != answer.loss:
+            raise ModelError(
+                f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN: "
+                f"its weights, its schedule or this precision cannot be right."
+            )
+        classes = torch.tensor([item.class_id for item in answer.items], dtype=torch.int64)
+        boxes = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
+        steps = self.model.layout.grid - 1
+        scale = torch.tensor([*size, *size]) / steps
+        posterior = (-self.model.beta * answer.losses).softmax(dim=1)
+        confidence = posterior[torch.arange(len(classes)), classes]
+        return Detections(boxes.view(-1, 4) * scale, classes, confidence.float(), self.names)
