@@ -1,0 +1,114 @@
+"""``LayoutDetector`` on the analytic layout model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_layout import ToyLayoutModel
+from toy_model import ToyModel
+
+from dive_fast.detect import LayoutDetector
+from dive_fast.errors import DiveFastError, ImageError, ModelError
+from dive_fast.strategies.layout import Board, Box, Guided, Item
+
+SCENE = (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6)))
+
+
+class PictureModel(ToyLayoutModel):
+    """The toy with pictures: channel values 0 and 1 are the grey levels 0 and 255."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return (images + 1) / 2
+
+
+@pytest.fixture(scope="module")
+def detector() -> LayoutDetector:
+    return LayoutDetector(PictureModel())
+
+
+@pytest.fixture(scope="module")
+def picture(detector) -> Image.Image:
+    """Six pixels square: one channel a class."""
+    model = detector.model
+    board = Board(model.vocabulary.table, model.layout, None)
+    x0 = model.picture(board.conditions([SCENE]).flatten(1))[0]
+    return Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy())
+
+
+def test_boxes_are_in_pixels_of_the_image(detector, picture) -> None:
+    wide = picture.resize((60, 30), Image.Resampling.NEAREST)
+    small, large = detector([picture, wide], lines=4)
+    expected = {1: [1.0, 0.0, 3.0, 2.0], 2: [3.0, 3.0, 6.0, 6.0]}
+    for found, scale in ((small, (1, 1)), (large, (10, 5))):
+        assert found.names == ("class 0", "class 1", "class 2")
+        assert sorted(found.class_id.tolist()) == [1, 2]
+        for c, box in zip(found.class_id.tolist(), found.xyxy.tolist(), strict=True):
+            assert box == pytest.approx(
+                [x * s for x, s in zip(expected[c], 2 * scale, strict=True)]
+            )
+        assert (found.confidence > 0.9).all() and (found.confidence <= 1).all()
+
+
+def test_a_picture_without_objects(detector) -> None:
+    (found,) = detector(np.zeros((6, 6, 3), dtype=np.uint8), lines=4)
+    assert len(found) == 0 and found.xyxy.shape == (0, 4)
+
+
+def test_stream_reports_the_cost(detector, picture) -> None:
+    stream = detector.detect_stream([("a", picture)], strategy=Guided(lines=3))
+    ((key, found, evaluations, seconds),) = stream
+    assert key == "a" and len(found) == 2
+    assert evaluations == detector.last_run.evaluations > 0 and seconds > 0
+
+
+def test_in_inference_mode(detector, picture) -> None:
+    with torch.inference_mode():
+        (found,) = detector(picture, strategy="invert", steps=3)
+    assert found.xyxy.shape[1] == 4
+
+
+def test_a_surer_model_is_surer_of_its_objects(picture) -> None:
+    confidences = []
+    for beta in (0.001, 1000.0):
+        model = PictureModel()
+        model.beta = beta
+        (found,) = LayoutDetector(model)(picture, lines=4)
+        confidences.append(found.confidence.mean().item())
+    assert confidences[0] < confidences[1]
+
+
+def test_a_model_without_a_layout() -> None:
+    with pytest.raises(ModelError, match="expected a layout-to-image model, got toy, which has no"):
+        LayoutDetector(ToyModel())
+
+
+def test_losses_that_are_no_numbers(picture) -> None:
+    class Broken(PictureModel):
+        def picture(self, condition):
+            return super().picture(condition) * torch.nan
+
+    with pytest.raises(ModelError, match="expected finite losses"):
+        LayoutDetector(Broken())(picture)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"strategy": "race"}, "expected a strategy for layouts of guided, invert, got 'race'"),
+        ({"lines": 1}, "lines must be at least 2"),
+        ({"rows": 1}, "unknown setting 'rows'"),
+        ({"probes": 0}, "number of probes must be at least 1"),
+    ],
+)
+def test_bad_settings(detector, picture, settings, said: str) -> None:
+    with pytest.raises(DiveFastError, match=said):
+        detector(picture, **settings)
+
+
+def test_bad_pictures(detector, picture) -> None:
+    with pytest.raises(ImageError, match="picture 1: "):
+        detector([picture, "nowhere.png"])
+    with pytest.raises(ImageError, match="at least one picture"):
+        detector([])
