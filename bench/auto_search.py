@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from bench.pictures import MODELS, moved_pictures
 from bench.records import append
 from dive_fast import DiffusionClassifier
 from dive_fast.engine import Engine, Job
@@ -30,14 +30,9 @@ from dive_fast.requests import Answer, Gradients, Losses, Search
 from dive_fast.shortlist import estimate_shortlist
 from dive_fast.strategies import Auto
 from dive_fast.strategies.base import Task
-from dive_fast.zoo.digits import load_digits
-from dive_fast.zoo.omniglot import load_omniglot
-from dive_fast.zoo.training import DIGITS, OMNIGLOT, augment_images
 
 K, SCREEN, FINALISTS = 250, 24, 16
 TOPS = (1, 2, 4, 8, 20)
-# Moved a little further than in training, so that the model is as unsure as on new pictures.
-FURTHER = {"rotate_degrees": 12.0, "scale": 0.14, "shear": 0.15, "shift_pixels": 1.0}
 CHANGES: dict[str, tuple[Any, ...]] = {
     "min_agreement": (0.5, 0.8, 0.95, 0.99, 0.999),
     "shortlist": (2, 3, 4, 6, 8, 12),
@@ -46,22 +41,6 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "growth": (1.25, 2.0),
     "relinearise": (0, 2),
 }
-
-
-def pictures(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """x0 of moved training pictures [N, 1, h, w], and their labels."""
-    generator = torch.Generator().manual_seed(1)
-    if options.model == "digits":
-        train, config, further = load_digits("train"), DIGITS, {}
-    else:
-        train, config, further = load_omniglot(options.data, "train"), OMNIGLOT, FURTHER
-    config = dataclasses.replace(config, augment=1.0, **further)
-    pick = torch.randperm(len(train.images), generator=generator)[: options.limit]
-    x0 = torch.from_numpy(train.images[pick.numpy()]).float().div(127.5).sub(1).unsqueeze(1)
-    x0 = augment_images(x0, config, generator)
-    return F.avg_pool2d(x0, x0.shape[-1] // config.sample_size), torch.from_numpy(train.labels)[
-        pick
-    ]
 
 
 class Replay:
@@ -183,14 +162,14 @@ def sweep(replay: Replay, answers: torch.Tensor, labels: torch.Tensor) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("digits", "omniglot"), default="digits")
+    parser.add_argument("--model", choices=MODELS, default="digits")
     parser.add_argument("--data", type=Path, help="the .npz of Omniglot")
     parser.add_argument("--limit", type=int, default=48, help="training pictures (default: 48)")
     options = parser.parse_args()
     if options.model == "omniglot" and options.data is None:
         parser.error("omniglot needs --data, its .npz")
     classifier = DiffusionClassifier.from_pretrained(options.model)
-    x0, labels = pictures(options)
+    x0, labels = moved_pictures(options.model, options.data, options.limit)
     replay = Replay(classifier, x0)
     replay.enumerate()
     answers = replay.losses.mean(dim=2).nan_to_num(torch.inf).argmin(dim=1)
