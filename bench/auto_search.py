@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ K, SCREEN, FINALISTS = 250, 24, 16
 TOPS = (1, 2, 4, 8, 20)
 CHANGES: dict[str, tuple[Any, ...]] = {
     "min_agreement": (0.5, 0.8, 0.95, 0.99, 0.999),
-    "shortlist": (2, 3, 4, 6, 8, 12),
+    "shortlist": (2, 3, 4, 6, 8, 10, 12),
     "gradient_probes": (6, 12, 48),
-    "first_look": (4, 8, 12),
+    "first_look": (4, 8, 12, 16),
     "growth": (1.25, 2.0),
     "relinearise": (0, 2),
 }
@@ -140,9 +141,13 @@ def rankings(replay: Replay, answers: torch.Tensor) -> dict[str, dict[str, float
     return rows
 
 
-def sweep(replay: Replay, answers: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
-    """The default and every single change of it."""
-    settings = [{}] + [{key: value} for key, values in CHANGES.items() for value in values]
+def sweep(
+    replay: Replay, answers: torch.Tensor, labels: torch.Tensor, changed: Iterable[str]
+) -> list[dict[str, Any]]:
+    """The default, every single change of it, and two parameters together."""
+    settings = [{}] + [{key: value} for key in changed for value in CHANGES[key]]
+    if {"shortlist", "first_look"} <= set(changed):
+        settings += [{"shortlist": n, "first_look": m} for n in (8, 10) for m in (8, 12)]
     rows = []
     for setting in settings:
         strategy = dataclasses.replace(Auto(), **setting)
@@ -165,6 +170,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="digits")
     parser.add_argument("--data", type=Path, help="the .npz of Omniglot")
     parser.add_argument("--limit", type=int, default=48, help="training pictures (default: 48)")
+    parser.add_argument("--change", nargs="+", choices=CHANGES, default=list(CHANGES))
     options = parser.parse_args()
     if options.model == "omniglot" and options.data is None:
         parser.error("omniglot needs --data, its .npz")
@@ -182,7 +188,7 @@ def main() -> None:
         "n": len(labels),
         "enumerate_accuracy": (answers == labels).double().mean().item(),
         "ranking": ranked,
-        "sweep": sweep(replay, answers, labels),
+        "sweep": sweep(replay, answers, labels, options.change),
     }
     append("auto_search", row, classifier)
 
