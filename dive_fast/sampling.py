@@ -8,6 +8,7 @@ Works on ``Schedule`` factors, for every target, where diffusers' schedulers wan
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.protocol import Model
+from dive_fast.vocabulary import Vocabulary
 
 
 def sample(
@@ -28,6 +30,9 @@ def sample(
     progress: bool = False,
 ) -> torch.Tensor:
     """One latent of each class asked for.
+
+    Where an answer is several conditions (``average="loss"``), the latents of a class take them in
+    turn, from the first: six images of a class with three prompts are two of each.
 
     Args:
         classes: whole numbers [N], rows of the vocabulary.
@@ -62,7 +67,8 @@ def sample(
     noise = torch.stack([torch.randn(model.latent_shape, generator=generator) for _ in index])
     timesteps = torch.linspace(n_timesteps - 1, 0, steps).round().long().tolist()
     rows = batch_size if guidance == 1 else max(1, batch_size // 2)
-    chunks = list(zip(noise.split(rows), vocabulary.table[index.long()].split(rows), strict=True))
+    conditions = _conditions(vocabulary, index.tolist())
+    chunks = list(zip(noise.split(rows), conditions.split(rows), strict=True))
     bar = tqdm(total=len(chunks) * steps, disable=not progress, unit="step", desc="generate")
     with torch.no_grad(), bar:
         parts = [
@@ -73,6 +79,17 @@ def sample(
     if not torch.isfinite(x0).all():
         raise ModelError(f"{model.name} generates NaN or infinity in {model.dtype}.")
     return x0
+
+
+def _conditions(vocabulary: Vocabulary, classes: list[int]) -> torch.Tensor:
+    """What the network is given for each class, [N, D / parts]."""
+    asked: Counter[int] = Counter()
+    turns = []
+    for c in classes:
+        turns.append(asked[c] % vocabulary.parts)
+        asked[c] += 1
+    parts = vocabulary.table.unflatten(1, (vocabulary.parts, -1))
+    return parts[classes, turns]
 
 
 def _denoise(
@@ -100,11 +117,12 @@ def _predict(
     if guidance == 1:
         given = model.predict(x_t, torch.full((n,), t, device=x_t.device), condition)
         return given[:, : x_t.shape[1]].float()
-    unconditional = model.vocabulary.unconditional.to(condition).expand_as(condition)
+    # Every part of it is the same "no condition".
+    unconditional = model.vocabulary.unconditional[: condition.shape[1]].to(condition)
     both = model.predict(
         torch.cat([x_t, x_t]),
         torch.full((2 * n,), t, device=x_t.device),
-        torch.cat([unconditional, condition]),
+        torch.cat([unconditional.expand_as(condition), condition]),
     )
     without, given = both[:, : x_t.shape[1]].float().chunk(2)
     return without + guidance * (given - without)
