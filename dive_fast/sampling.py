@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.models.protocol import Model
 from dive_fast.vocabulary import Vocabulary
 
@@ -26,7 +27,7 @@ def sample(
     steps: int = 50,
     guidance: float = 1.0,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """One latent of each class asked for.
@@ -41,7 +42,7 @@ def sample(
             else it costs a second forward and needs an unconditional embedding.
         seed: of the starting noise, drawn on the CPU one latent at a time, so that the first n of
             a longer list are the same latents.
-        batch_size: rows per forward at most.
+        batch_size: rows per forward at most; the model's default if None (see ``rows_per_batch``).
         progress: show a bar.
 
     Returns:
@@ -59,8 +60,7 @@ def sample(
         raise DiveFastError(f"classes must lie in [0, {len(vocabulary)}).")
     if not 1 <= steps <= n_timesteps:
         raise DiveFastError(f"steps must lie in [1, {n_timesteps}], got {steps}.")
-    if batch_size < 1:
-        raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
+    batch_size = rows_per_batch(model, batch_size)
     if guidance != 1 and vocabulary.unconditional is None:
         raise ModelError(f"{model.name} has no unconditional embedding for guidance {guidance}.")
     generator = torch.Generator().manual_seed(seed)
