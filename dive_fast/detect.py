@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import ModelError
 from dive_fast.images import as_pictures, squashed_tensor
 from dive_fast.models import load_model, own_directory
+from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.objective import Objective
 from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
@@ -25,7 +27,7 @@ class LayoutDetector:
     Args:
         model: of the family "layout-to-image", or anything that follows
             ``dive_fast.models.protocol.Model`` and has a ``layout``.
-        batch_size: rows per forward of the network at most.
+        batch_size: rows per forward of the network at most; the model's default if None.
         options: how the engine computes; measured defaults if None.
 
     Raises:
@@ -36,7 +38,7 @@ class LayoutDetector:
         self,
         model: Any,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         options: EngineOptions | None = None,
     ) -> None:
         if getattr(model, "layout", None) is None:
@@ -44,10 +46,10 @@ class LayoutDetector:
                 f"expected a layout-to-image model, got {model.name}, which has no layout."
             )
         self.model = model
-        self.batch_size = batch_size
+        self.batch_size = rows_per_batch(model, batch_size)
         self.directory: Path | None = None
         self.options = EngineOptions() if options is None else options
-        self._engine = Engine(model, batch_size, None, self.options)
+        self._engine = Engine(model, self.batch_size, None, self.options)
 
     @classmethod
     def from_pretrained(
@@ -56,7 +58,7 @@ class LayoutDetector:
         *,
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         allow_pickle: bool = False,
         **engine: Any,
     ) -> LayoutDetector:
@@ -158,6 +160,27 @@ class LayoutDetector:
             yield finished.key, detections, finished.evaluations, finished.seconds
         # Memory that ran out once would run out again.
         self.batch_size = engine.batch_size
+
+    def identity(
+        self,
+        *,
+        strategy: str | LayoutStrategy | None = None,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """What decides the answers, for JSON: model, search, probes and seed."""
+        chosen = resolve_layout_strategy(strategy, {})
+        found = {
+            "model": self.model.identity(),
+            "strategy": {"name": chosen.name, **dataclasses.asdict(chosen)},
+            "probes": len(self._probe_list(chosen, probes, seed)),
+            "beta": self.model.beta,
+            "seed": seed,
+        }
+        # Only what changes answers: a run may go on under another cache.
+        if engine := self.options.identity():
+            found["engine"] = engine
+        return found
 
     def _probe_list(
         self, strategy: LayoutStrategy, probes: int | ProbeList | None, seed: int

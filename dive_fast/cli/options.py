@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 from pathlib import Path
+from typing import Any
 
 
 def count(text: str) -> int:
@@ -32,6 +33,7 @@ def seed(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ``load_classifier`` reads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -40,16 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="the built-in model of handwritten digits (default), a diffusers model directory, "
         "or a hub id such as facebook/DiT-XL-2-256",
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    group.add_argument(
-        "--batch-size",
-        type=count,
-        metavar="ROWS",
-        help="rows per forward of the network at most (default: 256, on the CPU fewer for large "
-        "networks); halved when memory runs out",
-    )
-    group.add_argument("--allow-pickle", action="store_true", help="also load pickled .bin weights")
+    _add_network_options(group)
     group.add_argument(
         "--timestep-embedding",
         default="auto",
@@ -80,6 +73,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="what is averaged over the templates of a class (default: embedding)",
     )
     _add_engine_options(parser)
+
+
+def add_detector_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ``load_detector`` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|HUB_ID",
+        help="a directory or hub id of a layout-to-image model",
+    )
+    _add_network_options(group)
+    _add_engine_options(parser)
+
+
+def _add_network_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    group.add_argument(
+        "--batch-size",
+        type=count,
+        metavar="ROWS",
+        help="rows per forward of the network at most (default: 256, on the CPU fewer for large "
+        "networks); halved when memory runs out",
+    )
+    group.add_argument("--allow-pickle", action="store_true", help="also load pickled .bin weights")
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +173,27 @@ def add_strategy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
 
+def add_layout_strategy_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--strategy",
+        metavar="guided|invert",
+        help="guided: add, move, name and remove objects one by one (default); invert: optimise "
+        "a relaxed layout, as DIVE does",
+    )
+    group.add_argument(
+        "--probes", type=count, metavar="K", help="(timestep, noise) pairs per image (default: 48)"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the search, such as margin=0.05; may be given several times",
+    )
+    group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
+
+
 def chosen_strategy(options: argparse.Namespace):
     """The strategy that the options name, with its settings.
 
@@ -162,6 +202,37 @@ def chosen_strategy(options: argparse.Namespace):
     """
     from dive_fast.errors import DiveFastError
     from dive_fast.strategies import resolve_strategy
+
+    try:
+        return resolve_strategy(options.strategy, options.preset, strategy_settings(options))
+    except TypeError as error:  # a word where a number belongs
+        given = ", ".join(options.set)
+        raise DiveFastError(f"{given}: not a value that the strategy takes ({error}).") from error
+
+
+def chosen_layout_strategy(options: argparse.Namespace):
+    """The search for layouts that the options name, with its settings.
+
+    Raises:
+        DiveFastError: as ``chosen_strategy``.
+    """
+    from dive_fast.errors import DiveFastError
+    from dive_fast.strategies.layout import resolve_layout_strategy
+
+    try:
+        return resolve_layout_strategy(options.strategy, strategy_settings(options))
+    except TypeError as error:  # a word where a number belongs
+        given = ", ".join(options.set)
+        raise DiveFastError(f"{given}: not a value that the strategy takes ({error}).") from error
+
+
+def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--set`` says, values read as Python literals where they are such.
+
+    Raises:
+        DiveFastError: no NAME=VALUE.
+    """
+    from dive_fast.errors import DiveFastError
 
     settings = {}
     for text in options.set:
@@ -172,11 +243,7 @@ def chosen_strategy(options: argparse.Namespace):
             settings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[name] = value
-    try:
-        return resolve_strategy(options.strategy, options.preset, settings)
-    except TypeError as error:  # a word where a number belongs
-        given = ", ".join(options.set)
-        raise DiveFastError(f"{given}: not a value that the strategy takes ({error}).") from error
+    return settings
 
 
 def class_names(text: str) -> list[str]:
@@ -222,12 +289,7 @@ def load_classifier(options: argparse.Namespace, classes: list[str] | None = Non
         batch_size=options.batch_size,
         allow_pickle=options.allow_pickle,
         timestep_embedding=options.timestep_embedding,
-        cache=options.cache,
-        cache_bytes=options.cache_bytes,
-        refresh=options.refresh,
-        autocast=options.autocast,
-        compile=options.compile,
-        channels_last=options.channels_last,
+        **_engine(options),
         classes=classes,
         templates=options.template,
         average=options.average,
@@ -235,3 +297,22 @@ def load_classifier(options: argparse.Namespace, classes: list[str] | None = Non
     if options.fitted is not None:
         classifier.load_fitted(options.fitted)
     return classifier
+
+
+def load_detector(options: argparse.Namespace):
+    """The detector that the options of ``add_detector_options`` name."""
+    from dive_fast.detect import LayoutDetector
+
+    return LayoutDetector.from_pretrained(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        batch_size=options.batch_size,
+        allow_pickle=options.allow_pickle,
+        **_engine(options),
+    )
+
+
+def _engine(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
+    return {name: getattr(options, name) for name in names}

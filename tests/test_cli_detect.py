@@ -1,0 +1,97 @@
+"""``dive-fast detect`` on a small real layout-to-image model with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import assert_refused, call
+from PIL import Image
+from tiny_layout import make_layout_model
+
+FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("layout")
+    make_layout_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    paths = []
+    for i, size in enumerate([(8, 8), (20, 10)]):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("L", size, 60 + 100 * i).save(paths[-1])
+    return paths
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_draws_and_records(model, pictures, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    said = call(capsys, "detect", *pictures, "--model", model, "--out", out, *FAST)
+    assert said.code == 0
+    assert [line.partition(":")[0] for line in said.out.splitlines()] == [str(p) for p in pictures]
+    found = {record["id"]: record for record in records(out)}
+    assert set(found) == {str(path) for path in pictures}
+    for record in found.values():
+        assert (out / record["drawn"]).is_file() and record["evaluations"] > 0
+    assert json.loads((out / "run.json").read_text())["config"]["strategy"]["name"] == "guided"
+
+
+def test_json_and_resuming(model, pictures, tmp_path, capsys) -> None:
+    arguments = ("--model", model, "--out", tmp_path / "run", *FAST, "--json")
+    first = call(capsys, "detect", pictures[0], *arguments)
+    seconds = json.loads(first.out)[0]["seconds"]
+    again = json.loads(call(capsys, "detect", *pictures, *arguments).out)
+    assert [record["id"] for record in again] == [str(path) for path in pictures]
+    assert again[0]["seconds"] == seconds
+    assert len(records(tmp_path / "run")) == 2
+
+
+def test_pictures_of_one_name_are_all_kept(model, pictures, tmp_path, capsys) -> None:
+    twin = tmp_path / "other" / "0.png"
+    twin.parent.mkdir()
+    twin.write_bytes(pictures[0].read_bytes())
+    out = tmp_path / "run"
+    assert (
+        call(capsys, "detect", pictures[0], twin, "--model", model, "--out", out, *FAST).code == 0
+    )
+    assert sorted(p.name for p in (out / "drawn").iterdir()) == ["0-2.png", "0.png"]
+
+
+def test_bad_pictures_do_not_stop_the_rest(model, pictures, tmp_path, capsys) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    arguments = (bad, tmp_path / "missing.png", pictures[1])
+    said = call(capsys, "detect", *arguments, "--model", model, "--out", tmp_path / "run", *FAST)
+    assert said.code == 2
+    assert said.out.startswith(str(pictures[1]))
+    assert len(said.err.splitlines()) == 2 and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--strategy", "race"), "expected a strategy for layouts of guided, invert, got 'race'"),
+        (("--set", "lines=none"), "lines=none: not a value that the strategy takes"),
+        (("--set", "lines"), "expected --set NAME=VALUE, got 'lines'"),
+    ],
+)
+def test_bad_options(model, pictures, tmp_path, capsys, arguments, expected) -> None:
+    said = call(
+        capsys, "detect", pictures[0], "--model", model, "--out", tmp_path / "run", *arguments
+    )
+    assert_refused(said, expected)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_layout(pictures, tmp_path, capsys) -> None:
+    said = call(capsys, "detect", pictures[0], "--model", "digits", "--out", tmp_path / "run")
+    assert_refused(said, "expected a layout-to-image model, got digits, which has no layout")
