@@ -95,3 +95,57 @@ def test_bad_options(model, pictures, tmp_path, capsys, arguments, expected) -> 
 def test_a_model_without_a_layout(pictures, tmp_path, capsys) -> None:
     said = call(capsys, "detect", pictures[0], "--model", "digits", "--out", tmp_path / "run")
     assert_refused(said, "expected a layout-to-image model, got digits, which has no layout")
+
+
+@pytest.fixture
+def annotated(pictures, tmp_path) -> Path:
+    """Both pictures and a missing one, with a box that is no box."""
+    images = [
+        {"id": i, "file_name": name, "width": size[0], "height": size[1]}
+        for i, (name, size) in enumerate(
+            [("0.png", (8, 8)), ("1.png", (20, 10)), ("2.png", (8, 8))]
+        )
+    ]
+    boxes = [(0, [0, 0, 4, 4]), (1, [5, 0, 10, 10]), (1, [0, 0, 0, 3]), (2, [1, 1, 4, 4])]
+    content = {
+        "images": images,
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": 9, "bbox": box}
+            for n, (i, box) in enumerate(boxes, start=1)
+        ],
+        "categories": [{"id": 9, "name": "two"}],
+    }
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> None:
+    arguments = ("--data", annotated, "--images", tmp_path, "--model", model)
+    arguments += ("--out", tmp_path / "run", *FAST)
+    said = call(capsys, "evaluate", *arguments, "--json")
+    # The missing picture makes the code 2, and stops nothing.
+    assert said.code == 2 and "Traceback" not in said.err
+    summary = json.loads(said.out)
+    assert {"AP", "AP50", "AP75", "AP_small", "AR100"} <= set(summary)
+    assert summary["n"] == 2 and summary["failed"] == 1
+    assert "box of some size" in said.err and "2.png" in said.err
+    text = call(capsys, "evaluate", *arguments).out
+    assert text.startswith("AP ") and "images that failed     1" in text
+    assert len(records(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"--images": None}, "expected --images DIR, the pictures of .*boxes.json, got none"),
+        ({"--timesteps": "uniform"}, "--timesteps is for classifiers"),
+        ({"--model": "digits"}, "expected a layout-to-image model, got digits"),
+        ({"--data": "nothing.json"}, "nothing.json"),
+    ],
+)
+def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected) -> None:
+    options = {"--data": annotated, "--images": tmp_path, "--model": model}
+    options |= {"--out": tmp_path / "run", **changes}
+    arguments = [part for pair in options.items() if pair[1] is not None for part in pair]
+    assert_refused(call(capsys, "evaluate", *arguments), expected)

@@ -15,7 +15,8 @@ from dive_fast.cli.options import (
 )
 
 DESCRIPTION = """\
-Classifies labelled images and reports accuracy, evaluations and seconds per image.
+Classifies labelled images and reports accuracy, evaluations and seconds per image; or detects in
+the images of a COCO annotation file and reports the twelve COCO numbers.
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
 Interrupted and run again with the same options it goes on where it stopped. An image that cannot
@@ -34,9 +35,12 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        metavar="digits|DIR|FILE.npz",
-        help="digits (the held-out ones), a folder with one sub-folder per class, or an .npz with "
-        "images and labels (or x_test and y_test)",
+        metavar="digits|DIR|FILE.npz|FILE.json",
+        help="digits (the held-out ones), a folder with one sub-folder per class, an .npz with "
+        "images and labels (or x_test and y_test), or a COCO annotation file",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="the pictures of a COCO annotation file (detection)"
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
     parser.add_argument("--limit", type=count, metavar="N", help="a random subset of N images")
@@ -47,6 +51,8 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.images is not None or options.data.endswith(".json"):
+        return run_detection(options)
     from dive_fast.data import folder_classes, open_dataset, select
     from dive_fast.evaluate import evaluate
 
@@ -72,6 +78,12 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(as_text(summary))
     return 2 if summary.failed else 0
+
+
+def run_detection(options: argparse.Namespace) -> int:
+    from dive_fast.cli.evaluate_detections import run
+
+    return run(options)
 
 
 def as_text(summary) -> str:
