@@ -28,6 +28,7 @@ PAGES = (
     "docs/accelerate.md",
     "docs/compat.md",
     "docs/timesteps.md",
+    "docs/layouts.md",
 )
 
 
