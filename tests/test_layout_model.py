@@ -152,7 +152,7 @@ def test_sizes_of_a_model_to_train():
     assert unet.config.in_channels == unet.config.out_channels == 4
     assert unet.config.sample_size == 16
     assert unet.config.attention_head_dim == (1, 2, 3)
-    assert unet.config.down_block_types[1] == "DownBlock2D" == unet.config.down_block_types[1]
+    assert unet.config.down_block_types[1] == "DownBlock2D"
     assert unet.config.up_block_types[1] == "UpBlock2D"
     assert encoder.config.head_dim == 16 and len(encoder.blocks) == 3
 

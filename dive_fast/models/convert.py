@@ -121,7 +121,7 @@ def _convert_unet(
 
 def _averaged(state: Mapping[str, Tensor], key: str) -> Tensor:
     """The moving average of a UNet weight; its name is the weight's without dots."""
-    name = EMA + (UNET + key).removeprefix("model.").replace(".", "")
+    name = EMA + key.replace(".", "")
     if name not in state:
         raise ModelError(f"expected a moving average of every UNet weight, found no {name}.")
     return state[name]
