@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
     from dive_fast.calibration import Calibration
     from dive_fast.classify import DiffusionClassifier
+    from dive_fast.detect import LayoutDetector
     from dive_fast.detections import Detections
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
@@ -36,6 +37,7 @@ _HOMES = {
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.options",
     "ImageError": "dive_fast.errors",
+    "LayoutDetector": "dive_fast.detect",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.probes",
     "RunError": "dive_fast.errors",
@@ -55,6 +57,7 @@ __all__ = [
     "DiveFastError",
     "EngineOptions",
     "ImageError",
+    "LayoutDetector",
     "ModelError",
     "ProbeList",
     "RunError",

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from dive_fast.errors import DataError, ImageError
-from dive_fast.images import list_images, read_image
+from dive_fast.image_paths import list_images
+from dive_fast.images import read_image
 from dive_fast.zoo import digits, omniglot
 
 _NPZ_PAIRS = {

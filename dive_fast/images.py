@@ -7,12 +7,10 @@ already goes to the classifier as ``latents=`` and never comes here.
 
 from __future__ import annotations
 
-import glob
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -24,9 +22,6 @@ from dive_fast.errors import ImageError
 T = TypeVar("T")
 
 MAX_PIXELS = 89_478_485  # Pillow's own default: a quarter of a gigabyte as RGB
-IMAGE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
 _ARRAY_CHANNELS = (1, 3, 4)
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -209,54 +204,6 @@ def squashed_tensor(image: Image.Image, size: int, channels: int) -> torch.Tenso
     return _to_tensor(squash(to_mode(image, channels), size), channels)
 
 
-def expand_inputs(arguments: Sequence[str]) -> list[Path]:
-    """Files from command-line arguments: files, folders and glob patterns, in the given order.
-
-    A folder gives the pictures directly in it, sorted by name; a pattern gives its files, sorted.
-
-    Raises:
-        ImageError: an argument gives no file.
-    """
-    paths: list[Path] = []
-    for argument in arguments:
-        if os.path.isdir(argument):
-            found = list_images(argument)
-            if not found:
-                raise ImageError(f"{argument}: expected pictures in this folder, got none.")
-        elif os.path.exists(argument):
-            found = [Path(argument)]
-        elif glob.has_magic(argument):
-            found = sorted(Path(p) for p in glob.glob(argument) if os.path.isfile(p))
-            if not found:
-                raise ImageError(f"{argument}: expected files of this pattern, got none.")
-        else:
-            raise ImageError(f"{argument}: no such file or folder.")
-        paths += found
-    if not paths:
-        raise ImageError("expected at least one picture, got none.")
-    return paths
-
-
-def list_images(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:
-    """The files with a picture's suffix in a folder, sorted; hidden files are left out.
-
-    Raises:
-        ImageError: the folder cannot be read.
-    """
-    found = []
-    try:
-        for directory, subfolders, files in os.walk(folder, onerror=_raise):
-            subfolders[:] = [s for s in subfolders if recursive and not s.startswith(".")]
-            found += [
-                Path(directory, name)
-                for name in files
-                if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-            ]
-    except OSError as error:
-        raise ImageError(f"{folder}: cannot be read ({_reason(error)}).") from error
-    return sorted(found)
-
-
 def _check_file(path: str) -> None:
     try:
         status = os.stat(path)
@@ -404,10 +351,6 @@ def _deep_values(image: Image.Image) -> np.ndarray:
             f"{values.min()} to {values.max()}."
         )
     return values.astype(np.uint16)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _by(size: tuple[int, int]) -> str:

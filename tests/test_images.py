@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from dive_fast.errors import ImageError
+from dive_fast.image_paths import expand_inputs
 from dive_fast.images import (
     MAX_PIXELS,
     as_image,
     as_images,
     center_crop,
-    expand_inputs,
     image_to_tensor,
     read_image,
     to_mode,

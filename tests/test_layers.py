@@ -37,7 +37,7 @@ LAYERS = (
     ("coco",),
     ("layouts",),
     ("projection",),
-    ("images", "rundir"),
+    ("image_paths", "images", "rundir"),
     ("ops",),
     ("_native", "kernels"),
     ("errors",),

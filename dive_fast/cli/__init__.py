@@ -12,7 +12,7 @@ from dive_fast import __version__
 from dive_fast.errors import DiveFastError
 
 DESCRIPTION = """\
-Frozen conditional diffusion models as classifiers.
+Frozen conditional diffusion models as classifiers and detectors.
 
 Asks a pretrained diffusion model which condition best explains an image: by trying every class
 (enumerate) or by optimising the condition (invert)."""
@@ -23,6 +23,8 @@ examples:
   dive-fast classify photo.png --model stable-diffusion-v1-5/stable-diffusion-v1-5 --classes cat,dog
   dive-fast classify scans/ --model facebook/DiT-XL-2-256 --top 5 --json
   dive-fast evaluate --model digits --data digits --strategy invert --out runs/invert
+  dive-fast detect photo.png --model DIR --out runs/found
+  dive-fast convert layout2img.ckpt --out DIR
   dive-fast info"""
 
 

@@ -46,7 +46,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.errors import ImageError
-    from dive_fast.images import expand_inputs
+    from dive_fast.image_paths import expand_inputs
     from dive_fast.rundir import RunDirectory
 
     # A misspelt name should not wait for a large model to load.

@@ -1,0 +1,66 @@
+"""Which files the arguments of a command mean."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dive_fast.errors import ImageError
+
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+
+def expand_inputs(arguments: Sequence[str]) -> list[Path]:
+    """Files from command-line arguments: files, folders and glob patterns, in the given order.
+
+    A folder gives the pictures directly in it, sorted by name; a pattern gives its files, sorted.
+
+    Raises:
+        ImageError: an argument gives no file.
+    """
+    paths: list[Path] = []
+    for argument in arguments:
+        if os.path.isdir(argument):
+            found = list_images(argument)
+            if not found:
+                raise ImageError(f"{argument}: expected pictures in this folder, got none.")
+        elif os.path.exists(argument):
+            found = [Path(argument)]
+        elif glob.has_magic(argument):
+            found = sorted(Path(p) for p in glob.glob(argument) if os.path.isfile(p))
+            if not found:
+                raise ImageError(f"{argument}: expected files of this pattern, got none.")
+        else:
+            raise ImageError(f"{argument}: no such file or folder.")
+        paths += found
+    if not paths:
+        raise ImageError("expected at least one picture, got none.")
+    return paths
+
+
+def list_images(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:
+    """The files with a picture's suffix in a folder, sorted; hidden files are left out.
+
+    Raises:
+        ImageError: the folder cannot be read.
+    """
+    found = []
+    try:
+        for directory, subfolders, files in os.walk(folder, onerror=_raise):
+            subfolders[:] = [s for s in subfolders if recursive and not s.startswith(".")]
+            found += [
+                Path(directory, name)
+                for name in files
+                if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+            ]
+    except OSError as error:
+        raise ImageError(f"{folder}: cannot be read ({error.strerror or error}).") from error
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
