@@ -65,7 +65,10 @@ def draw_accuracy(rows: list[dict], path: Path) -> None:
         panel.set_title(f"{model}, {mine[0]['classes']} classes")
         panel.set_xlabel("evaluations per image")
         panel.set_ylabel("accuracy, % (bars: standard error)")
-        panel.legend(fontsize=8, loc="lower right")
+    marks = {}
+    for panel in panels[0]:
+        marks.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(marks.values(), marks, fontsize=8, loc="outside lower center", ncols=len(marks))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
