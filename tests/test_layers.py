@@ -28,7 +28,7 @@ LAYERS = (
     ("sampling",),
     ("models",),
     ("shortlist", "timesteps"),
-    ("options", "probes", "requests", "schedule", "vocabulary"),
+    ("layouts", "options", "probes", "requests", "schedule", "vocabulary"),
     ("data", "projection"),
     ("images", "rundir", "zoo"),
     ("ops",),
