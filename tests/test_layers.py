@@ -18,7 +18,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("conventions", "evaluate", "train"),
+    ("conventions", "evaluate", "train", "train_layout"),
     ("classify", "compat"),
     ("fitting",),
     ("strategies",),

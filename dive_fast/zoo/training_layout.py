@@ -54,7 +54,7 @@ class LayoutTrainingConfig:
     head_channels: int = 32
     norm_groups: int = 16
     space_to_depth: int = 1
-    steps: int = 12_000
+    steps: int = 10_000
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 300
@@ -85,7 +85,7 @@ def train_layout_model(
     config: LayoutTrainingConfig,
     out: Path,
     progress: bool = True,
-) -> None:
+) -> dict[str, float]:
     """Trains both in place; at the end they hold their averaged (EMA) weights.
 
     Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
@@ -99,6 +99,9 @@ def train_layout_model(
         draw: the batch of every step.
         held_out: pictures and tokens that are never trained on.
         none: the token of all slots of an absent object.
+
+    Returns:
+        The final losses of the held-out pictures, "layout" and "empty".
 
     Raises:
         RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
@@ -159,7 +162,7 @@ def train_layout_model(
             write_state(out, state)
 
     copy_into(parameters, ema)
-    model.eval()
+    return held_out_losses(model.eval(), held_out, none, config, alpha_bar)
 
 
 def to_x0(images: np.ndarray, space_to_depth: int) -> Tensor:
