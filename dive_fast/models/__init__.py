@@ -49,6 +49,12 @@ def _load_stable_diffusion(directory: Path, **options) -> Model:
     return stable_diffusion.load(directory, **options)
 
 
+def _load_layout(directory: Path, **options) -> Model:
+    from dive_fast.models import layout
+
+    return layout.load(directory, **options)
+
+
 _STABLE_DIFFUSION = _Family(
     _load_stable_diffusion,
     ("unet", "vae", "scheduler", "tokenizer", "text_encoder"),
@@ -61,6 +67,9 @@ _SDXL = _Family(
 )
 _FAMILIES: dict[str, _Family] = {
     "DiTPipeline": _Family(_load_dit, ("transformer", "vae", "scheduler")),
+    "LayoutToImagePipeline": _Family(
+        _load_layout, ("unet", "layout_encoder", "vae", "scheduler", "prior")
+    ),
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": _SDXL,

@@ -1,56 +1,74 @@
-"""Pictures to latents, for every family that has an ``AutoencoderKL``."""
+"""Pictures to latents, for every family that has an ``AutoencoderKL`` or a ``VQModel``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
 from dive_fast.errors import ModelError
 from dive_fast.models.checkpoint import load_component
 
 ENCODE_BATCH = 16
+AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+
+Autoencoder = AutoencoderKL | VQModel
 
 
-def load_vae(directory: Path, channels: int, allow_pickle: bool) -> AutoencoderKL:
+def load_vae(
+    directory: Path, channels: int, allow_pickle: bool, class_name: str = "AutoencoderKL"
+) -> Autoencoder:
     """The ``vae`` of a model directory whose network takes latents of that many channels.
+
+    Args:
+        class_name: one of ``AUTOENCODERS``.
 
     Raises:
         ModelError: it is missing, broken, or does not fit the network.
     """
-    vae = load_component(AutoencoderKL, directory / "vae", allow_pickle)
+    vae = load_component(AUTOENCODERS[class_name], directory / "vae", allow_pickle)
     if not isinstance(vae.config.scaling_factor, int | float):
         raise ModelError(
             f"scaling_factor of the VAE in {directory} must be a number, "
             f"got {vae.config.scaling_factor!r}."
         )
-    if vae.config.latent_channels != channels:
+    if latent_channels(vae) != channels:
         raise ModelError(
             f"the network in {directory} takes {channels} channels, "
-            f"but its VAE gives {vae.config.latent_channels}."
+            f"but its VAE gives {latent_channels(vae)}."
         )
     return vae
 
 
-def encode_latents(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+def latent_channels(vae: Autoencoder) -> int:
+    """C of the latents."""
+    if isinstance(vae, VQModel) and vae.config.vq_embed_dim is not None:
+        return vae.config.vq_embed_dim
+    return vae.config.latent_channels
+
+
+def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x0 = (posterior mean - shift) x scaling factor, float32 [B, C, h, w].
+
+    Of a ``VQModel`` the latents before quantisation stand for the posterior mean.
 
     Args:
         images: [B, channels, size, size] in [-1, 1].
     """
-    shift = vae.config.shift_factor or 0.0
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
     parts = []
     with torch.inference_mode():
         for chunk in images.split(ENCODE_BATCH):
-            mean = vae.encode(chunk.float().to(device)).latent_dist.mean
+            encoded = vae.encode(chunk.float().to(device))
+            mean = encoded.latents if isinstance(vae, VQModel) else encoded.latent_dist.mean
             parts.append((mean - shift) * vae.config.scaling_factor)
     # Cloned outside inference mode: x0 meets autograd later.
     return torch.cat(parts).clone()
 
 
 def image_shape(
-    latent_shape: tuple[int, int, int], vae: AutoencoderKL | None
+    latent_shape: tuple[int, int, int], vae: Autoencoder | None
 ) -> tuple[int, int, int]:
     """(channels, size, size) of the pictures behind latents [C, h, w]; the same without a VAE."""
     if vae is None:

@@ -25,7 +25,7 @@ from dive_fast.models.checkpoint import (
 from dive_fast.models.prompts import Classes, ClassPrompts, choose_prompts
 from dive_fast.models.protocol import State
 from dive_fast.models.text import PromptEncoder, load_tower
-from dive_fast.models.unet_support import check_supported
+from dive_fast.models.unet_support import check_supported, sample_side
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
 
@@ -72,7 +72,7 @@ class StableDiffusion:
         self.text = text
         self.zero_unconditional = zero_unconditional
         self.device, self.dtype = unet.device, unet.dtype
-        size = _side(unet)
+        size = sample_side(unet)
         self.latent_shape = (unet.config.in_channels, size, size)
         self.image_shape = image_shape(self.latent_shape, vae)
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
@@ -247,7 +247,7 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
     """
     check_supported(unet)
     config = unet.config
-    if _side(unet) is None:
+    if sample_side(unet) is None:
         raise ModelError(
             f"expected the unet in {directory} to state one sample_size for both sides, "
             f"got {config.sample_size!r}."
@@ -283,14 +283,6 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
             f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
             f"unet in {directory}, got {config.out_channels}."
         )
-
-
-def _side(unet: UNet2DConditionModel) -> int | None:
-    """The side of the latents, None where the configuration does not state a square."""
-    size = unet.config.sample_size
-    if isinstance(size, list | tuple) and len(set(size)) == 1:
-        size = size[0]
-    return size if isinstance(size, int) else None
 
 
 def _flat(values: Any) -> list[int]:
