@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor
 from dive_fast.errors import RunError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.models.layout import LayoutToImageModel, build_layout_model
+from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.zoo import scenes
 from dive_fast.zoo.scenes import SceneMaker, Scenes, load_scenes
 from dive_fast.zoo.training_layout import SCENES, LayoutTrainingConfig, train_layout_model
 from dive_fast.zoo.training_state import LOG
 
+TOKEN_STD = 0.5
 N_HELD_OUT = 256  # scenes whose loss the log states
 SCENES_FORMAT = LayoutFormat.compact(scenes.NAMES, scenes.MAX_OBJECTS, scenes.GRID)
 
@@ -55,7 +58,8 @@ def train_scenes(
     )
     scheduler = DDPMScheduler(beta_schedule="linear")
     model = LayoutToImageModel(unet, encoder, scheduler, space_to_depth=config.space_to_depth)
-    model.save_pretrained(out)
+    # Half precision halves the file; what is loaded again computes in float32.
+    model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
     facts = {
         "command": "dive-fast train scenes --out DIR",
         "config": dataclasses.asdict(config),
@@ -67,7 +71,7 @@ def train_scenes(
 
 def build(layout: LayoutFormat, config: LayoutTrainingConfig):
     """The untrained UNet and layout encoder of a configuration."""
-    return build_layout_model(
+    unet, encoder = build_layout_model(
         layout,
         sample_size=config.sample_size,
         in_channels=config.in_channels,
@@ -81,6 +85,30 @@ def build(layout: LayoutFormat, config: LayoutTrainingConfig):
         norm_groups=config.norm_groups,
         space_to_depth=config.space_to_depth,
     )
+    start_tokens(encoder, layout)
+    return unet, encoder
+
+
+def start_tokens(encoder: LayoutEncoder, layout: LayoutFormat) -> None:
+    """Corners that are near each other start with embeddings that are near each other.
+
+    The first half of the width holds sines and cosines of x, the second half those of y. All tokens
+    are of one size, large enough that the first steps do not wipe out where they began.
+    """
+    width = encoder.config.width
+    # From one period over the whole picture to one over two steps of the grid.
+    n = width // 4
+    frequencies = math.pi * (layout.grid / 2) ** (torch.arange(n) / max(1, n - 1))
+    angles = torch.linspace(0, 1, layout.grid)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [G, width / 2]
+    corners = torch.cat(
+        [waves[None].expand(layout.grid, -1, -1), waves[:, None].expand(-1, layout.grid, -1)], dim=2
+    )
+    start, stop = layout.coordinate_range
+    with torch.no_grad():
+        table = encoder.token_embedding.weight.normal_(std=TOKEN_STD)
+        table[start:stop, : 4 * n] = corners.flatten(0, 1) * (TOKEN_STD * math.sqrt(2))
+        encoder.position_embedding.weight.normal_(std=TOKEN_STD)
 
 
 def prepare(out: Path) -> None:
