@@ -19,7 +19,7 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools cmake ninja pybind11 torch
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,detect,test]'
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
-"""Cache level "encoder" against its refresh interval, on the digits' training part.
+"""Cache level "encoder" against its refresh interval, on moved training pictures.
 
     python -m bench.cache_encoder --limit 100
+    python -m bench.cache_encoder --model omniglot --data omniglot242_32px.npz --limit 48
 
 The searches: `invert`; `adamw`, a plain AdamW loop on 25 probes (the published loop, its K being
 one batch, so that every step asks for the same probes); `paper`, the published loop at K = 100,
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from bench import records
+from bench.pictures import MODELS, moved_pictures
 from dive_fast import DiffusionClassifier
 from dive_fast.engine import EngineOptions
 from dive_fast.strategies import DivePaper, Invert
-from dive_fast.zoo.digits import load_digits
 
 # title, strategy, its probes
 SEARCHES = {
@@ -30,13 +32,16 @@ SEARCHES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=100, help="training digits (default: 100)")
+    parser.add_argument("--model", choices=MODELS, default="digits")
+    parser.add_argument("--data", type=Path, help="the .npz of Omniglot")
+    parser.add_argument("--limit", type=int, default=100, help="pictures (default: 100)")
     parser.add_argument("--refresh", type=int, nargs="+", default=[1, 2, 3, 5, 10])
     parser.add_argument("--search", choices=SEARCHES, nargs="+", default=["invert", "adamw"])
     arguments = parser.parse_args()
-    classifier = DiffusionClassifier.from_pretrained("digits", cache="off")
-    train = load_digits("train")
-    images, labels = train.images[: arguments.limit], train.labels[: arguments.limit]
+    if arguments.model == "omniglot" and arguments.data is None:
+        parser.error("omniglot needs --data, its .npz")
+    classifier = DiffusionClassifier.from_pretrained(arguments.model, cache="off")
+    x0, labels = moved_pictures(arguments.model, arguments.data, arguments.limit)
     levels = [EngineOptions(cache="off")]
     levels += [EngineOptions(cache="encoder", refresh=refresh) for refresh in arguments.refresh]
     print(f"{'search':38} {'cache':10} accuracy  agreement  evaluations  encoders reused  seconds")
@@ -45,17 +50,19 @@ def main() -> None:
         for options in levels:
             classifier.options = options
             start = time.perf_counter()
-            answers = classifier(images, strategy=strategy, probes=probes, timesteps="uniform")
-            seconds = (time.perf_counter() - start) / len(images)
+            answers = classifier(latents=x0, strategy=strategy, probes=probes, timesteps="uniform")
+            seconds = (time.perf_counter() - start) / len(x0)
             reference = answers if reference is None else reference
-            record, n = classifier.last_run, len(images)
+            record, n = classifier.last_run, len(x0)
             row = {
+                "model": arguments.model,
                 "search": title,
                 "probes": probes,
                 "cache": options.cache,
                 "refresh": options.refresh if options.cache == "encoder" else None,
                 "n": n,
-                "accuracy": sum(a.index == y for a, y in zip(answers, labels, strict=True)) / n,
+                "accuracy": sum(a.index == y for a, y in zip(answers, labels.tolist(), strict=True))
+                / n,
                 "agreement": sum(
                     a.index == r.index for a, r in zip(answers, reference, strict=True)
                 )

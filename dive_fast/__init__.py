@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
     from dive_fast.calibration import Calibration
     from dive_fast.classify import DiffusionClassifier
+    from dive_fast.detections import Detections
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
     from dive_fast.options import EngineOptions
@@ -30,6 +31,7 @@ _HOMES = {
     "Calibration": "dive_fast.calibration",
     "Classification": "dive_fast.results",
     "DataError": "dive_fast.errors",
+    "Detections": "dive_fast.detections",
     "DiffusionClassifier": "dive_fast.classify",
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.options",
@@ -48,6 +50,7 @@ __all__ = [
     "Calibration",
     "Classification",
     "DataError",
+    "Detections",
     "DiffusionClassifier",
     "DiveFastError",
     "EngineOptions",

@@ -16,6 +16,7 @@ from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.fitting import Fitting, choose_timesteps
 from dive_fast.images import as_images
 from dive_fast.models import load_model, own_directory
+from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.models.prompts import Classes
 from dive_fast.models.protocol import Model
 from dive_fast.objective import Objective
@@ -32,7 +33,8 @@ class DiffusionClassifier(Fitting):
 
     Args:
         model: anything that follows ``dive_fast.models.protocol.Model``.
-        batch_size: rows per forward of the network at most.
+        batch_size: rows per forward of the network at most; if None 256, on the CPU fewer for large
+            networks (``models.batch_size.rows_per_batch``).
         options: how the engine computes; measured defaults if None.
 
     Example:
@@ -42,12 +44,10 @@ class DiffusionClassifier(Fitting):
     """
 
     def __init__(
-        self, model: Model, *, batch_size: int = 256, options: EngineOptions | None = None
+        self, model: Model, *, batch_size: int | None = None, options: EngineOptions | None = None
     ) -> None:
-        if batch_size < 1:
-            raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
-        self.batch_size = batch_size
+        self.batch_size = rows_per_batch(model, batch_size)
         self.directory = None
         self.options = EngineOptions() if options is None else options
         self._engine = self._make_engine()
@@ -59,7 +59,7 @@ class DiffusionClassifier(Fitting):
         *,
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         allow_pickle: bool = False,
         timestep_embedding: str = "auto",
         classes: Classes | None = None,

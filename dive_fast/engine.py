@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dive_fast.cache import is_out_of_memory
-from dive_fast.errors import DiveFastError
 from dive_fast.forward import Forward, check_options
+from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.models.protocol import Model
 from dive_fast.objective import Objective
 from dive_fast.options import EngineOptions
@@ -80,7 +80,8 @@ class Engine:
 
     Args:
         model: the frozen network.
-        batch_size: rows per forward at most; halved for good whenever memory runs out.
+        batch_size: rows per forward at most; the model's default if None (see ``rows_per_batch``).
+            Halved for good whenever memory runs out.
         on_batch: called with the number of evaluations of every finished batch.
         options: caching, precision and compilation.
 
@@ -94,14 +95,12 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
         options: EngineOptions | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         self.model = model
-        self.batch_size = batch_size
+        self.batch_size = rows_per_batch(model, batch_size)
         self.on_batch = on_batch
         self.options = EngineOptions() if options is None else options
         check_options(model, self.options)

@@ -156,7 +156,7 @@ def read_records(out: str | Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def environment(classifier: DiffusionClassifier) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Versions, machine and commit, for the record; a run may be resumed under others."""
     import diffusers
 
@@ -168,6 +168,13 @@ def environment(classifier: DiffusionClassifier) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+    }
+
+
+def environment(classifier: DiffusionClassifier) -> dict[str, Any]:
+    """``machine()`` and how the classifier runs on it."""
+    return {
+        **machine(),
         "model": classifier.model.name,
         "device": str(classifier.model.device),
         "batch_size": classifier.batch_size,

@@ -128,6 +128,23 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def squash(image: Image.Image, size: int) -> Image.Image:
+    """Resize to ``size`` x ``size`` whatever the proportions, so that no object is cut off.
+
+    Boxes in the unit interval stay where they are. Bicubic, widened where it shrinks, as Pillow
+    does. Convert with ``to_mode`` first: Pillow does not interpolate palette pictures.
+
+    Raises:
+        ImageError: ``size`` or a side of the picture is below 1.
+    """
+    if size < 1 or min(image.size) < 1:
+        raise ImageError(
+            f"expected a picture and a size of at least 1 pixel, got a picture of "
+            f"{_by(image.size)} and size {size}."
+        )
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def image_to_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
     """One picture as float32 [channels, size, size] in [-1, 1]: value / 127.5 - 1."""
     pixels = np.array(center_crop(to_mode(image, channels), size), dtype=np.float32)

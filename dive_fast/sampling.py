@@ -8,13 +8,16 @@ Works on ``Schedule`` factors, for every target, where diffusers' schedulers wan
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.models.protocol import Model
+from dive_fast.vocabulary import Vocabulary
 
 
 def sample(
@@ -24,10 +27,13 @@ def sample(
     steps: int = 50,
     guidance: float = 1.0,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """One latent of each class asked for.
+
+    Where an answer is several conditions (``average="loss"``), the latents of a class take them in
+    turn, from the first: six images of a class with three prompts are two of each.
 
     Args:
         classes: whole numbers [N], rows of the vocabulary.
@@ -36,7 +42,7 @@ def sample(
             else it costs a second forward and needs an unconditional embedding.
         seed: of the starting noise, drawn on the CPU one latent at a time, so that the first n of
             a longer list are the same latents.
-        batch_size: rows per forward at most.
+        batch_size: rows per forward at most; the model's default if None (see ``rows_per_batch``).
         progress: show a bar.
 
     Returns:
@@ -54,15 +60,15 @@ def sample(
         raise DiveFastError(f"classes must lie in [0, {len(vocabulary)}).")
     if not 1 <= steps <= n_timesteps:
         raise DiveFastError(f"steps must lie in [1, {n_timesteps}], got {steps}.")
-    if batch_size < 1:
-        raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
+    batch_size = rows_per_batch(model, batch_size)
     if guidance != 1 and vocabulary.unconditional is None:
         raise ModelError(f"{model.name} has no unconditional embedding for guidance {guidance}.")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.stack([torch.randn(model.latent_shape, generator=generator) for _ in index])
     timesteps = torch.linspace(n_timesteps - 1, 0, steps).round().long().tolist()
     rows = batch_size if guidance == 1 else max(1, batch_size // 2)
-    chunks = list(zip(noise.split(rows), vocabulary.table[index.long()].split(rows), strict=True))
+    conditions = _conditions(vocabulary, index.tolist())
+    chunks = list(zip(noise.split(rows), conditions.split(rows), strict=True))
     bar = tqdm(total=len(chunks) * steps, disable=not progress, unit="step", desc="generate")
     with torch.no_grad(), bar:
         parts = [
@@ -73,6 +79,17 @@ def sample(
     if not torch.isfinite(x0).all():
         raise ModelError(f"{model.name} generates NaN or infinity in {model.dtype}.")
     return x0
+
+
+def _conditions(vocabulary: Vocabulary, classes: list[int]) -> torch.Tensor:
+    """What the network is given for each class, [N, D / parts]."""
+    asked: Counter[int] = Counter()
+    turns = []
+    for c in classes:
+        turns.append(asked[c] % vocabulary.parts)
+        asked[c] += 1
+    parts = vocabulary.table.unflatten(1, (vocabulary.parts, -1))
+    return parts[classes, turns]
 
 
 def _denoise(
@@ -100,11 +117,12 @@ def _predict(
     if guidance == 1:
         given = model.predict(x_t, torch.full((n,), t, device=x_t.device), condition)
         return given[:, : x_t.shape[1]].float()
-    unconditional = model.vocabulary.unconditional.to(condition).expand_as(condition)
+    # Every part of it is the same "no condition".
+    unconditional = model.vocabulary.unconditional[: condition.shape[1]].to(condition)
     both = model.predict(
         torch.cat([x_t, x_t]),
         torch.full((2 * n,), t, device=x_t.device),
-        torch.cat([unconditional, condition]),
+        torch.cat([unconditional.expand_as(condition), condition]),
     )
     without, given = both[:, : x_t.shape[1]].float().chunk(2)
     return without + guidance * (given - without)

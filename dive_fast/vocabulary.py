@@ -17,7 +17,8 @@ class Vocabulary:
     Attributes:
         table: float32 [V, D] on the CPU; row c is the embedding of answer c.
         names: one name per row.
-        unconditional: float32 [D], the embedding of "no condition", or None.
+        unconditional: float32 [D], the embedding of "no condition", once for each of the ``parts``;
+            or None.
         shape: of one row, so that ``table.view(V, *shape)`` shows its parts: (D,) unless said,
             (L, width) for a prompt of L tokens.
         parts: how many conditions of the network a row holds end to end. The loss of an answer is

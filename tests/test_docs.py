@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
-from dive_fast import DiffusionClassifier
+from dive_fast import Detections, DiffusionClassifier
+from dive_fast.coco import CocoDataset, CocoImage
 from dive_fast.models import _FAMILIES
 from dive_fast.strategies import base
 from dive_fast.zoo.digits import load_digits
@@ -28,6 +29,7 @@ PAGES = (
     "docs/accelerate.md",
     "docs/compat.md",
     "docs/timesteps.md",
+    "docs/detection.md",
 )
 
 
@@ -53,6 +55,17 @@ def text_conditional() -> dict:
         "args": Namespace(
             n_samples=[4, 8], to_keep=[2, 1], n_trials=1, batch_size=32, dtype="float32", loss="l2"
         ),
+    }
+
+
+def annotated() -> dict:
+    """One detection, and the annotated picture that it is right about."""
+    Image.new("L", (32, 32)).save("scene.png")
+    boxes, classes = torch.tensor([[2.0, 4, 12, 16]]), torch.tensor([1])
+    image = CocoImage(7, Path("scene.png"), (32, 32), boxes, classes, torch.tensor([False]))
+    return {
+        "found": Detections(boxes, classes, [0.93], ("zero", "one")),
+        "data": CocoDataset(("zero", "one"), (1, 2), (image,), "boxes.json"),
     }
 
 
@@ -89,6 +102,7 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         "x0": clf.encode(held_out.images[:1]),
         "my_noise": torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
         **text_conditional(),
+        **annotated(),
         "load": lambda directory, **options: None,
     }
     exec(compile(code, "<docs>", "exec"), names)

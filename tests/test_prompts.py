@@ -18,6 +18,7 @@ from dive_fast.models.prompts import ClassPrompts
 from dive_fast.objective import Objective
 from dive_fast.probes import low_discrepancy_probes
 from dive_fast.requests import Answer, Gradients, Losses
+from dive_fast.sampling import sample
 from dive_fast.vocabulary import Vocabulary
 
 TEMPLATES = ("a photo of a {}.", "{}!", "a bad {}")
@@ -182,6 +183,21 @@ def test_average_of_losses(kind, request):
             torch.testing.assert_close(answer.losses, losses, rtol=1e-4, atol=1e-6)
             assert answer.index == int(losses.argmin())
             assert answer.evaluations == 3 * 3 * 6  # forwards of the network, not rows
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_generated_images_of_a_class_take_its_prompts_in_turn(kind, request):
+    directory = request.getfixturevalue(kind)
+    prompts = {"cat": ["a cat", "my cat"], "dog": ["a dog", "my dog"]}
+    clf = DiffusionClassifier.from_pretrained(directory, classes=prompts, average="loss")
+    each = load_model(
+        directory, device="cpu", classes=["a cat", "my cat", "my dog"], templates=["{}"]
+    )
+    settings = {"steps": 2, "guidance": 2.0, "seed": 4}
+    found = sample(clf.model, [0, 0, 0], **settings)
+    assert torch.equal(found, sample(each, [0, 1, 0], **settings))
+    learned = clf.fit_shortlist(generate=4, probes=4)
+    assert len(learned.curvature) == 2
 
 
 @pytest.mark.parametrize("strategy", ["race", "auto", "invert"])

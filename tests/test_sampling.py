@@ -12,6 +12,7 @@ from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.dit import DiT
 from dive_fast.sampling import sample
 from dive_fast.schedule import Schedule, make_betas
+from dive_fast.vocabulary import Vocabulary
 
 STEPS = 10
 
@@ -104,6 +105,22 @@ def test_the_same_at_every_batch_size_and_length() -> None:
     toy = ToyModel()
     sample(toy, [0, 1, 2], steps=1, guidance=2.0, batch_size=4)
     assert toy.rows == [4, 2]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_several_conditions_of_a_class_take_turns(guidance: float) -> None:
+    """Two conditions an answer; the rows of the plain toy's table are 0a, 0b, 1a, 1b, 2a, 2b."""
+    plain, model = ToyModel(), ToyModel()
+    toy = model.toy
+    model.vocabulary = Vocabulary(
+        toy.table.view(3, -1), "xyz", toy.unconditional.repeat(2), parts=2
+    )
+    settings = {"steps": 5, "guidance": guidance, "seed": 2}
+    found = sample(model, [0, 2, 0, 2, 0, 1], **settings)
+    assert torch.equal(found, sample(plain, [0, 4, 1, 5, 0, 2], **settings))
+    # Batches that part a class's latents do not begin its turns anew.
+    small = sample(model, [0, 2, 0, 2, 0, 1], batch_size=2, **settings)
+    torch.testing.assert_close(small, found, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_input() -> None:

@@ -156,7 +156,24 @@ SD: dict[str, tuple[Change, str]] = {
     ),
     "inpainting unet": (save_unet(in_channels=9), "takes 9 channels, but its VAE gives 4"),
     "odd output": (save_unet(out_channels=5), "expected 4 or 8 output channels of the unet"),
-    "class unet": (save_unet(num_class_embeds=3), "cut in stages, got one with class embeddings"),
+    "class unet": (save_unet(num_class_embeds=3), "takes class labels beside the prompt"),
+    "image unet": (
+        save_unet(encoder_hid_dim=12, encoder_hid_dim_type="image_proj"),
+        "takes images beside the prompt .*'image_proj'",
+    ),
+    "projected unet": (
+        save_unet(encoder_hid_dim=20),
+        "takes embeddings of 20, but its text encoder gives 12",
+    ),
+    "unet without cross-attention": (
+        save_unet(
+            down_block_types=("DownBlock2D",) * 2,
+            mid_block_type="UNetMidBlock2D",
+            up_block_types=("UpBlock2D",) * 2,
+        ),
+        "has no cross-attention to read a prompt with",
+    ),
+    "even kernels": (save_unet(conv_in_kernel=4), r"odd kernels .* got 4 \(conv_in\) and 3"),
     "guidance unet": (save_unet(time_cond_proj_dim=8), "conditioned on a guidance scale"),
     "unet of SDXL": (
         save_unet(added=10),

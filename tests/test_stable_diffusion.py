@@ -16,7 +16,7 @@ from dive_fast.engine import Engine, Job
 from dive_fast.models import load_model
 from dive_fast.models.prompts import ClassPrompts
 from dive_fast.models.protocol import Model, StagedModel
-from dive_fast.models.stable_diffusion import StableDiffusion, check_unet
+from dive_fast.models.stable_diffusion import StagedStableDiffusion, check_unet
 from dive_fast.models.text import PromptEncoder, TextTower
 from dive_fast.objective import Objective
 from dive_fast.probes import low_discrepancy_probes
@@ -314,7 +314,7 @@ def test_published_configurations(version, tmp_path):
         norm_num_groups=4,
     )
     schedule = Schedule.from_config({"beta_schedule": "scaled_linear"})
-    model = StableDiffusion(unet, vae, schedule, text, ClassPrompts.make(["cat", "dog"]))
+    model = StagedStableDiffusion(unet, vae, schedule, text, ClassPrompts.make(["cat", "dog"]))
     assert model.latent_shape == (4, size, size) and model.image_shape == (3, 8 * size, 8 * size)
     dim = 77 * sum(widths) + (1280 if version == "xl" else 0)
     assert model.vocabulary.dim == dim

@@ -14,6 +14,7 @@ from dive_fast.data import load_all, open_dataset, select
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SOURCES = {
+    "mnist": ("cls10_mnist_28px.zip", "mnist_28px.npz"),
     "omniglot": ("cls242_omniglot_small_105px.zip", "omniglot242_32px.npz"),
 }
 
@@ -27,7 +28,7 @@ def real_images(model: str, folder: Path) -> Path:
 
 
 # What enumeration with 250 probes reaches lies well above; see docs/models.md.
-@pytest.mark.parametrize(("model", "n", "least"), [("omniglot", 30, 0.4)])
+@pytest.mark.parametrize(("model", "n", "least"), [("mnist", 60, 0.8), ("omniglot", 30, 0.4)])
 def test_auto_on_held_out_images(model: str, n: int, least: float, tmp_path: Path) -> None:
     classifier = DiffusionClassifier.from_pretrained(model)
     data = select(open_dataset(real_images(model, tmp_path), classifier.names), n, seed=1)
@@ -39,7 +40,7 @@ def test_auto_on_held_out_images(model: str, n: int, least: float, tmp_path: Pat
     assert cost < 0.5 * 100 * len(classifier.names)
 
 
-@pytest.mark.parametrize("model", ["digits", "omniglot"])
+@pytest.mark.parametrize("model", ["digits", "mnist", "omniglot"])
 def test_every_model_says_how_it_was_made(model: str) -> None:
     facts = json.loads((zoo.path(model) / "dive_fast.json").read_text())
     assert facts["command"].startswith(f"dive-fast train {model}")

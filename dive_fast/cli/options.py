@@ -45,9 +45,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size",
         type=count,
-        default=256,
         metavar="ROWS",
-        help="rows per forward of the network at most (default: 256); halved when memory runs out",
+        help="rows per forward of the network at most (default: 256, on the CPU fewer for large "
+        "networks); halved when memory runs out",
     )
     group.add_argument("--allow-pickle", action="store_true", help="also load pickled .bin weights")
     group.add_argument(

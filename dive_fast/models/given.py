@@ -91,11 +91,8 @@ def wrap_unet(
     latent_shape: tuple[int, int, int],
 ) -> GivenUNet:
     """The network behind ``Model``, in parts where it can be cut; arguments of ``GivenUNet``."""
-    try:
-        stages.check_supported(unet)
-    except ModelError:
-        return GivenUNet(unet, text_embeds, schedule, latent_shape)
-    return StagedGivenUNet(unet, text_embeds, schedule, latent_shape)
+    family = StagedGivenUNet if stages.can_be_cut(unet) else GivenUNet
+    return family(unet, text_embeds, schedule, latent_shape)
 
 
 def _check(unet: Any, text_embeds: torch.Tensor, latent_shape: tuple[int, int, int]) -> None:

@@ -19,7 +19,7 @@ class Model(Protocol):
     """A frozen conditional diffusion model.
 
     A model may also have ``network``, its ``torch.nn.Module``: the engine's option
-    ``channels_last`` needs it.
+    ``channels_last`` needs it, and the default batch size follows its number of parameters.
 
     A model may also have ``timesteps``, a ``TimestepWeights`` or None, which the strategies' probes
     then follow.

@@ -25,7 +25,7 @@ from dive_fast.models.checkpoint import (
 from dive_fast.models.prompts import Classes, ClassPrompts, choose_prompts
 from dive_fast.models.protocol import State
 from dive_fast.models.text import PromptEncoder, load_tower
-from dive_fast.models.unet_support import check_supported, sample_side
+from dive_fast.models.unet_support import has_cross_attention, sample_side
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
 
@@ -40,6 +40,8 @@ SUFFIXES = ("", "_2")
 
 class StableDiffusion:
     """A Stable Diffusion UNet as classifier; see ``models.protocol.Model`` for the attributes.
+
+    The network runs whole; ``StagedStableDiffusion`` also offers it in parts.
 
     Args:
         unet: float32, frozen.
@@ -140,22 +142,6 @@ class StableDiffusion:
             x_t.to(self.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added
         ).sample
 
-    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
-        """See ``models.protocol.StagedModel`` and ``models.unet``."""
-        return stages.prefix(self.unet, x_t.to(self.dtype), t)
-
-    def project(self, condition: torch.Tensor) -> State:
-        """Keys and values of all cross-attentions; for SDXL also what joins the time embedding."""
-        return stages.project(self.unet, *self._split(condition.to(self.dtype)))
-
-    def encoder(self, prefix: State, projected: State) -> State:
-        """The rest of the down blocks."""
-        return stages.encoder(self.unet, prefix, projected)
-
-    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
-        """Mid block, up blocks and output."""
-        return stages.decoder(self.unet, encoded, projected)
-
     def _split(
         self, condition: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
@@ -170,6 +156,26 @@ class StableDiffusion:
         return sequence, {"text_embeds": pooled, "time_ids": ids.expand(len(condition), -1)}
 
 
+class StagedStableDiffusion(StableDiffusion):
+    """One whose network can be cut: ``models.protocol.StagedModel`` by ``models.unet``."""
+
+    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
+        """See ``models.unet.prefix``."""
+        return stages.prefix(self.unet, x_t.to(self.dtype), t)
+
+    def project(self, condition: torch.Tensor) -> State:
+        """Keys and values of all cross-attentions; for SDXL also what joins the time embedding."""
+        return stages.project(self.unet, *self._split(condition.to(self.dtype)))
+
+    def encoder(self, prefix: State, projected: State) -> State:
+        """The rest of the down blocks."""
+        return stages.encoder(self.unet, prefix, projected)
+
+    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
+        """Mid block, up blocks and output."""
+        return stages.decoder(self.unet, encoded, projected)
+
+
 def load(
     directory: Path,
     *,
@@ -182,6 +188,8 @@ def load(
     device: torch.device | str = "cpu",
 ) -> StableDiffusion:
     """Reads what ``StableDiffusionPipeline.save_pretrained`` (or SDXL's) writes.
+
+    The model comes in parts (``StagedStableDiffusion``) where its UNet can be cut.
 
     ``classes``, ``templates`` and ``average`` are read by ``prompts.choose_prompts``; ``device`` is
     where the prompts are encoded.
@@ -212,7 +220,8 @@ def load(
     unet = load_component(UNet2DConditionModel, directory / "unet", allow_pickle)
     vae = load_vae(directory, unet.config.in_channels, allow_pickle)
     check_unet(unet, text, directory)
-    return StableDiffusion(
+    family = StagedStableDiffusion if stages.can_be_cut(unet) else StableDiffusion
+    return family(
         unet,
         vae,
         schedule,
@@ -245,14 +254,29 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
     Raises:
         ModelError: it does not.
     """
-    check_supported(unet)
     config = unet.config
+    if unet.class_embedding is not None:
+        raise ModelError(f"the unet in {directory} takes class labels beside the prompt.")
+    if config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise ModelError(
+            f"the unet in {directory} takes images beside the prompt "
+            f"(encoder_hid_dim_type {config.encoder_hid_dim_type!r}), which is not supported."
+        )
+    if not any(map(has_cross_attention, (*unet.down_blocks, unet.mid_block, *unet.up_blocks))):
+        raise ModelError(f"the unet in {directory} has no cross-attention to read a prompt with.")
+    if config.conv_in_kernel % 2 == 0 or config.conv_out_kernel % 2 == 0:
+        raise ModelError(
+            f"expected odd kernels in the unet in {directory}, which keep the size, got "
+            f"{config.conv_in_kernel} (conv_in) and {config.conv_out_kernel} (conv_out)."
+        )
     if sample_side(unet) is None:
         raise ModelError(
             f"expected the unet in {directory} to state one sample_size for both sides, "
             f"got {config.sample_size!r}."
         )
-    widths = config.cross_attention_dim
+    # Where a projection stands before the network, it is what takes the text.
+    projected = config.encoder_hid_dim is not None
+    widths = config.encoder_hid_dim if projected else config.cross_attention_dim
     widths = {widths} if isinstance(widths, int) else set(_flat(widths))
     if widths != {text.shape[1]}:
         raise ModelError(

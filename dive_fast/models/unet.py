@@ -29,7 +29,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from dive_fast.errors import ModelError
-from dive_fast.models.unet_support import check_supported, has_cross_attention, transformer_blocks
+from dive_fast.models.unet_support import (
+    can_be_cut,
+    check_supported,
+    has_cross_attention,
+    transformer_blocks,
+)
 
 State = tuple[Tensor, ...]
 _Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -38,6 +43,7 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DConditionOutput",
     "added_embedding",
+    "can_be_cut",
     "check_supported",
     "condition_enters_time",
     "decoder",

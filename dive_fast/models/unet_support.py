@@ -66,6 +66,11 @@ def check_supported(unet: nn.Module) -> None:
         )
 
 
+def can_be_cut(unet: nn.Module) -> bool:
+    """Whether ``check_supported`` lets it pass."""
+    return (_configuration(unet) or _modules(unet)) is None
+
+
 def _configuration(unet: nn.Module) -> str | None:
     """What in the configuration the stages do not cover."""
     if not isinstance(unet, UNet2DConditionModel):

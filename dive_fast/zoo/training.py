@@ -54,11 +54,12 @@ DIGITS = TrainingConfig(sample_size=8, num_classes=10)
 MNIST = TrainingConfig(
     sample_size=28,
     num_classes=10,
-    patch_size=4,
-    steps=9_000,
-    batch_size=64,
+    patch_size=7,
+    width=128,
+    steps=16_000,
+    learning_rate=1.5e-3,
     ema_decay=0.999,
-    augment=0.5,
+    augment=0.0,
     shift_pixels=1.0,
 )
 # Few images a class: every picture is moved.

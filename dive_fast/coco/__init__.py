@@ -1,0 +1,21 @@
+"""COCO annotations: pictures with labelled boxes, read from JSON and written to it.
+
+An annotation file that makes no sense is refused. A single bad entry in a good one is left out and
+named in ``CocoDataset.problems``, one sentence each, and the rest is used.
+"""
+
+from dive_fast.coco.classes import class_categories, unknown_classes
+from dive_fast.coco.dataset import CocoDataset, CocoImage
+from dive_fast.coco.pictures import read_pictures
+from dive_fast.coco.reader import read_coco
+from dive_fast.coco.writer import write_coco
+
+__all__ = [
+    "CocoDataset",
+    "CocoImage",
+    "class_categories",
+    "read_coco",
+    "read_pictures",
+    "unknown_classes",
+    "write_coco",
+]

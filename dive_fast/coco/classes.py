@@ -1,0 +1,49 @@
+"""A detector's classes among those of a data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from dive_fast.coco.dataset import CocoDataset
+from dive_fast.errors import DataError
+
+
+def class_categories(dataset: CocoDataset, names: Sequence[str]) -> tuple[int | None, ...]:
+    """The COCO category of each of a detector's classes, None where the data set has none.
+
+    Names are compared without regard to case and outer blanks.
+
+    Raises:
+        DataError: they have no class in common.
+    """
+    known = {
+        name.casefold().strip(): number
+        for name, number in zip(dataset.names, dataset.category_ids, strict=True)
+    }
+    found = tuple(known.get(name.casefold().strip()) for name in names)
+    if not any(number is not None for number in found):
+        raise DataError(
+            f"{dataset.source}: expected classes that the model knows, such as "
+            f"{_some(names)}, got {_some(dataset.names) or 'none'}."
+        )
+    return found
+
+
+def unknown_classes(dataset: CocoDataset, names: Sequence[str]) -> str | None:
+    """One sentence on annotated classes that a detector does not know, None if it knows all."""
+    known = {name.casefold().strip() for name in names}
+    boxes = Counter(c for image in dataset.images for c in image.class_ids[~image.crowd].tolist())
+    missing = [c for c in sorted(boxes) if dataset.names[c].casefold().strip() not in known]
+    if not missing:
+        return None
+    return (
+        f"{dataset.source}: the model does not know the classes "
+        f"{_some([dataset.names[c] for c in missing])}; their boxes "
+        f"({sum(boxes[c] for c in missing)}) count as missed."
+    )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    listed = ", ".join(repr(name) for name in names[:most])
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed

@@ -1,0 +1,225 @@
+"""Evaluation of detectors: records, scores, resuming, and pictures that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import read_json
+
+from dive_fast import DataError, Detections, DiveFastError, RunError
+from dive_fast.coco import CocoDataset, read_coco
+from dive_fast.coco_scores import NAMES
+from dive_fast.evaluate import read_records
+from dive_fast.evaluate_detections import evaluate_detections, summarise_detections
+
+pytest.importorskip("pycocotools", reason="the COCO numbers come with the extra detect")
+
+GREYS = {"dark": 80, "light": 160, "white": 240}
+CONFIG = {"model": "greys", "seed": 0}
+
+
+class GreyDetector:
+    """Finds the largest box of each grey level; answers two images at a time, last one first.
+
+    Args:
+        names: the levels that it looks for.
+        stop_after: is interrupted when it has answered so many images.
+    """
+
+    def __init__(self, names: Iterable[str] = GREYS, stop_after: int | None = None) -> None:
+        self.names = tuple(names)
+        self.stop_after = stop_after
+        self.searched: list[str] = []
+
+    def detect_stream(
+        self, images: Iterable[tuple[str, Image.Image]]
+    ) -> Iterator[tuple[str, Detections, int, float]]:
+        waiting: list[tuple[str, Image.Image]] = []
+        for image in images:
+            waiting.append(image)
+            if len(waiting) == 2:
+                yield from self._answer(waiting)
+        yield from self._answer(waiting)
+
+    def _answer(self, waiting: list) -> Iterator[tuple[str, Detections, int, float]]:
+        while waiting:
+            if len(self.searched) == self.stop_after:
+                raise KeyboardInterrupt
+            key, image = waiting.pop()
+            self.searched.append(key)
+            yield key, self._detect(np.asarray(image.convert("L"))), 100 + int(key), 0.5
+
+    def _detect(self, pixels: np.ndarray) -> Detections:
+        boxes, classes = [], []
+        for c, name in enumerate(self.names):
+            rows, columns = np.nonzero(pixels == GREYS[name])
+            if len(rows):
+                boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                classes.append(c)
+        return Detections(np.array(boxes).reshape(-1, 4), classes, [0.9] * len(boxes), self.names)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> CocoDataset:
+    """Six pictures; picture i has i % 4 rectangles, each of another grey."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    images, annotations = [], []
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        pixels = np.zeros((40, 60), dtype=np.uint8)
+        for k, name in enumerate(list(GREYS)[: i % 4]):
+            left, top = 20 * k + int(rng.integers(8)), int(rng.integers(20))
+            width, height = int(rng.integers(4, 13)), int(rng.integers(4, 20))
+            pixels[top : top + height, left : left + width] = GREYS[name]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": 10 + i, "category_id": k + 1,
+                    "bbox": [left, top, width, height],
+                }
+            )  # fmt: skip
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": 10 + i, "width": 60, "height": 40, "file_name": f"{i}.png"})
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(GREYS)],
+    }
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content))
+    return read_coco(path, folder)
+
+
+def test_records_and_summary(data: CocoDataset, tmp_path: Path, capfd) -> None:
+    out = tmp_path / "run"
+    summary = evaluate_detections(GreyDetector(), data, out, config=CONFIG).to_dict()
+    assert capfd.readouterr() == ("", "")
+    records = read_records(out)
+    assert list(records) == ["11", "10", "13", "12", "15", "14"]  # as they came
+    for image in data.images:
+        record = records[str(image.id)]
+        assert record["boxes"] == image.boxes.tolist()
+        assert record["classes"] == image.class_ids.tolist()
+        assert record["labels"] == [data.names[c] for c in record["classes"]]
+        assert record["confidences"] == pytest.approx([0.9] * len(image.boxes))
+        assert (record["evaluations"], record["seconds"]) == (100 + image.id, 0.5)
+    assert list(summary)[:12] == list(NAMES)
+    for name in ("AP", "AP50", "AP75", "AP_small", "AR1", "AR10", "AR100", "AR_small"):
+        assert summary[name] == pytest.approx(1)
+    for name in ("AP_medium", "AP_large", "AR_medium", "AR_large"):
+        assert summary[name] is None
+    assert summary["AP_per_class"] == {name: pytest.approx(1) for name in GREYS}
+    assert (summary["n"], summary["failed"]) == (6, 0)
+    assert summary["objects_per_image"] == pytest.approx(7 / 6)
+    assert (summary["evaluations_per_image"], summary["seconds_per_image"]) == (112.5, 0.5)
+    json.dumps(summary, allow_nan=False)
+
+    run = read_json(out / "run.json")
+    assert run["config"] == {**CONFIG, "data": data.identity(), "names": list(GREYS)}
+    assert {"dive_fast", "commit", "torch", "python"} <= set(run["environment"])
+    again = summarise_detections(records, data, tuple(GREYS))
+    assert again.to_dict() == summary
+
+
+def test_resumed(data: CocoDataset, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = evaluate_detections(GreyDetector(), data, whole, config=CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_detections(GreyDetector(stop_after=3), data, parts, config=CONFIG)
+    before = (parts / "results.jsonl").read_bytes()
+    assert list(read_records(parts)) == ["11", "10", "13"]
+    with open(parts / "results.jsonl", "ab") as file:
+        file.write(b'{"id": "12", "boxes": [[')  # torn by a crash
+    detector = GreyDetector()
+    summary = evaluate_detections(detector, data, parts, config=CONFIG)
+    assert detector.searched == ["14", "12", "15"]
+    assert (parts / "results.jsonl").read_bytes().startswith(before)
+    assert read_records(parts) == read_records(whole)
+    assert summary == expected
+    done = GreyDetector()
+    assert evaluate_detections(done, data, parts, config=CONFIG) == expected
+    assert done.searched == []
+
+
+def test_another_run_is_not_resumed(data: CocoDataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    evaluate_detections(GreyDetector(), data.select(2), out, config=CONFIG)
+    with pytest.raises(RunError, match="seed is 0 there and 1 here"):
+        evaluate_detections(GreyDetector(), data.select(2), out, config={**CONFIG, "seed": 1})
+    with pytest.raises(RunError, match=r"data\.count is 2 there and 6 here"):
+        evaluate_detections(GreyDetector(), data, out, config=CONFIG)
+    with pytest.raises(RunError, match="names is"):
+        evaluate_detections(GreyDetector(["dark"]), data.select(2), out, config=CONFIG)
+
+
+def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, capsys) -> None:
+    folder = data.images[0].path.parent
+    (folder / "1.png").unlink()
+    (folder / "2.png").write_bytes(b"no picture")
+    Image.new("L", (40, 60)).save(folder / "3.png")
+    deep = Image.fromarray(np.full((40, 60), -1, dtype=np.int32))
+    deep.save(folder / "4.png", format="TIFF")  # a mode that no detector can use
+    data = read_coco(tmp_path / "boxes.json", folder)
+    assert data.problems == (f"boxes.json: image 11 (1.png): the picture is not in {folder}.",)
+    out = tmp_path / "run"
+    detector = GreyDetector()
+    summary = evaluate_detections(detector, data, out, config=CONFIG)
+    assert sorted(detector.searched) == ["10", "15"]
+    assert (summary.n, summary.failed) == (2, 4)
+    assert summary.scores["AP"] == pytest.approx(1)  # of the pictures that were searched
+    records = read_records(out)
+    assert records["11"] == {"id": "11", "error": "image 11 has no picture."}
+    assert records["13"]["error"].endswith("expected 60 x 40 pixels as annotated, got 40 x 60.")
+    assert "expected 16-bit values" in records["14"]["error"]
+    first, second, third = capsys.readouterr().err.splitlines()  # the missing one is known already
+    assert first.startswith("dive-fast: ") and "2.png: expected a picture" in first
+    assert "3.png: expected 60 x 40 pixels" in second
+    assert "4.png: expected 16-bit values" in third
+
+
+def test_no_picture_can_be_used(data: CocoDataset, tmp_path: Path) -> None:
+    data = read_coco(tmp_path / "boxes.json")
+    summary = evaluate_detections(GreyDetector(), data, tmp_path / "run", config=CONFIG).to_dict()
+    assert (summary.pop("n"), summary.pop("failed")) == (0, 6)
+    assert summary.pop("AP_per_class") == dict.fromkeys(GREYS)
+    assert set(summary.values()) == {None}
+
+
+def test_classes_by_name(data: CocoDataset, tmp_path: Path, capsys) -> None:
+    """The detector's order is its own; what it does not know is missed."""
+    detector = GreyDetector(["white", "dark"])
+    summary = evaluate_detections(detector, data, tmp_path / "run", config=CONFIG)
+    assert capsys.readouterr().err == (
+        "dive-fast: boxes.json: the model does not know the classes 'light'; their boxes (2) count "
+        "as missed.\n"
+    )
+    assert summary.ap_per_class == {
+        "dark": pytest.approx(1), "light": 0, "white": pytest.approx(1),
+    }  # fmt: skip
+
+
+def test_classes_that_the_data_does_not_have(data: CocoDataset, tmp_path: Path) -> None:
+    content = read_json(tmp_path / "boxes.json")
+    content["categories"] = content["categories"][:2]
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    two = read_coco(tmp_path / "two.json", data.images[0].path.parent)
+    assert len(two.problems) == 1 and "unknown category 3" in two.problems[0]
+    summary = evaluate_detections(GreyDetector(), two, tmp_path / "run", config=CONFIG)
+    assert summary.ap_per_class == {"dark": pytest.approx(1), "light": pytest.approx(1)}
+    assert summary.objects_per_image == pytest.approx(7 / 6)
+
+
+def test_refused_before_the_run_is_made(data: CocoDataset, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match="classes that the model knows, such as 'cat', got 'dark'"):
+        evaluate_detections(GreyDetector(["cat"]), data, out, config=CONFIG)
+    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
+    with pytest.raises(DiveFastError, match="pycocotools, which is not installed"):
+        evaluate_detections(GreyDetector(), data, out, config=CONFIG)
+    assert not out.exists()
