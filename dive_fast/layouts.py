@@ -118,14 +118,18 @@ class LayoutFormat:
 
     @classmethod
     def latent_diffusion(
-        cls, names: Sequence[str], max_objects: int = 30, vocabulary_size: int = 8192
+        cls,
+        names: Sequence[str],
+        max_objects: int = 30,
+        vocabulary_size: int = 8192,
+        crop: bool = True,
     ) -> LayoutFormat:
         """The published models': classes and corners share tokens, none is the last one.
 
-        The grid is the largest square that fits in the vocabulary beside none: 90 x 90 of 8192.
+        The grid is the largest square that fits in the vocabulary: 90 x 90 of 8192.
         """
-        grid = math.isqrt(vocabulary_size - 1)
-        return cls(tuple(names), max_objects, grid, vocabulary_size, vocabulary_size - 1, crop=True)
+        grid, none = math.isqrt(vocabulary_size), vocabulary_size - 1
+        return cls(tuple(names), max_objects, grid, vocabulary_size, none, crop=crop)
 
     @property
     def n_slots(self) -> int:

@@ -30,6 +30,7 @@ PAGES = (
     "docs/compat.md",
     "docs/timesteps.md",
     "docs/detection.md",
+    "docs/layouts.md",
 )
 
 

@@ -17,7 +17,7 @@ PUBLISHED = LayoutFormat.latent_diffusion([f"thing {i}" for i in range(600)])
 def random_format(rng: random.Random) -> LayoutFormat:
     names = [f"class {i}" for i in range(rng.randint(1, 12))]
     if rng.random() < 0.3:
-        return LayoutFormat.latent_diffusion(names, rng.randint(1, 9), rng.choice([64, 65, 300]))
+        return LayoutFormat.latent_diffusion(names, rng.randint(1, 9), rng.choice([63, 65, 300]))
     return LayoutFormat.compact(
         names, rng.randint(1, 9), rng.choice([2, 3, 17, 65, 90]), rng.random() < 0.5
     )
@@ -199,3 +199,10 @@ def test_formats_that_do_not_fit(changes, message):
 def test_a_table_of_another_vocabulary():
     with pytest.raises(DiveFastError, match=r"table must have shape \[11, D\], but got \[10, 2\]"):
         LayoutFormat.compact(("a",), 1, 3).projection(torch.zeros(10, 2))
+
+
+def test_a_square_vocabulary_has_no_room_for_none():
+    with pytest.raises(
+        DiveFastError, match=r"none must be outside the coordinate tokens \[0, 64\)"
+    ):
+        LayoutFormat.latent_diffusion(["a"], vocabulary_size=64)

@@ -135,7 +135,9 @@ class LayoutToImageModel:
                 f"got {tokens.dtype} {list(tokens.shape)}."
             )
         if ((tokens < 0) | (tokens >= size)).any():
-            raise ModelError(f"expected tokens in [0, {size}), got {tokens.aminmax()}.")
+            raise ModelError(
+                f"expected tokens in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}."
+            )
         return self.vocabulary.table[tokens.cpu()].flatten(1)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -274,14 +276,15 @@ def build_layout_model(
         cross_attention_dim=width,
         norm_num_groups=norm_groups,
     )
+    # By keyword: diffusers takes positional arguments for defaults in from_config.
     encoder = LayoutEncoder(
-        layout.vocabulary_size,
-        layout.n_slots,
-        width,
-        encoder_layers,
-        heads,
-        width // heads,
-        layout.to_dict(),
+        vocabulary_size=layout.vocabulary_size,
+        n_slots=layout.n_slots,
+        width=width,
+        layers=encoder_layers,
+        heads=heads,
+        head_dim=width // heads,
+        layout=layout.to_dict(),
     )
     return unet, encoder
 

@@ -1,0 +1,60 @@
+"""``dive-fast convert``: published checkpoints to a model directory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dive_fast.cli.options import count
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert a latent-diffusion layout-to-image checkpoint",
+        description="Converts a published latent-diffusion layout-to-image checkpoint to a "
+        "model directory in the layout of diffusers. Only weights are read of it.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="the .ckpt, .pt or .safetensors file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
+    parser.add_argument(
+        "--names", metavar="FILE", help="the classes' names, one a line, in their tokens' order"
+    )
+    parser.add_argument(
+        "--latent-size", type=count, default=64, metavar="N", help="side of the latents (64)"
+    )
+    parser.add_argument(
+        "--head-channels", type=count, default=32, metavar="N", help="of the UNet's heads (32)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from dive_fast.models.convert import convert_layout_checkpoint
+
+    model = convert_layout_checkpoint(
+        options.checkpoint,
+        None if options.names is None else _read_names(Path(options.names)),
+        latent_size=options.latent_size,
+        head_channels=options.head_channels,
+    )
+    model.save_pretrained(options.out)
+    layout = model.layout
+    print(
+        f"{options.out}: layouts of {layout.max_objects} objects of {len(layout.names)} classes on "
+        f"a {layout.grid} x {layout.grid} grid, pictures of {model.image_shape[1]} pixels"
+    )
+    return 0
+
+
+def _read_names(path: Path) -> list[str]:
+    from dive_fast.errors import DataError
+
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"the names in {path} cannot be read: {error}.") from error
+    names = [name for name in names if name]
+    if not names:
+        raise DataError(f"expected one name a line in {path}, found none.")
+    return names
