@@ -35,7 +35,8 @@ def train_scenes(
         steps: fewer than the zoo's, for a try.
 
     Returns:
-        What is expected of it: the loss of held-out scenes with their layout, and with none.
+        What is expected of it: the loss of held-out scenes with their layout, and with that of an
+        empty canvas.
 
     Raises:
         DataError: scikit-learn, whose digits the scenes show, is not installed.

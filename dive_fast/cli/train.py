@@ -55,6 +55,6 @@ def run_scenes(options: argparse.Namespace) -> int:
     losses = train_scenes(options.out, steps=options.steps, seed=options.seed)
     print(
         f"{options.out}: loss of held-out scenes {losses['layout']:.4f} with their layout, "
-        f"{losses['empty']:.4f} with none"
+        f"{losses['empty']:.4f} with that of an empty canvas"
     )
     return 0

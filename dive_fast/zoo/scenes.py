@@ -9,6 +9,9 @@ Every box is tight around its digit and lies on the grid of 17 x 17 corners, 2 p
 The layouts have a structure that a prior can learn: most scenes are one or two rows of digits that
 stand on one line, of one height, with a small gap; the right neighbour of a digit is often the next
 digit (after nine comes zero), sometimes the same again. The rest lie anywhere; overlap is rare.
+
+A few training scenes are empty canvases, so that a layout without objects means just that; test
+scenes have one digit at least.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ N_TEST = 1000
 
 SMALLEST, LARGEST = 8, 18  # a digit's height in pixels
 COUNTS = (1,) * 3 + (2,) * 5 + (3,) * 6 + (4,) * 6  # one of them is drawn
+EMPTY_CHANCE = 0.03  # of a training scene without digits
 LOOSE_CHANCE = 0.25  # of a scene whose digits lie anywhere
 NEXT_CHANCE, SAME_CHANCE = 0.5, 0.2  # that the right neighbour is the next, or the same, digit
 GAPS = (-2,) + (0,) * 7 + (2,) * 9 + (4,) * 3  # pixels between neighbours; one is drawn
@@ -78,7 +82,7 @@ class SceneMaker:
         if part not in ("train", "test"):
             raise DataError(f"the scenes have the parts 'train' and 'test', got {part!r}.")
         pictures, labels = load_digits(part)
-        self._tilted = part == "train"
+        self._training = part == "train"
         small = torch.from_numpy(pictures).float().div(255).unsqueeze(1)
         size = (_RAISED, _RAISED)
         raised = F.interpolate(small, size, mode="bicubic", align_corners=False)
@@ -104,11 +108,15 @@ class SceneMaker:
             count = len(classes)
             class_ids[scene, :count] = classes
             chosen[scene, :count] = chosen_digits
-            boxes[scene, :count] = placed
+            if count:
+                boxes[scene, :count] = placed
         return Scenes(self._paint(boxes, class_ids, chosen, rng), boxes, class_ids)
 
     def _layout(self, rng: np.random.Generator) -> tuple[list[int], list[int], list[list[int]]]:
         """Classes, digits and boxes of one scene."""
+        # Only where scenes may be empty is a number drawn for it: the test scenes stay as they are.
+        if self._training and rng.random() < EMPTY_CHANCE:
+            return [], [], []
         count = _pick(rng, COUNTS)
         loose = rng.random() < LOOSE_CHANCE
         classes = _neighbours(rng, count, linked=not loose)
@@ -127,9 +135,11 @@ class SceneMaker:
         rng: np.random.Generator,
     ) -> np.ndarray:
         scenes, slots = np.nonzero(class_ids >= 0)
+        if len(scenes) == 0:
+            return np.zeros((len(boxes), CANVAS, CANVAS), dtype=np.uint8)
         inside = torch.from_numpy(boxes[scenes, slots])
         digits = self._digits[torch.from_numpy(chosen[scenes, slots])]
-        if self._tilted:
+        if self._training:
             digits = _tilt(digits, rng)
         light = torch.from_numpy(rng.uniform(0.75, 1.0, len(scenes))).float()
         painted = _cut_out(digits, inside) * light[:, None, None]

@@ -2,7 +2,8 @@
 
     loss = || eps - eps_theta(x_t, t, layout) ||^2
 
-A share of the layouts is emptied, so that the model also knows the picture without one.
+No layout is ever left out: the layout without objects is that of a picture without objects, not of
+any picture, because a detector compares pictures with and without an object in the layout.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ class LayoutTrainingConfig:
     warmup_steps: int = 300
     weight_decay: float = 0.01
     ema_decay: float = 0.999
-    layout_dropout: float = 0.1
     seed: int = 0
 
 
@@ -91,7 +91,7 @@ def train_layout_model(
     Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
     started again with the same configuration goes on from there. Every 250 steps the losses are
     appended to ``out/training.jsonl``: of the training, and of the held-out pictures with their
-    layout (``layout``) and without one (``empty``), at the weights of that step.
+    layout (``layout``) and with that of an empty picture (``empty``), at the weights of that step.
 
     Args:
         unet: a ``UNet2DConditionModel``.
@@ -137,8 +137,6 @@ def train_layout_model(
     for step in bar:
         images, tokens = draw(step)
         tokens = shuffle_objects(tokens, generator)
-        emptied = torch.rand(len(tokens), generator=generator) < config.layout_dropout
-        tokens = torch.where(emptied[:, None], empty(tokens, none), tokens)
         x0 = to_x0(images, config.space_to_depth)
         t = torch.randint(len(alpha_bar), (len(x0),), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
