@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dive_fast.layouts import Layout
 from dive_fast.train_layout import SCENES_FORMAT, scene_tokens
 from dive_fast.zoo import scenes
 from dive_fast.zoo.scenes import SceneMaker, Scenes, load_scenes
+from dive_fast.zoo.scenes_coco import write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,31 @@ def test_no_scenes() -> None:
         load_scenes("test", 0)
     with pytest.raises(DataError, match="expected at least 1 scene, got -1"):
         SceneMaker("train")(-1, seed=0)
+
+
+class TestCoco:
+    @pytest.mark.parametrize("part", ["test", "train"])
+    def test_what_is_written_is_read_back(self, part: str, tmp_path: Path) -> None:
+        """Boxes and classes to the last digit, pictures to the last pixel; empty scenes too."""
+        made = load_scenes(part, 40)
+        assert (made.counts == 0).any() == (part == "train")
+        data = write_scenes(tmp_path / "scenes", part, 40)
+        assert data.problems == () and data.names == scenes.NAMES
+        assert [image.id for image in data.images] == list(range(1, 41))
+        for i, image in enumerate(data.images):
+            count = made.counts[i]
+            assert np.array_equal(np.asarray(image.read()), made.images[i])
+            assert np.array_equal(image.boxes.numpy(), made.boxes[i, :count])
+            assert np.array_equal(image.class_ids.numpy(), made.class_ids[i, :count])
+            assert not image.crowd.any()
+
+    def test_written_again(self, tmp_path: Path) -> None:
+        """A run that resumes sees the same data."""
+        first = write_scenes(tmp_path, n=5).identity()
+        assert write_scenes(tmp_path, n=5).identity() == first
+        assert write_scenes(tmp_path, n=6).identity() != first
+
+    def test_the_folder_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(DataError, match="file: the scenes cannot be written"):
+            write_scenes(tmp_path / "file", n=1)
