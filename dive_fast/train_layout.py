@@ -17,7 +17,7 @@ from dive_fast.layouts import LayoutFormat
 from dive_fast.models.layout import LayoutToImageModel, build_layout_model
 from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.zoo import scenes
-from dive_fast.zoo.scenes import SceneMaker, Scenes, load_scenes
+from dive_fast.zoo.scenes import SceneMaker, load_scenes
 from dive_fast.zoo.training_layout import SCENES, LayoutTrainingConfig, train_layout_model
 from dive_fast.zoo.training_state import LOG
 
@@ -49,11 +49,11 @@ def train_scenes(
 
     def draw(step: int) -> tuple[np.ndarray, Tensor]:
         made = make(config.batch_size, (config.seed, step))
-        return made.images, scene_tokens(made)
+        return made.images, scene_tokens(made.boxes, made.class_ids)
 
     torch.manual_seed(config.seed)
     unet, encoder = build(SCENES_FORMAT, config)
-    shown = (held_out.images, scene_tokens(held_out))
+    shown = (held_out.images, scene_tokens(held_out.boxes, held_out.class_ids))
     expected = train_layout_model(
         unet, encoder, draw, shown, SCENES_FORMAT.none, config, out, progress
     )
@@ -128,14 +128,14 @@ def prepare(out: Path) -> None:
         raise RunError(f"{out} holds a model already; choose another --out.")
 
 
-def scene_tokens(made: Scenes) -> Tensor:
+def scene_tokens(boxes: np.ndarray, class_ids: np.ndarray) -> Tensor:
     """The layouts of scenes as tokens of ``SCENES_FORMAT``, int64 [N, S].
 
     What ``LayoutFormat.encode`` gives for each, all at once: training needs it at every step.
     """
     layout = SCENES_FORMAT
-    steps = torch.from_numpy(made.boxes) // scenes.STEP
+    steps = torch.from_numpy(boxes) // scenes.STEP
     corners = layout.coordinate_start + steps[..., 1::2] * layout.grid + steps[..., 0::2]
-    ids = torch.from_numpy(made.class_ids)
+    ids = torch.from_numpy(class_ids)
     triples = torch.cat([(layout.class_start + ids).unsqueeze(2), corners], dim=2)
     return torch.where((ids < 0).unsqueeze(2), layout.none, triples).flatten(1)

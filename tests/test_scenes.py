@@ -75,6 +75,9 @@ def test_seeds(train_part: Scenes) -> None:
     for again, array in zip(make(1500, seed=0), train_part, strict=True):
         assert np.array_equal(again, array)
     assert not np.array_equal(make(20, seed=1).images, train_part.images[:20])
+    boxes, class_ids = make.layouts(1500, seed=0)
+    assert np.array_equal(boxes, train_part.boxes)
+    assert np.array_equal(class_ids, train_part.class_ids)
 
 
 def test_the_list_is_fixed(test_part: Scenes) -> None:
@@ -101,7 +104,7 @@ def test_rows(train_part: Scenes) -> None:
 
 def test_tokens_are_those_of_the_format(train_part: Scenes) -> None:
     part = Scenes(*(array[:100] for array in train_part))
-    tokens = scene_tokens(part)
+    tokens = scene_tokens(part.boxes, part.class_ids)
     for row, boxes, ids, count in zip(tokens, part.boxes, part.class_ids, part.counts, strict=True):
         layout = Layout(
             boxes=torch.tensor(boxes[:count] / scenes.CANVAS, dtype=torch.float32).view(-1, 4),

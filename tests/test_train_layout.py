@@ -49,7 +49,7 @@ def train(out: Path, config: LayoutTrainingConfig = TINY) -> tuple[dict, dict[st
 
     def draw(step: int):
         made = make(config.batch_size, (config.seed, step))
-        return made.images, scene_tokens(made)
+        return made.images, scene_tokens(made.boxes, made.class_ids)
 
     torch.manual_seed(config.seed)
     unet, encoder = build(SCENES_FORMAT, config)

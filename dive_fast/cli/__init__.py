@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
-    from dive_fast.cli import classify, convert, demo, evaluate, fit, info, train
+    from dive_fast.cli import classify, convert, demo, evaluate, fit, info, train, train_prior
 
     parser = _Parser(
         prog="dive-fast",
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    for module in (classify, evaluate, fit, train, convert, demo, info):
+    for module in (classify, evaluate, fit, train, train_prior, convert, demo, info):
         module.add_parser(commands)
     return parser
 

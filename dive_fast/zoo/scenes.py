@@ -97,6 +97,22 @@ class SceneMaker:
         Raises:
             DataError: ``n`` is below 1.
         """
+        boxes, class_ids, chosen, rng = self._place(n, seed)
+        return Scenes(self._paint(boxes, class_ids, chosen, rng), boxes, class_ids)
+
+    def layouts(self, n: int, seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes and class_ids of the same scenes, without painting them.
+
+        Raises:
+            DataError: ``n`` is below 1.
+        """
+        boxes, class_ids, _, _ = self._place(n, seed)
+        return boxes, class_ids
+
+    def _place(
+        self, n: int, seed: int | tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
+        """Boxes, classes and digits of n scenes, and the generator where it stands then."""
         if n < 1:
             raise DataError(f"expected at least 1 scene, got {n}.")
         rng = np.random.default_rng(seed)
@@ -110,7 +126,7 @@ class SceneMaker:
             chosen[scene, :count] = chosen_digits
             if count:
                 boxes[scene, :count] = placed
-        return Scenes(self._paint(boxes, class_ids, chosen, rng), boxes, class_ids)
+        return boxes, class_ids, chosen, rng
 
     def _layout(self, rng: np.random.Generator) -> tuple[list[int], list[int], list[list[int]]]:
         """Classes, digits and boxes of one scene."""
