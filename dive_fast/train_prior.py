@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def train_layout_prior(
     steps: int | None = None,
     seed: int = 0,
     progress: bool = True,
-    tell=print,
+    tell: Callable[[str], object] = print,
 ) -> TrainedPrior:
     """Trains a prior into ``out``; ``MODEL/prior`` is where detectors look for it.
 
@@ -62,6 +63,7 @@ def train_layout_prior(
             written.
     """
     out = Path(out)
+    check_free(out)
     loaded = load_model(model, device="cpu")
     layout = getattr(loaded, "layout", None)
     if layout is None:
@@ -83,7 +85,7 @@ def train_layout_prior(
             tell(sentence)
         train, held_out = split(tokens, dataset.source)
         draw = draw_from(train, config)
-    prepare(out)
+    make_directory(out)
     torch.manual_seed(config.seed)
     prior = LayoutPrior.for_table(
         layout,
@@ -151,17 +153,27 @@ def draw_scenes(config: PriorTrainingConfig) -> Draw:
     return lambda step: scene_tokens(*make.layouts(config.batch_size, (config.seed, step)))
 
 
-def prepare(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """That a prior can be written to ``out``; asked first, because reading may take long.
+
+    Raises:
+        RunError: it is a file, or holds a finished prior or a model.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} cannot be made a directory: it is a file.")
+    if (out / "model_index.json").exists():
+        raise RunError(f"{out} holds a model; choose its folder prior as --out.")
+    if (out / "dive_fast.json").exists():  # written last
+        raise RunError(f"{out} holds a prior already; choose another --out.")
+
+
+def make_directory(out: Path) -> None:
     """Makes the directory.
 
     Raises:
-        RunError: it cannot be made, or holds a finished prior or a model.
+        RunError: it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
-    if (out / "model_index.json").exists():
-        raise RunError(f"{out} holds a model; choose its folder prior as --out.")
-    if (out / "dive_fast.json").exists():  # written last
-        raise RunError(f"{out} holds a prior already; choose another --out.")

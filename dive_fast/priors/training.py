@@ -39,7 +39,7 @@ class PriorTrainingConfig:
     layers: int = 4
     heads: int = 4
     steps: int = 10_000
-    batch_size: int = 128
+    batch_size: int = 64
     learning_rate: float = 5e-4
     warmup_steps: int = 300
     weight_decay: float = 0.01
