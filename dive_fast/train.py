@@ -21,13 +21,13 @@ from dive_fast.zoo.mnist import load_mnist
 from dive_fast.zoo.omniglot import load_omniglot
 from dive_fast.zoo.training import (
     DIGITS,
-    LOG,
     MNIST,
     OMNIGLOT,
     TrainingConfig,
     augment_images,
     train_transformer,
 )
+from dive_fast.zoo.training_state import LOG
 
 PROBES = 100
 N_FIT = 300

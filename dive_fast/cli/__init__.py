@@ -37,7 +37,17 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
-    from dive_fast.cli import classify, convert, demo, detect, evaluate, fit, info, train
+    from dive_fast.cli import (
+        classify,
+        convert,
+        demo,
+        detect,
+        evaluate,
+        fit,
+        info,
+        train,
+        train_prior,
+    )
 
     parser = _Parser(
         prog="dive-fast",
@@ -49,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    for module in (classify, detect, evaluate, fit, train, convert, demo, info):
+    commands_in_order = (classify, detect, evaluate, fit, train, train_prior, convert, demo, info)
+    for module in commands_in_order:
         module.add_parser(commands)
     return parser
 

@@ -14,11 +14,12 @@ def add_parser(commands) -> None:
         description="Trains a model of the zoo from its real images and writes a diffusers model "
         "directory. Cut off and started again it goes on where it stopped.",
     )
-    parser.add_argument("model", choices=["digits", "mnist", "omniglot"], help="which model")
+    choices = ["digits", "mnist", "omniglot", "scenes"]
+    parser.add_argument("model", choices=choices, help="which model")
     parser.add_argument(
         "--data",
         metavar="FILE.npz",
-        help="the pictures of mnist or omniglot; the digits come with scikit-learn",
+        help="the pictures of mnist or omniglot; digits and scenes come with scikit-learn",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
     parser.add_argument(
@@ -29,6 +30,8 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.model == "scenes":
+        return run_scenes(options)
     from dive_fast.train import train_zoo_model
 
     expected = train_zoo_model(
@@ -37,5 +40,21 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"{options.out}: {expected['accuracy']:.2%} of {expected['n']} held-out pictures by "
         f"{expected['strategy']}, {expected['probes']} probes"
+    )
+    return 0
+
+
+def run_scenes(options: argparse.Namespace) -> int:
+    from dive_fast.errors import DataError
+    from dive_fast.train_layout import train_scenes
+
+    if options.data is not None:
+        raise DataError(
+            f"the scenes are made of scikit-learn's digits: expected no --data, got {options.data}."
+        )
+    losses = train_scenes(options.out, steps=options.steps, seed=options.seed)
+    print(
+        f"{options.out}: loss of held-out scenes {losses['layout']:.4f} with their layout, "
+        f"{losses['empty']:.4f} with that of an empty canvas"
     )
     return 0

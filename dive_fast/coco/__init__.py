@@ -4,6 +4,7 @@ An annotation file that makes no sense is refused. A single bad entry in a good 
 named in ``CocoDataset.problems``, one sentence each, and the rest is used.
 """
 
+from dive_fast.coco.arrays import read_box_arrays
 from dive_fast.coco.classes import class_categories, unknown_classes
 from dive_fast.coco.dataset import CocoDataset, CocoImage
 from dive_fast.coco.pictures import read_pictures
@@ -14,6 +15,7 @@ __all__ = [
     "CocoDataset",
     "CocoImage",
     "class_categories",
+    "read_box_arrays",
     "read_coco",
     "read_pictures",
     "unknown_classes",

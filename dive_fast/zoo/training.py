@@ -5,9 +5,7 @@ The loss is the one that classification uses: || eps - eps_theta(x_t, t, y) ||^2
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,9 +14,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dive_fast.errors import RunError
-
-LOG = "training.jsonl"
+from dive_fast.zoo.training_state import (
+    LOG,
+    average_into,
+    copy_into,
+    log_losses,
+    read_state,
+    take_step,
+    write_state,
+)
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,6 @@ def augment_images(x0: torch.Tensor, config: TrainingConfig, generator) -> torch
     return torch.where(chosen[:, None, None, None], moved, x0)
 
 
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a half cosine to zero."""
-    warm = min(1.0, (step + 1) / config.warmup_steps)
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
 def train_transformer(
     images: np.ndarray, labels: np.ndarray, config: TrainingConfig, out: Path, progress: bool = True
 ):
@@ -161,13 +159,8 @@ def train_transformer(
     data = torch.from_numpy(images).float().div(127.5).sub(1).unsqueeze(1)
     target = torch.from_numpy(labels)
 
-    state_path, first = out / "training.pt", 0
-    if state_path.exists():
-        state = _read_state(state_path)
-        if state["config"] != asdict(config):
-            raise RunError(
-                f"{out} holds a training run with another configuration; choose another --out."
-            )
+    first, state = 0, read_state(out, asdict(config))
+    if state is not None:
         first = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -196,21 +189,13 @@ def train_transformer(
         a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
         x_t = a[:, None, None, None] * x0 + s[:, None, None, None] * eps
         loss = F.mse_loss(model(x_t, t, y).sample, eps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        # A short memory at first, else the average would hold the random start for long.
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
+        take_step(optimizer, loss, step, config)
+        average_into(ema, parameters, step, config.ema_decay)
         running = loss.item() if step == first else 0.99 * running + 0.01 * loss.item()
         if (step + 1) % 100 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
         if (step + 1) % 1000 == 0:
-            with open(out / LOG, "a") as log:
-                log.write(json.dumps({"step": step + 1, "loss": round(running, 5)}) + "\n")
+            log_losses(out, step + 1, {"loss": running})
             state = {
                 "config": asdict(config),
                 "step": step + 1,
@@ -219,29 +204,7 @@ def train_transformer(
                 "ema": ema,
                 "generator": generator.get_state(),
             }
-            _write_state(state, state_path)
+            write_state(out, state)
 
-    with torch.no_grad():
-        for parameter, average in zip(parameters, ema, strict=True):
-            parameter.copy_(average)
+    copy_into(parameters, ema)
     return model
-
-
-def _read_state(path: Path) -> dict:
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own kinds
-        raise RunError(
-            f"{path} is damaged and cannot be resumed from; remove it to start anew."
-        ) from error
-
-
-def _write_state(state: dict, path: Path) -> None:
-    """Writes it so that it is there whole or not at all."""
-    partial = path.with_suffix(".partial")
-    try:
-        torch.save(state, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch tells of a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written: is the disk full?") from error

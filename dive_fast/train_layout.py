@@ -1,0 +1,141 @@
+"""Makes the zoo's layout-to-image models: trains one and writes a model directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from dive_fast.errors import RunError
+from dive_fast.layouts import LayoutFormat
+from dive_fast.models.layout import LayoutToImageModel, build_layout_model
+from dive_fast.models.layout_encoder import LayoutEncoder
+from dive_fast.zoo import scenes
+from dive_fast.zoo.scenes import SceneMaker, load_scenes
+from dive_fast.zoo.training_layout import SCENES, LayoutTrainingConfig, train_layout_model
+from dive_fast.zoo.training_state import LOG
+
+TOKEN_STD = 0.5
+N_HELD_OUT = 256  # scenes whose loss the log states
+SCENES_FORMAT = LayoutFormat.compact(scenes.NAMES, scenes.MAX_OBJECTS, scenes.GRID)
+
+
+def train_scenes(
+    out: str | Path, *, steps: int | None = None, seed: int = 0, progress: bool = True
+) -> dict:
+    """Trains the zoo's ``scenes`` into ``out``, a diffusers model directory.
+
+    Args:
+        steps: fewer than the zoo's, for a try.
+
+    Returns:
+        What is expected of it: the loss of held-out scenes with their layout, and with that of an
+        empty canvas.
+
+    Raises:
+        DataError: scikit-learn, whose digits the scenes show, is not installed.
+        RunError: ``out`` holds a finished model or another training run, or cannot be written.
+    """
+    out = Path(out)
+    config = dataclasses.replace(SCENES, steps=steps or SCENES.steps, seed=seed)
+    make, held_out = SceneMaker("train"), load_scenes("test", N_HELD_OUT)
+    prepare(out)
+
+    def draw(step: int) -> tuple[np.ndarray, Tensor]:
+        made = make(config.batch_size, (config.seed, step))
+        return made.images, scene_tokens(made.boxes, made.class_ids)
+
+    torch.manual_seed(config.seed)
+    unet, encoder = build(SCENES_FORMAT, config)
+    shown = (held_out.images, scene_tokens(held_out.boxes, held_out.class_ids))
+    expected = train_layout_model(
+        unet, encoder, draw, shown, SCENES_FORMAT.none, config, out, progress
+    )
+    scheduler = DDPMScheduler(beta_schedule="linear")
+    model = LayoutToImageModel(unet, encoder, scheduler, space_to_depth=config.space_to_depth)
+    # Half precision halves the file; what is loaded again computes in float32.
+    model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
+    facts = {
+        "command": "dive-fast train scenes --out DIR",
+        "config": dataclasses.asdict(config),
+        "expected": expected,
+    }
+    (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return expected
+
+
+def build(layout: LayoutFormat, config: LayoutTrainingConfig):
+    """The untrained UNet and layout encoder of a configuration."""
+    unet, encoder = build_layout_model(
+        layout,
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        channels=config.channels,
+        width=config.width,
+        encoder_layers=config.encoder_layers,
+        heads=config.heads,
+        layers_per_block=config.layers_per_block,
+        attention=config.attention,
+        head_channels=config.head_channels,
+        norm_groups=config.norm_groups,
+        space_to_depth=config.space_to_depth,
+    )
+    start_tokens(encoder, layout)
+    return unet, encoder
+
+
+def start_tokens(encoder: LayoutEncoder, layout: LayoutFormat) -> None:
+    """Corners that are near each other start with embeddings that are near each other.
+
+    The first half of the width holds sines and cosines of x, the second half those of y. All tokens
+    are of one size, large enough that the first steps do not wipe out where they began.
+    """
+    width = encoder.config.width
+    # From one period over the whole picture to one over two steps of the grid.
+    n = width // 4
+    frequencies = math.pi * (layout.grid / 2) ** (torch.arange(n) / max(1, n - 1))
+    angles = torch.linspace(0, 1, layout.grid)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [G, width / 2]
+    corners = torch.cat(
+        [waves[None].expand(layout.grid, -1, -1), waves[:, None].expand(-1, layout.grid, -1)], dim=2
+    )
+    start, stop = layout.coordinate_range
+    with torch.no_grad():
+        table = encoder.token_embedding.weight.normal_(std=TOKEN_STD)
+        table[start:stop, : 4 * n] = corners.flatten(0, 1) * (TOKEN_STD * math.sqrt(2))
+        encoder.position_embedding.weight.normal_(std=TOKEN_STD)
+
+
+def prepare(out: Path) -> None:
+    """Makes the directory.
+
+    Raises:
+        RunError: it cannot be made, or holds a finished model.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
+    # dive_fast.json comes last: a model of ours without it was cut off while it was measured.
+    unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
+    if (out / "model_index.json").exists() and not unfinished:
+        raise RunError(f"{out} holds a model already; choose another --out.")
+
+
+def scene_tokens(boxes: np.ndarray, class_ids: np.ndarray) -> Tensor:
+    """The layouts of scenes as tokens of ``SCENES_FORMAT``, int64 [N, S].
+
+    What ``LayoutFormat.encode`` gives for each, all at once: training needs it at every step.
+    """
+    layout = SCENES_FORMAT
+    steps = torch.from_numpy(boxes) // scenes.STEP
+    corners = layout.coordinate_start + steps[..., 1::2] * layout.grid + steps[..., 0::2]
+    ids = torch.from_numpy(class_ids)
+    triples = torch.cat([(layout.class_start + ids).unsqueeze(2), corners], dim=2)
+    return torch.where((ids < 0).unsqueeze(2), layout.none, triples).flatten(1)

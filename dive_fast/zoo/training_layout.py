@@ -1,0 +1,220 @@
+"""Trains the zoo's layout-to-image models in pixel space, UNet and layout encoder together.
+
+    loss = || eps - eps_theta(x_t, t, layout) ||^2
+
+No layout is ever left out: the layout without objects is that of a picture without objects, not of
+any picture, because a detector compares pictures with and without an object in the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dive_fast.zoo.training_state import (
+    LOG,
+    average_into,
+    copy_into,
+    log_losses,
+    read_state,
+    take_step,
+    write_state,
+)
+
+OBJECT_SLOTS = 3  # class, top-left corner, bottom-right corner
+LOG_EVERY = 250
+STATE_EVERY = 1000
+
+# From the number of a step to its pictures, uint8 [B, h, w] or [B, h, w, c], and their layouts as
+# tokens, int64 [B, S]. The same number always gives the same ones, which makes resuming exact.
+Draw = Callable[[int], tuple[np.ndarray, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayoutTrainingConfig:
+    """What a layout-to-image model is made of and how long it learns.
+
+    The first ones are those of ``models.layout.build_layout_model``.
+    """
+
+    sample_size: int
+    in_channels: int
+    channels: tuple[int, ...]
+    width: int
+    encoder_layers: int
+    heads: int
+    attention: tuple[bool, ...]
+    layers_per_block: int = 1
+    head_channels: int = 32
+    norm_groups: int = 16
+    space_to_depth: int = 1
+    steps: int = 10_000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 300
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    seed: int = 0
+
+
+SCENES = LayoutTrainingConfig(
+    sample_size=32,
+    in_channels=1,
+    channels=(64, 96),
+    width=64,
+    encoder_layers=2,
+    heads=4,
+    attention=(True, True),
+    space_to_depth=4,
+)
+
+
+def train_layout_model(
+    unet: nn.Module,
+    encoder: nn.Module,
+    draw: Draw,
+    held_out: tuple[np.ndarray, Tensor],
+    none: int,
+    config: LayoutTrainingConfig,
+    out: Path,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Trains both in place; at the end they hold their averaged (EMA) weights.
+
+    Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
+    started again with the same configuration goes on from there. Every 250 steps the losses are
+    appended to ``out/training.jsonl``: of the training, and of the held-out pictures with their
+    layout (``layout``) and with that of an empty picture (``empty``), at the weights of that step.
+
+    Args:
+        unet: a ``UNet2DConditionModel``.
+        encoder: a ``LayoutEncoder``.
+        draw: the batch of every step.
+        held_out: pictures and tokens that are never trained on.
+        none: the token of all slots of an absent object.
+
+    Returns:
+        The final losses of the held-out pictures, "layout" and "empty".
+
+    Raises:
+        RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
+            or cannot be written.
+    """
+    from diffusers import DDPMScheduler
+
+    generator = torch.Generator().manual_seed(config.seed)
+    model = nn.ModuleDict({"unet": unet, "encoder": encoder}).train()
+    parameters = list(model.parameters())
+    ema = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+    alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+
+    first, state = 0, read_state(out, asdict(config))
+    if state is not None:
+        first = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema = state["ema"]
+        generator.set_state(state["generator"])
+
+    (out / LOG).touch()
+    running = None
+    bar = tqdm(
+        range(first, config.steps),
+        initial=first,
+        total=config.steps,
+        disable=not progress,
+        desc="train",
+        unit="step",
+    )
+    for step in bar:
+        images, tokens = draw(step)
+        tokens = shuffle_objects(tokens, generator)
+        x0 = to_x0(images, config.space_to_depth)
+        t = torch.randint(len(alpha_bar), (len(x0),), generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        loss = noise_loss(model, x0, t, eps, tokens, alpha_bar)
+        take_step(optimizer, loss, step, config)
+        average_into(ema, parameters, step, config.ema_decay)
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if (step + 1) % LOG_EVERY == 0:
+            losses = {"loss": running, **held_out_losses(model, held_out, none, config, alpha_bar)}
+            log_losses(out, step + 1, losses)
+            bar.set_postfix({name: f"{loss:.4f}" for name, loss in losses.items()})
+        if (step + 1) % STATE_EVERY == 0:
+            state = {
+                "config": asdict(config),
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema,
+                "generator": generator.get_state(),
+            }
+            write_state(out, state)
+
+    copy_into(parameters, ema)
+    return held_out_losses(model.eval(), held_out, none, config, alpha_bar)
+
+
+def to_x0(images: np.ndarray, space_to_depth: int) -> Tensor:
+    """uint8 [B, h, w] or [B, h, w, c] to float32 [B, c r r, h / r, w / r] in [-1, 1]."""
+    x0 = torch.from_numpy(images).float().div(127.5).sub(1)
+    x0 = x0.unsqueeze(1) if x0.ndim == 3 else x0.permute(0, 3, 1, 2)
+    return F.pixel_unshuffle(x0, space_to_depth)
+
+
+def shuffle_objects(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """The objects of every layout in a random order, present or not; tokens int64 [B, S].
+
+    Slots after the last whole triple (the crop's corners) stay where they are.
+    """
+    n_objects = tokens.shape[1] // OBJECT_SLOTS
+    triples = tokens[:, : n_objects * OBJECT_SLOTS].view(len(tokens), n_objects, OBJECT_SLOTS)
+    order = torch.rand(len(tokens), n_objects, generator=generator).argsort(dim=1)
+    shuffled = triples.gather(1, order[:, :, None].expand_as(triples)).flatten(1)
+    return torch.cat([shuffled, tokens[:, n_objects * OBJECT_SLOTS :]], dim=1)
+
+
+def empty(tokens: Tensor, none: int) -> Tensor:
+    """Layouts of the same form without objects."""
+    emptied = tokens.clone()
+    emptied[:, : tokens.shape[1] // OBJECT_SLOTS * OBJECT_SLOTS] = none
+    return emptied
+
+
+def noise_loss(
+    model: nn.ModuleDict, x0: Tensor, t: Tensor, eps: Tensor, tokens: Tensor, alpha_bar: Tensor
+) -> Tensor:
+    """Mean of || eps - eps_theta(a_t x0 + s_t eps, t, layout) ||^2 / dim over the batch."""
+    a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+    x_t = a[:, None, None, None] * x0 + s[:, None, None, None] * eps
+    encoder = model["encoder"]
+    hidden = encoder(encoder.token_embedding(tokens))
+    return F.mse_loss(model["unet"](x_t, t, encoder_hidden_states=hidden).sample, eps)
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: nn.ModuleDict,
+    held_out: tuple[np.ndarray, Tensor],
+    none: int,
+    config: LayoutTrainingConfig,
+    alpha_bar: Tensor,
+) -> dict[str, float]:
+    """The loss with the true and with the empty layout, on the same noises."""
+    images, tokens = held_out
+    generator = torch.Generator().manual_seed(config.seed)
+    x0 = to_x0(images, config.space_to_depth)
+    t = torch.randint(len(alpha_bar), (len(x0),), generator=generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    return {
+        "layout": noise_loss(model, x0, t, eps, tokens, alpha_bar).item(),
+        "empty": noise_loss(model, x0, t, eps, empty(tokens, none), alpha_bar).item(),
+    }

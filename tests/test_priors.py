@@ -1,0 +1,221 @@
+"""The prior over layouts: it knows what it was trained on, and its gradient is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dive_fast.errors import ModelError, RunError
+from dive_fast.layouts import Layout, LayoutFormat
+from dive_fast.priors import LayoutPrior, PriorTrainingConfig, load_prior, train_prior, training
+from dive_fast.priors.layout_prior import table_digest
+
+FORMAT = LayoutFormat.compact(("left", "right"), max_objects=3, grid=5)
+TABLE = torch.randn(FORMAT.vocabulary_size, 8, generator=torch.Generator().manual_seed(0))
+CONFIG = PriorTrainingConfig(
+    width=32, layers=2, heads=2, steps=300, batch_size=64, learning_rate=1e-2, warmup_steps=20
+)
+
+
+def pairs(seed: int, n: int = 64) -> Tensor:
+    """Two objects of one size side by side in one row, "left" before "right"; a third is absent."""
+    rows = []
+    generator = torch.Generator().manual_seed(seed)
+    for x, y in torch.randint(3, (n, 2), generator=generator).tolist():
+        boxes = torch.tensor([[x, y, x + 1, y + 2], [x + 1, y, x + 2, y + 2]]) / 4.0
+        rows.append(FORMAT.encode(Layout(boxes, torch.tensor([0, 1]))))
+    return torch.stack(rows)
+
+
+def make_prior(form: LayoutFormat = FORMAT, table: Tensor = TABLE) -> LayoutPrior:
+    """Random weights all over, so that everything matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokens = torch.randint(len(table), (20, form.n_slots))
+        prior = LayoutPrior.for_table(form, table, tokens, width=32, layers=2, heads=2)
+        with torch.no_grad():
+            for parameter in prior.parameters():
+                parameter.normal_(std=0.2)
+    return prior.eval().requires_grad_(False)
+
+
+def train(out: Path, config: PriorTrainingConfig = CONFIG) -> tuple[LayoutPrior, float]:
+    out.mkdir(exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        sizes = dict(width=config.width, layers=config.layers, heads=config.heads)
+        prior = LayoutPrior.for_table(FORMAT, TABLE, pairs(0), **sizes)
+    loss = train_prior(prior, TABLE, pairs, pairs(10**6), config, out, progress=False)
+    return prior, loss
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> LayoutPrior:
+    return train(tmp_path_factory.mktemp("prior"))[0]
+
+
+def mean_losses(prior: LayoutPrior, tokens: Tensor, k: int = 64) -> Tensor:
+    """[N], the same probes for all."""
+    generator = torch.Generator().manual_seed(3)
+    timesteps = torch.linspace(100, 900, k).long()
+    noises = torch.randn(k, FORMAT.n_slots, TABLE.shape[1], generator=generator)
+    return prior.losses(TABLE[tokens], timesteps, noises).mean(dim=1)
+
+
+def duplicate(tokens: Tensor) -> Tensor:
+    tokens = tokens.clone()
+    tokens[:, 6:9] = tokens[:, 0:3]
+    return tokens
+
+
+def sliver(tokens: Tensor) -> Tensor:
+    """A third object, half as high as the first one and inside it."""
+    tokens = duplicate(tokens)
+    tokens[:, 8] -= FORMAT.grid
+    return tokens
+
+
+def swap_classes(tokens: Tensor) -> Tensor:
+    tokens = tokens.clone()
+    tokens[:, [0, 3]] = tokens[:, [3, 0]]
+    return tokens
+
+
+# About a third of what was measured: 0.073, 0.115 and 0.019.
+@pytest.mark.parametrize(
+    ("spoil", "margin"), [(duplicate, 0.025), (sliver, 0.04), (swap_classes, 0.006)]
+)
+def test_unusual_layouts_have_a_higher_loss(trained: LayoutPrior, spoil, margin: float) -> None:
+    good = pairs(77)
+    assert (mean_losses(trained, spoil(good)) - mean_losses(trained, good)).mean() > margin
+
+
+def test_objects_have_no_order() -> None:
+    """Objects and their noises in another order give the same loss; noises alone do not."""
+    prior, v = make_prior().double(), TABLE[pairs(1, 5)].double()
+    generator = torch.Generator().manual_seed(1)
+    timesteps = torch.tensor([10, 500, 990])
+    noises = torch.randn(3, *v.shape[1:], generator=generator, dtype=torch.float64)
+    order = torch.tensor([6, 7, 8, 0, 1, 2, 3, 4, 5])
+    losses = prior.losses(v, timesteps, noises)
+    torch.testing.assert_close(prior.losses(v[:, order], timesteps, noises[:, order]), losses)
+    assert not torch.allclose(prior.losses(v[:, order], timesteps, noises), losses)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_gradient_is_that_of_finite_differences(crop: bool) -> None:
+    form = LayoutFormat.compact(("a",), max_objects=2, grid=3, crop=crop)
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(form.vocabulary_size, 4, generator=generator)
+    prior = make_prior(form, table).double()
+    v = torch.randn(2, form.n_slots, 4, generator=generator, dtype=torch.float64)
+    noises = torch.randn(3, form.n_slots, 4, generator=generator, dtype=torch.float64)
+    timesteps = torch.tensor([0, 400, 999])
+    assert torch.autograd.gradcheck(
+        lambda v: prior.losses(v, timesteps, noises), v.requires_grad_(True)
+    )
+
+
+def test_losses_by_hand() -> None:
+    """Row by row, from the schedule's factors and the network's prediction."""
+    prior, v = make_prior(), TABLE[pairs(1, 3)]
+    noises = torch.randn(2, *v.shape[1:], generator=torch.Generator().manual_seed(4))
+    timesteps = torch.tensor([50, 700])
+    found = prior.losses(v, timesteps, noises)
+    assert found.shape == (3, 2) and found.dtype == torch.float32
+    for n in range(3):
+        for k, t in enumerate(timesteps.tolist()):
+            a, s = prior.schedule.a[t], prior.schedule.s[t]
+            v_t = a * prior.config.scale * v[n] + s * noises[k]
+            eps = prior(v_t[None], torch.tensor([t]))[0]
+            torch.testing.assert_close(found[n, k], (noises[k] - eps).square().mean())
+
+
+def test_embeddings_get_unit_variance() -> None:
+    tokens = pairs(0)
+    prior = LayoutPrior.for_table(FORMAT, 7 * TABLE, tokens, width=32, layers=1, heads=2)
+    assert float((prior.config.scale * 7 * TABLE[tokens]).std()) == pytest.approx(1, rel=1e-5)
+
+
+def test_no_layouts_and_no_probes() -> None:
+    prior = make_prior()
+    v, noises = TABLE[pairs(0, 2)], torch.zeros(3, FORMAT.n_slots, 8)
+    assert prior.losses(v[:0], torch.tensor([1, 2, 3]), noises).shape == (0, 3)
+    assert prior.losses(v, torch.tensor([], dtype=torch.int64), noises[:0]).shape == (2, 0)
+
+
+def test_training_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "STATE_EVERY", 4)
+    config = dataclasses.replace(CONFIG, steps=6)
+    expected, loss = train(tmp_path / "uncut", config)
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "uncut" / "training.pt", tmp_path / "cut")  # of step 4 of 6
+    found, again = train(tmp_path / "cut", config)
+    assert loss == again
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    with pytest.raises(RunError, match="training run with another configuration"):
+        train(tmp_path / "cut", dataclasses.replace(config, seed=1))
+
+
+class TestDirectory:
+    def test_round_trip(self, trained: LayoutPrior, tmp_path: Path) -> None:
+        trained.save_pretrained(tmp_path)
+        assert (tmp_path / "config.json").exists()
+        again = load_prior(tmp_path, FORMAT, TABLE)
+        assert not any(p.requires_grad for p in again.parameters())
+        tokens = pairs(5)
+        torch.testing.assert_close(mean_losses(again, tokens), mean_losses(trained, tokens))
+
+    def test_of_another_model(self, tmp_path: Path) -> None:
+        make_prior().save_pretrained(tmp_path)
+        other = LayoutFormat.compact(("up", "down"), max_objects=3, grid=5)
+        for form, table in ((other, TABLE), (FORMAT, TABLE + 0.1)):
+            with pytest.raises(ModelError, match="holds a prior of another model"):
+                load_prior(tmp_path, form, table)
+
+    def test_the_table_may_be_stored_in_half_precision(self) -> None:
+        assert table_digest(TABLE) == table_digest(TABLE.half().float())
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="expected the folder prior"):
+            load_prior(tmp_path / "prior", FORMAT, TABLE)
+
+    def test_a_part_is_missing(self, tmp_path: Path) -> None:
+        make_prior().save_pretrained(tmp_path)
+        (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+        with pytest.raises(ModelError, match=r"expected weights .*\.safetensors"):
+            load_prior(tmp_path, FORMAT, TABLE)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("v", "timesteps", "noises", "message"),
+        [
+            ((2, 8, 8), 1, (1, 8, 8), r"expected token embeddings \[N, 3 x objects, 8\]"),
+            ((2, 9, 7), 1, (1, 9, 7), r"expected token embeddings .*got \[2, 9, 7\]"),
+            ((9, 8), 1, (1, 9, 8), r"expected token embeddings .*got \[9, 8\]"),
+            ((2, 9, 8), 1, (1, 6, 8), r"expected noises \[k, 9, 8\].*got \[1, 6, 8\]"),
+            ((2, 9, 8), 2, (1, 9, 8), r"expected timesteps int64 of shape \[1\]"),
+        ],
+    )
+    def test_shapes(self, v: tuple, timesteps: int, noises: tuple, message: str) -> None:
+        with pytest.raises(ModelError, match=message):
+            make_prior().losses(
+                torch.zeros(v), torch.zeros(timesteps, dtype=torch.int64), torch.zeros(noises)
+            )
+
+    @pytest.mark.parametrize("t", [-1, 1000])
+    def test_timesteps(self, t: int) -> None:
+        with pytest.raises(ModelError, match=rf"timesteps in \[0, 1000\), got {t}"):
+            make_prior().losses(torch.zeros(1, 9, 8), torch.tensor([t]), torch.zeros(1, 9, 8))
+
+    @pytest.mark.parametrize("width", [16, 33, 50])
+    def test_sizes(self, width: int) -> None:
+        with pytest.raises(ModelError, match=f"expected an even width of at least 24 .*{width}"):
+            LayoutPrior(8, width=width, heads=4)

@@ -1,0 +1,163 @@
+"""Training a layout-to-image model: resuming, where tokens start, and the model that comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command import assert_refused, call
+
+from dive_fast import train_layout
+from dive_fast.errors import RunError
+from dive_fast.models import load_model
+from dive_fast.train_layout import SCENES_FORMAT, build, scene_tokens, train_scenes
+from dive_fast.zoo import training_layout
+from dive_fast.zoo.scenes import SceneMaker
+from dive_fast.zoo.training_layout import (
+    LayoutTrainingConfig,
+    empty,
+    shuffle_objects,
+    to_x0,
+    train_layout_model,
+)
+
+TINY = LayoutTrainingConfig(
+    sample_size=32,
+    in_channels=1,
+    channels=(16,),
+    width=8,
+    encoder_layers=1,
+    heads=1,
+    attention=(True,),
+    head_channels=8,
+    norm_groups=4,
+    space_to_depth=4,
+    steps=6,
+    batch_size=4,
+    warmup_steps=2,
+)
+
+
+def train(out: Path, config: LayoutTrainingConfig = TINY) -> tuple[dict, dict[str, float]]:
+    """All weights after training, and the losses of the held-out scenes."""
+    out.mkdir(exist_ok=True)
+    make = SceneMaker("train")
+
+    def draw(step: int):
+        made = make(config.batch_size, (config.seed, step))
+        return made.images, scene_tokens(made.boxes, made.class_ids)
+
+    torch.manual_seed(config.seed)
+    unet, encoder = build(SCENES_FORMAT, config)
+    losses = train_layout_model(
+        unet, encoder, draw, draw(10**6), SCENES_FORMAT.none, config, out, progress=False
+    )
+    return {**unet.state_dict(), **encoder.state_dict()}, losses
+
+
+def test_training_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """From the last state that was written: bit for bit the weights of the uncut run."""
+    monkeypatch.setattr(training_layout, "STATE_EVERY", 4)
+    expected, losses = train(tmp_path / "uncut")
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "uncut" / "training.pt", tmp_path / "cut")  # of step 4 of 6
+    found, again = train(tmp_path / "cut")
+    assert losses == again
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    with pytest.raises(RunError, match="training run with another configuration"):
+        train(tmp_path / "cut", dataclasses.replace(TINY, seed=1))
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, steps=60, batch_size=16, learning_rate=3e-3)
+    _, before = train(tmp_path / "before", dataclasses.replace(config, steps=1))
+    _, after = train(tmp_path / "after", config)
+    assert after["layout"] < 0.85 * before["layout"]
+
+
+def test_objects_are_shuffled_whole() -> None:
+    """Triples move as one, the crop's corners stay, and every order comes up."""
+    tokens = torch.arange(11).expand(200, 11)
+    shuffled = shuffle_objects(tokens, torch.Generator().manual_seed(0))
+    assert torch.equal(shuffled[:, 9:], tokens[:, 9:])
+    triples = shuffled[:, :9].view(200, 3, 3)
+    assert torch.equal(triples - triples[:, :, :1], torch.arange(3).expand(200, 3, 3))
+    orders = {tuple(row) for row in triples[:, :, 0].tolist()}
+    assert len(orders) == 6 and {tuple(sorted(order)) for order in orders} == {(0, 3, 6)}
+
+
+def test_an_empty_layout_keeps_the_crop() -> None:
+    tokens = torch.arange(8)[None]
+    assert empty(tokens, 99).tolist() == [[99] * 6 + [6, 7]]
+    assert tokens.tolist() == [list(range(8))]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 8, 8, 3)])
+def test_pictures_become_x0(shape: tuple[int, ...]) -> None:
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    x0 = to_x0(images.numpy(), 2)
+    channels = 4 * (shape[3] if len(shape) == 4 else 1)
+    assert x0.shape == (2, channels, 4, 4) and x0.dtype == torch.float32
+    back = torch.nn.functional.pixel_shuffle(x0, 2).add(1).mul(127.5).round().to(torch.uint8)
+    assert torch.equal(back.movedim(1, -1).reshape(shape), images)
+
+
+def test_near_corners_start_near() -> None:
+    """Each corner's nearest other corner, by embedding, is a neighbour on the grid."""
+    torch.manual_seed(0)
+    _, encoder = build(SCENES_FORMAT, dataclasses.replace(TINY, width=32))
+    start, stop = SCENES_FORMAT.coordinate_range
+    table = encoder.token_embedding.weight.detach()
+    corners = table[start:stop]
+    distances = torch.cdist(corners, corners).fill_diagonal_(float("inf"))
+    nearest, own = distances.argmin(dim=1), torch.arange(len(corners))
+    grid = SCENES_FORMAT.grid
+    steps = (nearest % grid - own % grid).abs() + (nearest // grid - own // grid).abs()
+    assert steps.max() == 1
+    # Of one size all over, and classes of about that size too.
+    norms = corners.norm(dim=1)
+    torch.testing.assert_close(norms, norms[:1].expand_as(norms))
+    assert 0.5 < table[:start].norm(dim=1).mean() / norms[0] < 2
+
+
+def test_a_width_that_four_does_not_divide() -> None:
+    _, encoder = build(SCENES_FORMAT, dataclasses.replace(TINY, width=10, heads=1))
+    assert torch.isfinite(encoder.token_embedding.weight).all()
+
+
+def test_scenes_end_to_end(tmp_path: Path, monkeypatch, capsys) -> None:
+    """``dive-fast train scenes`` writes a model that loads, and does not overwrite it."""
+    monkeypatch.setattr(train_layout, "SCENES", TINY)
+    monkeypatch.setattr(train_layout, "N_HELD_OUT", 8)
+    said = call(capsys, "train", "scenes", "--out", tmp_path / "model", "--steps", 2)
+    assert said.code == 0
+    assert "loss of held-out scenes" in said.out and "that of an empty canvas" in said.out
+    model = load_model(tmp_path / "model")
+    assert model.layout == SCENES_FORMAT and model.image_shape == (1, 32, 32)
+    facts = json.loads((tmp_path / "model" / "dive_fast.json").read_text())
+    assert facts["config"]["steps"] == 2 and facts["expected"]["layout"] > 0
+    assert_refused(
+        call(capsys, "train", "scenes", "--out", tmp_path / "model"), "holds a model already"
+    )
+
+
+class TestBadInput:
+    def test_data(self, tmp_path: Path, capsys) -> None:
+        said = call(capsys, "train", "scenes", "--out", tmp_path / "out", "--data", "x.npz")
+        assert_refused(said, "expected no --data, got x.npz")
+        assert not (tmp_path / "out").exists()
+
+    def test_out_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(RunError, match="file cannot be made a directory"):
+            train_scenes(tmp_path / "file", progress=False)
+
+    def test_damaged_state(self, tmp_path: Path) -> None:
+        (tmp_path / "training.pt").write_bytes(b"not a state")
+        with pytest.raises(RunError, match=r"training\.pt is damaged and cannot be resumed from"):
+            train(tmp_path)
