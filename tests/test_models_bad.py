@@ -202,8 +202,8 @@ def test_broken_directory(
     ("model", "message"),
     [
         (
-            "mnist",
-            r"unknown model 'mnist': expected a model of the zoo \(.*digits.*\), a directory",
+            "cifar",
+            r"unknown model 'cifar': expected a model of the zoo \(.*digits.*\), a directory",
         ),
         ("no/such/directory", "unknown model 'no/such/directory'"),
         (__file__, "expected a model directory, got the file"),
