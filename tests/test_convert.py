@@ -215,7 +215,8 @@ def test_files_that_are_no_checkpoint(tmp_path, capsys):
     for name, content in (("a.ckpt", b"text"), ("b.ckpt", b""), ("c.safetensors", b"text")):
         (tmp_path / name).write_bytes(content)
         said = call(capsys, "convert", tmp_path / name, *out)
-        assert_refused(said, f"{name} cannot be read as a checkpoint")
+        assert_refused(said, f"{name} cannot be read as a checkpoint: expected a state dict")
+        assert "weights_only" not in said.err
 
 
 def test_the_directory_states_its_parts(tmp_path):

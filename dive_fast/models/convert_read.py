@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import first_line
 
 UNET = "model.diffusion_model."
 ENCODER = "cond_stage_model.transformer."
@@ -67,7 +66,8 @@ def _plain(error: Exception) -> str:
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
     if refused:
         return f"it holds the object {refused[1]}, and only weights are read."
-    return first_line(error)
+    # Whatever else torch.load says ends in the advice to load without that safety.
+    return "expected a state dict as torch.save or safetensors writes it, got something else."
 
 
 def unet_config(part: Mapping[str, Tensor], latent_size: int, head_channels: int) -> dict[str, Any]:
