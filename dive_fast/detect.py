@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ class LayoutDetector:
         p(c | rest, x0) = softmax over classes and "not there" of -beta L
         """
         answer: LayoutAnswer = finished.answer
-        if answer.losses.isnan().any() or answer.loss != answer.loss:
+        if answer.losses.isnan().any() or math.isnan(answer.loss):
             raise ModelError(
                 f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN: "
                 f"its weights, its schedule or this precision cannot be right."

@@ -27,7 +27,7 @@ from dive_fast.zoo.training import (
     augment_images,
     train_transformer,
 )
-from dive_fast.zoo.training_state import LOG
+from dive_fast.zoo.training_state import prepare_directory
 
 PROBES = 100
 N_FIT = 300
@@ -98,14 +98,7 @@ def train_zoo_model(
             else f"the {model} come with scikit-learn: expected no --data, got {data}."
         )
     train, held_out = (recipe.load(data, part) for part in ("train", "test"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
-    # dive_fast.json comes last: a model of ours without it was cut off while it was measured.
-    unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
-    if (out / "model_index.json").exists() and not unfinished:
-        raise RunError(f"{out} holds a model already; choose another --out.")
+    prepare_directory(out)
     config = dataclasses.replace(recipe.config, steps=steps or recipe.config.steps, seed=seed)
     transformer = train_transformer(train.images, train.labels, config, out, progress)
     try:

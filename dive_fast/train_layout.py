@@ -12,14 +12,13 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from dive_fast.errors import RunError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.models.layout import LayoutToImageModel, build_layout_model
 from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.zoo import scenes
 from dive_fast.zoo.scenes import SceneMaker, load_scenes
 from dive_fast.zoo.training_layout import SCENES, LayoutTrainingConfig, train_layout_model
-from dive_fast.zoo.training_state import LOG
+from dive_fast.zoo.training_state import prepare_directory
 
 TOKEN_STD = 0.5
 N_HELD_OUT = 256  # scenes whose loss the log states
@@ -45,7 +44,7 @@ def train_scenes(
     out = Path(out)
     config = dataclasses.replace(SCENES, steps=steps or SCENES.steps, seed=seed)
     make, held_out = SceneMaker("train"), load_scenes("test", N_HELD_OUT)
-    prepare(out)
+    prepare_directory(out)
 
     def draw(step: int) -> tuple[np.ndarray, Tensor]:
         made = make(config.batch_size, (config.seed, step))
@@ -110,22 +109,6 @@ def start_tokens(encoder: LayoutEncoder, layout: LayoutFormat) -> None:
         table = encoder.token_embedding.weight.normal_(std=TOKEN_STD)
         table[start:stop, : 4 * n] = corners.flatten(0, 1) * (TOKEN_STD * math.sqrt(2))
         encoder.position_embedding.weight.normal_(std=TOKEN_STD)
-
-
-def prepare(out: Path) -> None:
-    """Makes the directory.
-
-    Raises:
-        RunError: it cannot be made, or holds a finished model.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
-    # dive_fast.json comes last: a model of ours without it was cut off while it was measured.
-    unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
-    if (out / "model_index.json").exists() and not unfinished:
-        raise RunError(f"{out} holds a model already; choose another --out.")
 
 
 def scene_tokens(boxes: np.ndarray, class_ids: np.ndarray) -> Tensor:

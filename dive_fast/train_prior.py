@@ -45,7 +45,7 @@ def train_layout_prior(
     progress: bool = True,
     tell: Callable[[str], object] = print,
 ) -> TrainedPrior:
-    """Trains a prior into ``out``; ``MODEL/prior`` is where detectors look for it.
+    """Trains a prior into ``out``, usually ``MODEL/prior``.
 
     A tenth of the images, always the same, is held out.
 

@@ -140,6 +140,7 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
     [
         ({"--images": None}, "expected --images DIR, the pictures of .*boxes.json, got none"),
         ({"--timesteps": "uniform"}, "--timesteps is for classifiers"),
+        ({"--timestep-embedding": "original"}, "--timestep-embedding is for DiTs"),
         ({"--model": "digits"}, "expected a layout-to-image model, got digits"),
         ({"--data": "nothing.json"}, "nothing.json"),
     ],

@@ -47,7 +47,7 @@ def test_conditions_are_tokens_of_the_layout(model) -> None:
         (embedded,) = board.conditions([items])
         tokens = embedded.argmax(dim=1)
         assert board.items(tokens) == items
-        assert torch.equal(board.embed(tokens[None])[0], embedded)
+        assert torch.equal(board.table[tokens], embedded)
         layout = model.layout.decode(tokens)
         assert layout.class_ids.tolist() == [item.class_id for item in items]
 

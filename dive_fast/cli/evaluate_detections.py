@@ -25,6 +25,8 @@ def run(options: argparse.Namespace) -> int:
     for name in FOR_CLASSIFIERS:
         if getattr(options, name) is not None:
             raise DataError(f"--{name} is for classifiers; {options.data} is for detectors.")
+    if options.timestep_embedding != "auto":
+        raise DataError(f"--timestep-embedding is for DiTs; {options.data} is for detectors.")
     strategy = chosen_layout_strategy(options)
     data = read_coco(options.data, options.images)
     detector = load_detector(options)

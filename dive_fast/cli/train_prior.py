@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="the prior's directory; detectors look in the model's folder prior",
+        help="the prior's directory",
     )
     parser.add_argument("--steps", type=count, metavar="N", help="of the training (default: 10000)")
     parser.add_argument("--seed", type=seed, default=0, help="of the training (default: 0)")

@@ -24,6 +24,22 @@ class Course(Protocol):
     warmup_steps: int
 
 
+def prepare_directory(out: Path) -> None:
+    """Makes the directory of a model that is to be trained.
+
+    Raises:
+        RunError: it cannot be made, or holds a finished model.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
+    # dive_fast.json comes last: a model of ours without it was cut off while it was measured.
+    unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
+    if (out / "model_index.json").exists() and not unfinished:
+        raise RunError(f"{out} holds a model already; choose another --out.")
+
+
 def learning_rate_at(step: int, config: Course) -> float:
     """Linear warm-up, then a half cosine to zero."""
     warm = min(1.0, (step + 1) / config.warmup_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dive_fast.layouts import LayoutFormat
 from dive_fast.probes import ProbeList, low_discrepancy_probes
 from dive_fast.projection import SLOTS_PER_OBJECT
 from dive_fast.requests import Gradients, Losses
+from dive_fast.strategies.base import Strategy
 
 DEFAULT_PROBES = 48
 T_RANGE = (0.1, 0.6)
@@ -40,21 +41,8 @@ Items = tuple[Item, ...]
 Steps = Generator[Losses | Gradients, Any, Any]
 
 
-class LayoutStrategy(Protocol):
-    """The settings of a search for layouts: a frozen dataclass with two methods.
-
-    Attributes:
-        loss: "l2", "l1" or "huber".
-    """
-
-    name: ClassVar[str]
-    loss: str
-
-    def probes(
-        self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int
-    ) -> ProbeList:
-        """The probe list that this strategy wants when the user gives none."""
-        ...
+class LayoutStrategy(Strategy, Protocol):
+    """A ``Strategy`` that searches for layouts."""
 
     def search(self, board: Board) -> Steps:
         """A generator that yields requests for one image and returns a ``LayoutAnswer``."""
@@ -112,10 +100,6 @@ class Board:
     probes: ProbeList
     seed: int = 0
     penalty: Callable[[Tensor], Tensor] | None = None
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [N, S] to conditions float32 [N, S, D]."""
-        return self.table[tokens]
 
     def conditions(self, layouts: Sequence[Items]) -> Tensor:
         """Token embeddings of layouts, float32 [N, S, D]."""
