@@ -204,7 +204,7 @@ def test_parts_that_do_not_fit():
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    with pytest.raises(ModelError, match="expected 3 or 6 output channels of the unet, got 1"):
+    with pytest.raises(ModelError, match="expected 3 or 6 output channels of the denoiser, got 1"):
         LayoutToImageModel(plain, encoder, schedule)
 
 
