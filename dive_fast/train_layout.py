@@ -21,7 +21,12 @@ from dive_fast.models.layout_transformer import (
 )
 from dive_fast.zoo import scenes
 from dive_fast.zoo.scenes import SceneMaker, load_scenes
-from dive_fast.zoo.training_layout import SCENES, LayoutTrainingConfig, train_layout_model
+from dive_fast.zoo.training_layout import (
+    SCENES,
+    Draw,
+    LayoutTrainingConfig,
+    train_layout_model,
+)
 from dive_fast.zoo.training_state import prepare_directory
 
 TOKEN_STD = 0.5
@@ -54,19 +59,32 @@ def train_scenes(
         made = make(config.batch_size, (config.seed, step))
         return made.images, scene_tokens(made.boxes, made.class_ids)
 
-    torch.manual_seed(config.seed)
-    trained = build(SCENES_FORMAT, config)
     shown = (held_out.images, scene_tokens(held_out.boxes, held_out.class_ids))
-    expected = train_layout_model(trained, draw, shown, SCENES_FORMAT.none, config, out, progress)
+    return train_into(out, SCENES_FORMAT, config, draw, shown, "dive-fast train scenes", progress)
+
+
+def train_into(
+    out: Path,
+    layout: LayoutFormat,
+    config: LayoutTrainingConfig,
+    draw: Draw,
+    held_out: tuple[np.ndarray, Tensor],
+    command: str,
+    progress: bool,
+) -> dict[str, float]:
+    """Trains a new model and writes its directory; returns what is expected of it.
+
+    Raises:
+        RunError: the directory cannot be written, or holds another training's state.
+    """
+    torch.manual_seed(config.seed)
+    trained = build(layout, config)
+    expected = train_layout_model(trained, draw, held_out, layout.none, config, out, progress)
     scheduler = DDPMScheduler(beta_schedule="linear")
     model = LayoutTransformerModel(trained.transformer, trained.encoder, scheduler)
     # Half precision halves the file; what is loaded again computes in float32.
     model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
-    facts = {
-        "command": "dive-fast train scenes --out DIR",
-        "config": dataclasses.asdict(config),
-        "expected": expected,
-    }
+    facts = {"command": command, "config": dataclasses.asdict(config), "expected": expected}
     (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
     return expected
 
