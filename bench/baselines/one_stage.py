@@ -20,6 +20,7 @@ STRIDE = 2
 CENTRE_RADIUS = 1.5  # cells around a box's centre that answer for it
 PRIOR = 0.01  # score of every class before training
 MIN_SCORE = 0.01
+BEFORE_NMS = 300  # candidates of a picture
 NMS_IOU = 0.6
 MAX_DETECTIONS = 100
 BOX_WEIGHT = 2.0
@@ -190,7 +191,9 @@ def _best(scores: Tensor, boxes: Tensor) -> Found:
     """From scores [cells, C] and boxes [cells, 4]."""
     real = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     cells, class_ids = ((scores > MIN_SCORE) & real[:, None]).nonzero(as_tuple=True)
-    scores, boxes = scores[cells, class_ids], boxes[cells]
+    scores, order = scores[cells, class_ids].sort(descending=True, stable=True)
+    scores, order = scores[:BEFORE_NMS], order[:BEFORE_NMS]
+    boxes, class_ids = boxes[cells[order]], class_ids[order]
     # Boxes of different classes are moved apart, so that none suppresses another's.
     apart = boxes + (class_ids * (boxes.max() + 1) if len(boxes) else class_ids)[:, None]
     kept = nms(apart, scores, NMS_IOU)[:MAX_DETECTIONS]
