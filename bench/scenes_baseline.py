@@ -102,7 +102,6 @@ def train(out: Path, config: BaselineConfig, say: Callable[[str], None] = print)
     net = config.build().to(memory_format=torch.channels_last).train()
     average = copy.deepcopy(net).eval()
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config.weight_decay)
-    # As torch.load returns it, so that it can be compared.
     settings = dataclasses.asdict(config)
     step, cpu_seconds, seconds, running = 0, 0.0, 0.0, None
     state = read_state(out, settings)
