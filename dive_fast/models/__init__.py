@@ -44,9 +44,12 @@ def _load_dit(directory: Path, **options) -> Model:
 
 
 def _load_stable_diffusion(directory: Path, **options) -> Model:
-    from dive_fast.models import stable_diffusion
+    from dive_fast.models import geodiffusion, stable_diffusion
+    from dive_fast.models.location_prompts import has_location_tokens
 
-    return stable_diffusion.load(directory, **options)
+    # GeoDiffusion saves an ordinary pipeline: what tells it apart is its tokenizer.
+    family = geodiffusion if has_location_tokens(directory) else stable_diffusion
+    return family.load(directory, **options)
 
 
 def _load_layout(directory: Path, **options) -> Model:
