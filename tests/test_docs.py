@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
+from tiny_geodiffusion import write_geodiffusion
 from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
@@ -83,9 +84,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.fixture(scope="module")
+def geodiffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with location tokens."""
+    return write_geodiffusion(tmp_path_factory.mktemp("geodiffusion") / "tiny")
+
+
 @pytest.mark.filterwarnings("ignore:prompts are cut")  # of the tiny text encoder
 @pytest.mark.parametrize("code", snippets())
-def test_code_runs(code, tmp_path, monkeypatch, hub):
+def test_code_runs(code, tmp_path, monkeypatch, hub, geodiffusion):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "_STRATEGIES", dict(base._STRATEGIES))
@@ -105,6 +112,7 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         **text_conditional(),
         **annotated(),
         "load": lambda directory, **options: None,
+        "geodiffusion": geodiffusion,
     }
     exec(compile(code, "<docs>", "exec"), names)
     if "halving" in code:

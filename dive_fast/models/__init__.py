@@ -114,9 +114,10 @@ def load_model(
         allow_pickle: also take pickled ``.bin`` weights (read with ``weights_only=True``).
         timestep_embedding: "auto", "diffusers" or "original" (DiT only).
         classes: of a text-conditional model: names, or a mapping of each name to its prompt or
-            prompts; where None, those that its directory states.
+            prompts (with location tokens: to its phrase); where None, those that its directory
+            states.
         templates: what makes a prompt of a name, with "{}" in its place; "a photo of a {}." if
-            None.
+            None. Of a model with location tokens one, with "{bbox}" in the place of the objects.
         average: of several prompts per class, "embedding" (the default) or "loss".
 
     Raises:
