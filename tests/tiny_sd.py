@@ -141,7 +141,7 @@ def write_sd(
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    return _save(pipeline, directory)
+    return save_pipeline(pipeline, directory)
 
 
 def write_sdxl(directory: Path, *, seed: int = 0, zeros: bool = True) -> Path:
@@ -162,7 +162,7 @@ def write_sdxl(directory: Path, *, seed: int = 0, zeros: bool = True) -> Path:
             force_zeros_for_empty_prompt=zeros,
             add_watermarker=False,
         )
-    return _save(pipeline, directory)
+    return save_pipeline(pipeline, directory)
 
 
 def write_to_hub(cache: Path, hub_id: str) -> Path:
@@ -174,7 +174,7 @@ def write_to_hub(cache: Path, hub_id: str) -> Path:
     return write_sd(repository / "snapshots" / commit)
 
 
-def _save(pipeline, directory: Path) -> Path:
+def save_pipeline(pipeline, directory: Path) -> Path:
     pipeline.save_pretrained(directory)
     # The published layout of a tokenizer, over whatever this version of transformers saves.
     for folder in directory.glob("tokenizer*"):

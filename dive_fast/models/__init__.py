@@ -44,9 +44,16 @@ def _load_dit(directory: Path, **options) -> Model:
 
 
 def _load_stable_diffusion(directory: Path, **options) -> Model:
-    from dive_fast.models import stable_diffusion
+    from dive_fast.models import gligen, stable_diffusion
 
-    return stable_diffusion.load(directory, **options)
+    family = gligen if gligen.is_gligen(directory) else stable_diffusion
+    return family.load(directory, **options)
+
+
+def _load_gligen(directory: Path, **options) -> Model:
+    from dive_fast.models import gligen
+
+    return gligen.load(directory, **options)
 
 
 def _load_layout(directory: Path, **options) -> Model:
@@ -70,6 +77,7 @@ _FAMILIES: dict[str, _Family] = {
     "LayoutToImagePipeline": _Family(
         _load_layout, ("unet", "layout_encoder", "vae", "scheduler", "prior")
     ),
+    "StableDiffusionGLIGENPipeline": _Family(_load_gligen, _STABLE_DIFFUSION.folders, text=True),
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": _SDXL,

@@ -29,7 +29,12 @@ from dive_fast.models.autoencoder import (
 )
 from dive_fast.models.checkpoint import fingerprint, load_component, read_json
 from dive_fast.models.layout_encoder import LayoutEncoder
-from dive_fast.models.layout_support import check_pictures, check_unet, read_format
+from dive_fast.models.layout_support import (
+    check_pictures,
+    check_unet,
+    embed_tokens,
+    read_format,
+)
 from dive_fast.models.protocol import State
 from dive_fast.models.unet_support import sample_side
 from dive_fast.schedule import Schedule
@@ -128,17 +133,7 @@ class LayoutToImageModel:
         Raises:
             ModelError: another shape or dtype, or tokens outside the vocabulary.
         """
-        slots, size = self.layout.n_slots, self.layout.vocabulary_size
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != slots:
-            raise ModelError(
-                f"expected tokens int64 of shape [N, {slots}], "
-                f"got {tokens.dtype} {list(tokens.shape)}."
-            )
-        if ((tokens < 0) | (tokens >= size)).any():
-            raise ModelError(
-                f"expected tokens in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}."
-            )
-        return self.vocabulary.table[tokens.cpu()].flatten(1)
+        return embed_tokens(self.layout, self.vocabulary.table, tokens)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``; condition is [M, S D]."""
