@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command import assert_refused, call
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from tiny_gligen import make_pipeline, write_gligen
 from tiny_sd import make_unet, write_sd
@@ -19,6 +20,7 @@ from dive_fast.engine import EngineOptions
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.layouts import Layout
 from dive_fast.models import load_model, needs_classes
+from dive_fast.models import unet as stages
 from dive_fast.models.gligen import Gligen, StagedGligen
 from dive_fast.models.protocol import StagedModel
 
@@ -203,6 +205,19 @@ def test_a_network_that_cannot_be_cut_runs_whole(tmp_path):
     assert condition.grad[1, [2, 8, 9]].abs().min() > 0
     model.set_layout(grid=5, max_objects=2)
     LayoutDetector(model)(Image.new("L", (16, 16)), lines=2, **FAST)
+
+
+def test_the_published_network_can_be_cut():
+    """Its configuration, without weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, attention_type="gated"
+        )
+        assert stages.can_be_cut(unet) and unet.position_net.positive_len == 768
+        grounded = stages.grounding(unet, torch.empty(2, 30, 768))
+    assert [x.shape[2] for x in grounded] == [320] * 2 + [640] * 2 + [1280] * 3 + (
+        [1280] * 3 + [640] * 3 + [320] * 3
+    )
 
 
 def test_phrases(directory):

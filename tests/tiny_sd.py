@@ -6,6 +6,7 @@ Random weights, scaled so that the prompt moves the loss: answers mean nothing, 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -165,13 +166,13 @@ def write_sdxl(directory: Path, *, seed: int = 0, zeros: bool = True) -> Path:
     return save_pipeline(pipeline, directory)
 
 
-def write_to_hub(cache: Path, hub_id: str) -> Path:
+def write_to_hub(cache: Path, hub_id: str, write: Callable[[Path], Path] = write_sd) -> Path:
     """The same where ``huggingface_hub`` keeps what it has fetched of ``hub_id``."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
-    return write_sd(repository / "snapshots" / commit)
+    return write(repository / "snapshots" / commit)
 
 
 def save_pipeline(pipeline, directory: Path) -> Path:
