@@ -44,9 +44,13 @@ def _load_dit(directory: Path, **options) -> Model:
 
 
 def _load_stable_diffusion(directory: Path, **options) -> Model:
-    from dive_fast.models import gligen, stable_diffusion
+    from dive_fast.models import geodiffusion, gligen, stable_diffusion
+    from dive_fast.models.location_prompts import has_location_tokens
 
-    family = gligen if gligen.is_gligen(directory) else stable_diffusion
+    # Both are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
+    if gligen.is_gligen(directory):
+        return gligen.load(directory, **options)
+    family = geodiffusion if has_location_tokens(directory) else stable_diffusion
     return family.load(directory, **options)
 
 

@@ -1,7 +1,6 @@
 """The family "layout-to-image": a UNet that cross-attends to an encoded layout.
 
-A condition is the token embeddings of a layout end to end, [M, S D]: the encoder and the keys and
-values of the cross-attentions depend on it alone, so they are computed once per condition.
+See ``layout_stages`` for the conditions and the parts of the network.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from dive_fast.errors import ModelError
 from dive_fast.layouts import LayoutFormat
-from dive_fast.models import unet as stages
 from dive_fast.models.autoencoder import (
     AUTOENCODERS,
     Autoencoder,
@@ -29,13 +27,8 @@ from dive_fast.models.autoencoder import (
 )
 from dive_fast.models.checkpoint import fingerprint, load_component, read_json
 from dive_fast.models.layout_encoder import LayoutEncoder
-from dive_fast.models.layout_support import (
-    check_pictures,
-    check_unet,
-    embed_tokens,
-    read_format,
-)
-from dive_fast.models.protocol import State
+from dive_fast.models.layout_stages import LayoutStages
+from dive_fast.models.layout_support import check_pictures, check_unet, read_format
 from dive_fast.models.unet_support import sample_side
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
@@ -44,7 +37,7 @@ PIPELINE = "LayoutToImagePipeline"
 HEAD_CHANNELS = 32
 
 
-class LayoutToImageModel:
+class LayoutToImageModel(LayoutStages):
     """A layout-to-image model; see ``models.protocol.Model`` for the attributes.
 
     Args:
@@ -100,16 +93,6 @@ class LayoutToImageModel:
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
         self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> LayoutToImageModel:
-        """Moves the UNet and the layout encoder; the VAE stays in float32."""
-        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
-        torch.nn.Module.to(self.unet, device, dtype)
-        torch.nn.Module.to(self.layout_encoder, device, dtype)
-        if self.vae is not None:
-            self.vae.to(device)
-        self.device, self.dtype = torch.device(device), dtype
-        return self
-
     def identity(self) -> dict[str, Any]:
         """Precision, format and fingerprints of the weights; not where the model lies."""
         return {
@@ -126,35 +109,6 @@ class LayoutToImageModel:
         if self.vae is not None:
             return encode_latents(self.vae, images, self.device)
         return F.pixel_unshuffle(images.float().to(self.device), self.space_to_depth)
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [N, S] to conditions, float32 [N, S D] on the CPU.
-
-        Raises:
-            ModelError: another shape or dtype, or tokens outside the vocabulary.
-        """
-        return embed_tokens(self.layout, self.vocabulary.table, tokens)
-
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """See ``models.protocol.Model.predict``; condition is [M, S D]."""
-        hidden = self._encode_layout(condition)
-        return self.unet(x_t.to(self.dtype), t, encoder_hidden_states=hidden).sample
-
-    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
-        """See ``models.protocol.StagedModel`` and ``models.unet``."""
-        return stages.prefix(self.unet, x_t.to(self.dtype), t)
-
-    def project(self, condition: torch.Tensor) -> State:
-        """The layout encoder, then the keys and values of all cross-attentions."""
-        return stages.project(self.unet, self._encode_layout(condition))
-
-    def encoder(self, prefix: State, projected: State) -> State:
-        """The rest of the down blocks."""
-        return stages.encoder(self.unet, prefix, projected)
-
-    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
-        """Mid block, up blocks and output."""
-        return stages.decoder(self.unet, encoded, projected)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a diffusers model directory that ``load_model`` reads.
@@ -188,16 +142,6 @@ class LayoutToImageModel:
             raise ModelError(
                 f"{directory} cannot be written: {error.strerror or error}."
             ) from error
-
-    def _encode_layout(self, condition: torch.Tensor) -> torch.Tensor:
-        """[N, S D] to what the UNet cross-attends to, [N, S, D]."""
-        shape = (self.layout.n_slots, self.vocabulary.dim)
-        if condition.dim() != 2 or condition.shape[1] != math.prod(shape):
-            raise ModelError(
-                f"the condition of the layout-to-image model {self.name} is the embeddings of "
-                f"{shape[0]} tokens, expected [N, {math.prod(shape)}], got {list(condition.shape)}."
-            )
-        return self.layout_encoder(condition.to(self.dtype).unflatten(1, shape))
 
 
 def build_layout_model(
