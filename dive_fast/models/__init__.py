@@ -45,10 +45,11 @@ def _load_dit(directory: Path, **options) -> Model:
 
 def _load_stable_diffusion(directory: Path, **options) -> Model:
     from dive_fast.models import geodiffusion, gligen, stable_diffusion
+    from dive_fast.models.gligen_support import is_gligen
     from dive_fast.models.location_prompts import has_location_tokens
 
     # Both are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
-    if gligen.is_gligen(directory):
+    if is_gligen(directory):
         return gligen.load(directory, **options)
     family = geodiffusion if has_location_tokens(directory) else stable_diffusion
     return family.load(directory, **options)
