@@ -12,6 +12,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from tiny_geodiffusion import write_geodiffusion
+from tiny_gligen import write_gligen
 from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
@@ -78,21 +79,17 @@ def test_every_page_has_code():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub cache in which a tiny model stands for the published one, so that examples run."""
+    """A hub cache in which tiny models stand for the published ones, so that examples run."""
     cache = tmp_path_factory.mktemp("hub")
     write_to_hub(cache, "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    write_to_hub(cache, "masterful/gligen-1-4-generation-text-box", write_gligen)
+    write_to_hub(cache, "KaiChen1998/geodiffusion-coco-stuff-512x512", write_geodiffusion)
     return cache
-
-
-@pytest.fixture(scope="module")
-def geodiffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with location tokens."""
-    return write_geodiffusion(tmp_path_factory.mktemp("geodiffusion") / "tiny")
 
 
 @pytest.mark.filterwarnings("ignore:prompts are cut")  # of the tiny text encoder
 @pytest.mark.parametrize("code", snippets())
-def test_code_runs(code, tmp_path, monkeypatch, hub, geodiffusion):
+def test_code_runs(code, tmp_path, monkeypatch, hub):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "_STRATEGIES", dict(base._STRATEGIES))
@@ -112,7 +109,6 @@ def test_code_runs(code, tmp_path, monkeypatch, hub, geodiffusion):
         **text_conditional(),
         **annotated(),
         "load": lambda directory, **options: None,
-        "geodiffusion": geodiffusion,
     }
     exec(compile(code, "<docs>", "exec"), names)
     if "halving" in code:

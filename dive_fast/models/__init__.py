@@ -44,12 +44,21 @@ def _load_dit(directory: Path, **options) -> Model:
 
 
 def _load_stable_diffusion(directory: Path, **options) -> Model:
-    from dive_fast.models import geodiffusion, stable_diffusion
+    from dive_fast.models import geodiffusion, gligen, stable_diffusion
+    from dive_fast.models.gligen_support import is_gligen
     from dive_fast.models.location_prompts import has_location_tokens
 
-    # GeoDiffusion saves an ordinary pipeline: what tells it apart is its tokenizer.
+    # Both are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
+    if is_gligen(directory):
+        return gligen.load(directory, **options)
     family = geodiffusion if has_location_tokens(directory) else stable_diffusion
     return family.load(directory, **options)
+
+
+def _load_gligen(directory: Path, **options) -> Model:
+    from dive_fast.models import gligen
+
+    return gligen.load(directory, **options)
 
 
 def _load_layout(directory: Path, **options) -> Model:
@@ -73,6 +82,7 @@ _FAMILIES: dict[str, _Family] = {
     "LayoutToImagePipeline": _Family(
         _load_layout, ("unet", "layout_encoder", "vae", "scheduler", "prior")
     ),
+    "StableDiffusionGLIGENPipeline": _Family(_load_gligen, _STABLE_DIFFUSION.folders, text=True),
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": _SDXL,

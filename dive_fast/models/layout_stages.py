@@ -12,6 +12,7 @@ from dive_fast.errors import ModelError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.models import unet as stages
 from dive_fast.models.autoencoder import Autoencoder
+from dive_fast.models.layout_support import embed_tokens
 from dive_fast.models.protocol import State
 from dive_fast.vocabulary import Vocabulary
 
@@ -56,17 +57,7 @@ class LayoutStages:
         Raises:
             ModelError: another shape or dtype, or tokens outside the vocabulary.
         """
-        slots, size = self.layout.n_slots, self.layout.vocabulary_size
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != slots:
-            raise ModelError(
-                f"expected tokens int64 of shape [N, {slots}], "
-                f"got {tokens.dtype} {list(tokens.shape)}."
-            )
-        if ((tokens < 0) | (tokens >= size)).any():
-            raise ModelError(
-                f"expected tokens in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}."
-            )
-        return self.vocabulary.table[tokens.cpu()].flatten(1)
+        return embed_tokens(self.layout, self.vocabulary.table, tokens)
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``; condition is [M, S D]."""

@@ -237,7 +237,7 @@ def check_parts(directory: Path, index: dict[str, Any], encoders: Sequence[str])
     """That the pipeline is made of the classes that are read here.
 
     Raises:
-        ModelError: it is not.
+        ModelError: a part is missing or of another class.
     """
     expected = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     for suffix, class_name in zip(SUFFIXES, encoders, strict=False):
