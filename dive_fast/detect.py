@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dive_fast.errors import ModelError
 from dive_fast.images import as_pictures, squashed_tensor
 from dive_fast.models import load_model, own_directory
 from dive_fast.models.batch_size import rows_per_batch
+from dive_fast.models.prompts import Classes
 from dive_fast.objective import Objective
 from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
@@ -61,18 +62,29 @@ class LayoutDetector:
         device: torch.device | str | None = None,
         batch_size: int | None = None,
         allow_pickle: bool = False,
+        classes: Classes | None = None,
+        templates: Sequence[str] | None = None,
         **engine: Any,
     ) -> LayoutDetector:
         """From a model of the zoo, a model directory, or a hub id.
 
-        The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
+        The arguments are those of ``dive_fast.models.load_model`` (``classes`` and ``templates``
+        are for text-conditional models, such as GLIGEN); ``cache``, ``cache_bytes``,
         ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
 
         Raises:
-            ModelError: the source is unknown, broken, or no layout-to-image model.
+            ModelError: the source is unknown, broken, or no layout-to-image model; a
+                text-conditional one without classes, or classes for another one.
         """
         options = EngineOptions(**engine)
-        model = load_model(source, dtype=dtype, device=device, allow_pickle=allow_pickle)
+        model = load_model(
+            source,
+            dtype=dtype,
+            device=device,
+            allow_pickle=allow_pickle,
+            classes=classes,
+            templates=templates,
+        )
         detector = cls(model, batch_size=batch_size, options=options)
         detector.directory = own_directory(source)
         return detector

@@ -18,6 +18,7 @@ from dive_fast import ops
 from dive_fast.errors import DiveFastError
 
 SLOTS_PER_OBJECT = 3  # class, top-left token, bottom-right token
+ROWS_AT_ONCE = 4096  # of a table in float64
 
 
 @dataclass(frozen=True)
@@ -112,24 +113,38 @@ class DiscreteProjection:
         if v.dim() != 3 or tuple(v.shape[1:]) != (slots, dim):
             _fail(f"v must have shape [B, {slots}, {dim}]", list(v.shape))
         v = v.detach()
-        allowed = self.ranges.to(v.device).repeat(v.shape[0], 1)
-        flat, distance = ops.nearest_row(
-            v.flatten(0, 1), self.table, allowed=allowed, metric=self.metric
-        )
-        index, cost = flat.view(v.shape[:2]), self._cost(distance).view(v.shape[:2])
+        index = torch.empty(v.shape[:2], dtype=torch.int64, device=v.device)
+        alone = self._alone().to(v.device)
+        index[:, alone], cost = self._nearest(v[:, alone], alone)
         if self.objects is None:
             return index
         objects = self.objects.to(v.device)
-        present = cost[:, objects].sum(dim=2)  # [B, O]
+        costs = cost.new_zeros(index.shape)
+        costs[:, alone] = cost
+        present = costs[:, objects].sum(dim=2)  # [B, O]
         if self.min_size is not None:
-            corners, box_cost = self._boxes(v, objects)
-            index[:, objects[:, -2:]] = corners
-            present = cost[:, objects[:, :-2]].sum(dim=2) + box_cost
+            index[:, objects[:, -2:]], box_cost = self._boxes(v, objects)
+            present = present + box_cost
         absent = self._cost_of_none(v)[:, objects].sum(dim=2)  # [B, O]
         # An equal cost keeps the object.
         is_absent = (absent < present)[:, :, None].expand(-1, -1, objects.shape[1])
         index[:, objects] = torch.where(is_absent, self.none, index[:, objects])
         return index
+
+    def _alone(self) -> Tensor:
+        """The slots that are projected by themselves: all but the corners of joint boxes."""
+        slots = torch.ones(len(self.ranges), dtype=torch.bool)
+        if self.min_size is not None:
+            slots[self.objects[:, -2:]] = False
+        return slots.nonzero()[:, 0]
+
+    def _nearest(self, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest row of every embedding `v` [B, n, D] of n slots, and its cost, [B, n]."""
+        allowed = self.ranges.to(v.device)[slots].repeat(v.shape[0], 1)
+        flat, distance = ops.nearest_row(
+            v.flatten(0, 1), self.table, allowed=allowed, metric=self.metric
+        )
+        return flat.view(v.shape[:2]), self._cost(distance).view(v.shape[:2])
 
     def _cost(self, distance: Tensor) -> Tensor:
         return distance.square() if self.metric == "l2" else distance
@@ -145,22 +160,31 @@ class DiscreteProjection:
         """The rows [B, O, 2] of the nearest valid boxes, and their cost [B, O]."""
         start, stop = self.ranges[self.objects[0, -1]].tolist()
         grid, rows = math.isqrt(stop - start), self.table[start:stop]
-        tl, br = (self._costs_of_rows(v[:, objects[:, i]], rows) for i in (-2, -1))
-        shape = (-1, grid, grid)
-        tokens_tl, tokens_br, cost = ops.nearest_box(tl.view(shape), br.view(shape), self.min_size)
+        both = torch.cat([v[:, objects[:, i]].flatten(0, 1) for i in (-2, -1)])
+        tl, br = self._costs_of_rows(both, rows).view(2, -1, grid, grid)
+        tokens_tl, tokens_br, cost = ops.nearest_box(tl, br, self.min_size)
         corners = torch.stack([tokens_tl, tokens_br], dim=1) + start
         return corners.view(*v.shape[:1], len(objects), 2), cost.view(v.shape[0], len(objects))
 
     def _costs_of_rows(self, v: Tensor, rows: Tensor) -> Tensor:
-        """The cost of every row for every embedding of `v` [B, O, D], [B O, G G]."""
-        v = v.flatten(0, 1)
-        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-        v, rows = v.to(wide), rows.to(wide)
-        if self.metric == "l2":
-            mode = "donot_use_mm_for_euclid_dist"  # the other one cancels digits
-            return torch.cdist(v, rows, compute_mode=mode).square()
-        lengths = v.norm(dim=1)[:, None] * rows.norm(dim=1)
-        return 1 - torch.where(lengths == 0, 0, (v @ rows.T) / lengths)
+        """The cost of every row [G G, D] for every embedding of `v` [N, D], float64 [N, G G].
+
+            |v - r|^2 = |v|^2 - 2 v . r + |r|^2
+
+        In float64, where this form loses no digits that `v` and the rows have.
+        """
+        v = v.double()
+        length = v.norm(dim=1)[:, None]
+        parts = []
+        for chunk in rows.split(ROWS_AT_ONCE):
+            r = chunk.double()
+            products, lengths = v @ r.T, r.norm(dim=1)
+            if self.metric == "l2":
+                parts.append((length.square() - 2 * products + lengths.square()).clamp(min=0))
+            else:
+                both = length * lengths
+                parts.append(1 - torch.where(both == 0, 0, products / both))
+        return torch.cat(parts, dim=1)
 
     def _check_objects(self, rows: int) -> None:
         objects, slots = self.objects, self.ranges.shape[0]

@@ -97,6 +97,14 @@ def test_a_model_without_a_layout(pictures, tmp_path, capsys) -> None:
     assert_refused(said, "expected a layout-to-image model, got digits, which has no layout")
 
 
+@pytest.mark.parametrize("option", ["--classes", "--template"])
+def test_classes_for_a_model_with_its_own(model, pictures, tmp_path, capsys, option) -> None:
+    arguments = ("--model", model, "--out", tmp_path / "run", option, "a {}, b")
+    said = call(capsys, "detect", pictures[0], *arguments)
+    name = {"--template": "templates"}.get(option, "classes")
+    assert_refused(said, f"has classes of its own: {name} is for text-conditional models")
+
+
 @pytest.fixture
 def annotated(pictures, tmp_path) -> Path:
     """Both pictures and a missing one, with a box that is no box."""
@@ -140,6 +148,8 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
     [
         ({"--images": None}, "expected --images DIR, the pictures of .*boxes.json, got none"),
         ({"--timesteps": "uniform"}, "--timesteps is for classifiers"),
+        ({"--average": "loss"}, "--average is for classifiers"),
+        ({"--classes": "cat,dog"}, "has classes of its own"),
         ({"--timestep-embedding": "original"}, "--timestep-embedding is for DiTs"),
         ({"--model": "digits"}, "expected a layout-to-image model, got digits"),
         ({"--data": "nothing.json"}, "nothing.json"),

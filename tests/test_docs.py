@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
+from tiny_geodiffusion import write_geodiffusion
+from tiny_gligen import write_gligen
 from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
@@ -77,9 +79,11 @@ def test_every_page_has_code():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub cache in which a tiny model stands for the published one, so that examples run."""
+    """A hub cache in which tiny models stand for the published ones, so that examples run."""
     cache = tmp_path_factory.mktemp("hub")
     write_to_hub(cache, "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    write_to_hub(cache, "masterful/gligen-1-4-generation-text-box", write_gligen)
+    write_to_hub(cache, "KaiChen1998/geodiffusion-coco-stuff-512x512", write_geodiffusion)
     return cache
 
 

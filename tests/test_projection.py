@@ -115,3 +115,12 @@ def test_another_shape_is_refused():
         project(torch.zeros(2, 4))
     with pytest.raises(DiveFastError, match="n_objects must be at least 1"):
         DiscreteProjection.layout(torch.zeros(5, 4), 0, (0, 1), (1, 2), 2)
+
+
+def test_boxes_of_rows_that_lie_close_together():
+    """Rows that differ in their last digits only, far from the origin, as float32 holds them."""
+    table = (100 + 1e-4 * normal(13, 4, seed=3)).float()
+    project = DiscreteProjection.layout(table, 1, CLASSES, COORDINATES, NONE, min_size=1)
+    for tokens in ((0, 3, 7), (2, 4, 11), (1, 6, 10), (NONE, NONE, NONE)):
+        index = project.index(table[list(tokens)][None])
+        assert index.tolist() == [list(tokens)]

@@ -6,6 +6,7 @@ Random weights, scaled so that the prompt moves the loss: answers mean nothing, 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -141,7 +142,7 @@ def write_sd(
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    return _save(pipeline, directory)
+    return save_pipeline(pipeline, directory)
 
 
 def write_sdxl(directory: Path, *, seed: int = 0, zeros: bool = True) -> Path:
@@ -162,19 +163,19 @@ def write_sdxl(directory: Path, *, seed: int = 0, zeros: bool = True) -> Path:
             force_zeros_for_empty_prompt=zeros,
             add_watermarker=False,
         )
-    return _save(pipeline, directory)
+    return save_pipeline(pipeline, directory)
 
 
-def write_to_hub(cache: Path, hub_id: str) -> Path:
+def write_to_hub(cache: Path, hub_id: str, write: Callable[[Path], Path] = write_sd) -> Path:
     """The same where ``huggingface_hub`` keeps what it has fetched of ``hub_id``."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
-    return write_sd(repository / "snapshots" / commit)
+    return write(repository / "snapshots" / commit)
 
 
-def _save(pipeline, directory: Path) -> Path:
+def save_pipeline(pipeline, directory: Path) -> Path:
     pipeline.save_pretrained(directory)
     # The published layout of a tokenizer, over whatever this version of transformers saves.
     for folder in directory.glob("tokenizer*"):

@@ -22,7 +22,8 @@ RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appe
 Interrupted and run again with the same options it goes on where it stopped. An image that cannot
 be read is recorded with its error and the rest go on; the exit code is then 2.
 
-A text-conditional model without --classes is asked about the names of the sub-folders."""
+A text-conditional model without --classes is asked about the names of the sub-folders, or about the
+categories of the annotation file."""
 
 
 def add_parser(commands) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dive_fast.cli.options import chosen_layout_strategy, load_detector
 
 # Of the options for classifiers, what a detector has no use for.
-FOR_CLASSIFIERS = ("preset", "timesteps", "fitted", "classes", "template", "average")
+FOR_CLASSIFIERS = ("preset", "timesteps", "fitted", "average")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(f"--timestep-embedding is for DiTs; {options.data} is for detectors.")
     strategy = chosen_layout_strategy(options)
     data = read_coco(options.data, options.images)
-    detector = load_detector(options)
+    detector = load_detector(options, data.names)
     for problem in data.problems:
         print(f"dive-fast: {problem}", file=sys.stderr)
     chosen = {"strategy": strategy, "probes": options.probes, "seed": options.seed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
     )
-    text = parser.add_argument_group("classes of a text-conditional model (Stable Diffusion)")
-    text.add_argument(
-        "--classes",
-        metavar="NAMES|FILE",
-        help="names with commas between, or a file with one per line",
-    )
-    text.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help="makes a prompt of a name, with {} in its place; may be given several times "
-        "(default: 'a photo of a {}.')",
-    )
+    text = _add_prompt_options(parser, "Stable Diffusion", "'a photo of a {}.'")
     text.add_argument(
         "--average",
         metavar="embedding|loss",
@@ -85,7 +74,27 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
         help="a directory or hub id of a layout-to-image model",
     )
     _add_network_options(group)
+    _add_prompt_options(parser, "GLIGEN, GeoDiffusion", "what the model was trained with")
     _add_engine_options(parser)
+
+
+def _add_prompt_options(
+    parser: argparse.ArgumentParser, models: str, default_template: str
+) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group(f"classes of a text-conditional model ({models})")
+    group.add_argument(
+        "--classes",
+        metavar="NAMES|FILE",
+        help="names with commas between, or a file with one per line",
+    )
+    group.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="makes a prompt of a name, with {} in its place; may be given several times "
+        f"(default: {default_template})",
+    )
+    return group
 
 
 def _add_network_options(group: argparse._ArgumentGroup) -> None:
@@ -266,7 +275,7 @@ def class_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def load_classifier(options: argparse.Namespace, classes: list[str] | None = None):
+def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None = None):
     """The classifier that the model options name.
 
     Args:
@@ -274,14 +283,7 @@ def load_classifier(options: argparse.Namespace, classes: list[str] | None = Non
             any.
     """
     from dive_fast.classify import DiffusionClassifier
-    from dive_fast.models import needs_classes
 
-    if options.classes is not None:
-        classes = class_names(options.classes)
-    elif classes is not None and not needs_classes(
-        options.model, allow_pickle=options.allow_pickle
-    ):
-        classes = None
     classifier = DiffusionClassifier.from_pretrained(
         options.model,
         dtype=options.dtype,
@@ -290,7 +292,7 @@ def load_classifier(options: argparse.Namespace, classes: list[str] | None = Non
         allow_pickle=options.allow_pickle,
         timestep_embedding=options.timestep_embedding,
         **_engine(options),
-        classes=classes,
+        classes=_chosen_classes(options, classes),
         templates=options.template,
         average=options.average,
     )
@@ -299,8 +301,12 @@ def load_classifier(options: argparse.Namespace, classes: list[str] | None = Non
     return classifier
 
 
-def load_detector(options: argparse.Namespace):
-    """The detector that the options of ``add_detector_options`` name."""
+def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = None):
+    """The detector that the options of ``add_detector_options`` name.
+
+    Args:
+        classes: as in ``load_classifier``.
+    """
     from dive_fast.detect import LayoutDetector
 
     return LayoutDetector.from_pretrained(
@@ -310,7 +316,22 @@ def load_detector(options: argparse.Namespace):
         batch_size=options.batch_size,
         allow_pickle=options.allow_pickle,
         **_engine(options),
+        classes=_chosen_classes(options, classes),
+        templates=options.template,
     )
+
+
+def _chosen_classes(
+    options: argparse.Namespace, classes: Sequence[str] | None
+) -> Sequence[str] | None:
+    """What ``--classes`` says; else ``classes``, if the model cannot do without."""
+    from dive_fast.models import needs_classes
+
+    if options.classes is not None:
+        return class_names(options.classes)
+    if classes is None or not needs_classes(options.model, allow_pickle=options.allow_pickle):
+        return None
+    return classes
 
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:

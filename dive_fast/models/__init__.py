@@ -44,9 +44,21 @@ def _load_dit(directory: Path, **options) -> Model:
 
 
 def _load_stable_diffusion(directory: Path, **options) -> Model:
-    from dive_fast.models import stable_diffusion
+    from dive_fast.models import geodiffusion, gligen, stable_diffusion
+    from dive_fast.models.gligen_support import is_gligen
+    from dive_fast.models.location_prompts import has_location_tokens
 
-    return stable_diffusion.load(directory, **options)
+    # Both are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
+    if is_gligen(directory):
+        return gligen.load(directory, **options)
+    family = geodiffusion if has_location_tokens(directory) else stable_diffusion
+    return family.load(directory, **options)
+
+
+def _load_gligen(directory: Path, **options) -> Model:
+    from dive_fast.models import gligen
+
+    return gligen.load(directory, **options)
 
 
 def _load_layout(directory: Path, **options) -> Model:
@@ -70,6 +82,7 @@ _FAMILIES: dict[str, _Family] = {
     "LayoutToImagePipeline": _Family(
         _load_layout, ("unet", "layout_encoder", "vae", "scheduler", "prior")
     ),
+    "StableDiffusionGLIGENPipeline": _Family(_load_gligen, _STABLE_DIFFUSION.folders, text=True),
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": _SDXL,
@@ -111,9 +124,10 @@ def load_model(
         allow_pickle: also take pickled ``.bin`` weights (read with ``weights_only=True``).
         timestep_embedding: "auto", "diffusers" or "original" (DiT only).
         classes: of a text-conditional model: names, or a mapping of each name to its prompt or
-            prompts; where None, those that its directory states.
+            prompts (with location tokens: to its phrase); where None, those that its directory
+            states.
         templates: what makes a prompt of a name, with "{}" in its place; "a photo of a {}." if
-            None.
+            None. Of a model with location tokens one, with "{bbox}" in the place of the objects.
         average: of several prompts per class, "embedding" (the default) or "loss".
 
     Raises:

@@ -11,7 +11,7 @@ from dive_fast import zoo
 from dive_fast.errors import ModelError
 from dive_fast.models.checkpoint import first_line, read_json
 
-TOP_FILES = ["model_index.json", "dive_fast.json"]
+TOP_FILES = ["model_index.json", "dive_fast.json", "generation_config.json"]
 SHARD = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
 SAFE_WEIGHTS = ["diffusion_pytorch_model", "model"]
 PICKLED_WEIGHTS = ["diffusion_pytorch_model", "pytorch_model"]

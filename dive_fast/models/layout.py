@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
-import torch
 from diffusers import (
     ModelMixin,
     SchedulerMixin,
@@ -16,53 +15,22 @@ from diffusers import (
 
 from dive_fast.errors import ModelError
 from dive_fast.layouts import LayoutFormat
-from dive_fast.models import unet as stages
 from dive_fast.models.autoencoder import AUTOENCODERS, load_vae
 from dive_fast.models.checkpoint import load_component, read_json
 from dive_fast.models.layout_base import LayoutModel, build_encoder
 from dive_fast.models.layout_encoder import LayoutEncoder
+from dive_fast.models.layout_stages import LayoutStages
 from dive_fast.models.layout_support import check_unet
 from dive_fast.models.layout_transformer import LayoutTransformerModel
-from dive_fast.models.protocol import State
 from dive_fast.schedule import Schedule
 
 HEAD_CHANNELS = 32
 
 
-class LayoutToImageModel(LayoutModel):
-    """A UNet that cross-attends to an encoded layout; see ``LayoutModel`` for the arguments.
-
-    The encoder and the keys and values of the cross-attentions depend on the condition alone, so
-    they are computed once per condition.
-    """
+class LayoutToImageModel(LayoutStages, LayoutModel):
+    """A UNet that cross-attends to an encoded layout; see ``LayoutModel`` for the arguments."""
 
     folder = "unet"
-
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        """The denoiser."""
-        return self.network
-
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """See ``models.protocol.Model.predict``; condition is [M, S D]."""
-        hidden = self.encode_layout(condition)
-        return self.unet(x_t.to(self.dtype), t, encoder_hidden_states=hidden).sample
-
-    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
-        """See ``models.protocol.StagedModel`` and ``models.unet``."""
-        return stages.prefix(self.unet, x_t.to(self.dtype), t)
-
-    def project(self, condition: torch.Tensor) -> State:
-        """The layout encoder, then the keys and values of all cross-attentions."""
-        return stages.project(self.unet, self.encode_layout(condition))
-
-    def encoder(self, prefix: State, projected: State) -> State:
-        """The rest of the down blocks."""
-        return stages.encoder(self.unet, prefix, projected)
-
-    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
-        """Mid block, up blocks and output."""
-        return stages.decoder(self.unet, encoded, projected)
 
     def _check(self, denoiser: ModelMixin, encoder: LayoutEncoder) -> None:
         check_unet(denoiser, encoder)

@@ -15,13 +15,14 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
+from torch import nn
 
 from dive_fast.errors import ModelError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.models.autoencoder import Autoencoder, encode_latents, image_shape
 from dive_fast.models.checkpoint import fingerprint
 from dive_fast.models.layout_encoder import LayoutEncoder
-from dive_fast.models.layout_support import check_pictures, read_format
+from dive_fast.models.layout_support import check_pictures, embed_tokens, read_format
 from dive_fast.models.unet_support import sample_side
 from dive_fast.schedule import Schedule
 from dive_fast.vocabulary import Vocabulary
@@ -29,7 +30,60 @@ from dive_fast.vocabulary import Vocabulary
 PIPELINE = "LayoutToImagePipeline"
 
 
-class LayoutModel:
+class LayoutConditioned:
+    """What takes the token embeddings of a layout as condition; subclasses set the attributes.
+
+    Attributes:
+        network: the denoiser, frozen.
+        layout_encoder: token embeddings [N, S, D] to what the denoiser attends to, [N, L, W].
+        vae: encodes pictures to latents, or None.
+        layout: what the tokens mean.
+        vocabulary: of the tokens: table [V, D] and what each one means.
+    """
+
+    name: str
+    network: nn.Module
+    layout_encoder: nn.Module
+    vae: Autoencoder | None
+    layout: LayoutFormat
+    vocabulary: Vocabulary
+    device: torch.device
+    dtype: torch.dtype
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LayoutConditioned:
+        """Moves the denoiser and the layout encoder; the VAE stays in float32."""
+        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
+        torch.nn.Module.to(self.network, device, dtype)
+        torch.nn.Module.to(self.layout_encoder, device, dtype)
+        if self.vae is not None:
+            self.vae.to(device)
+        self.device, self.dtype = torch.device(device), dtype
+        return self
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens int64 [N, S] to conditions, float32 [N, S D] on the CPU.
+
+        Raises:
+            ModelError: another shape or dtype, or tokens outside the vocabulary.
+        """
+        return embed_tokens(self.layout, self.vocabulary.table, tokens)
+
+    def encode_layout(self, condition: torch.Tensor) -> torch.Tensor:
+        """[N, S D] to what the denoiser attends to, [N, L, W]; differentiable.
+
+        Raises:
+            ModelError: another shape.
+        """
+        shape = (self.layout.n_slots, self.vocabulary.dim)
+        if condition.dim() != 2 or condition.shape[1] != math.prod(shape):
+            raise ModelError(
+                f"the condition of the layout-to-image model {self.name} is the embeddings of "
+                f"{shape[0]} tokens, expected [N, {math.prod(shape)}], got {list(condition.shape)}."
+            )
+        return self.layout_encoder(condition.to(self.dtype).unflatten(1, shape))
+
+
+class LayoutModel(LayoutConditioned):
     """A layout-to-image model; see ``models.protocol.Model`` for the attributes.
 
     Subclasses name the folder of their denoiser, check it in ``_check`` and call it in ``predict``.
@@ -89,16 +143,6 @@ class LayoutModel:
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
         self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> LayoutModel:
-        """Moves the denoiser and the layout encoder; the VAE stays in float32."""
-        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
-        torch.nn.Module.to(self.network, device, dtype)
-        torch.nn.Module.to(self.layout_encoder, device, dtype)
-        if self.vae is not None:
-            self.vae.to(device)
-        self.device, self.dtype = torch.device(device), dtype
-        return self
-
     def identity(self) -> dict[str, Any]:
         """Precision, format and fingerprints of the weights; not where the model lies."""
         return {
@@ -116,24 +160,6 @@ class LayoutModel:
             return encode_latents(self.vae, images, self.device)
         return F.pixel_unshuffle(images.float().to(self.device), self.space_to_depth)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [N, S] to conditions, float32 [N, S D] on the CPU.
-
-        Raises:
-            ModelError: another shape or dtype, or tokens outside the vocabulary.
-        """
-        slots, size = self.layout.n_slots, self.layout.vocabulary_size
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != slots:
-            raise ModelError(
-                f"expected tokens int64 of shape [N, {slots}], "
-                f"got {tokens.dtype} {list(tokens.shape)}."
-            )
-        if ((tokens < 0) | (tokens >= size)).any():
-            raise ModelError(
-                f"expected tokens in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}."
-            )
-        return self.vocabulary.table[tokens.cpu()].flatten(1)
-
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``; condition is [M, S D]."""
         raise NotImplementedError
@@ -141,20 +167,6 @@ class LayoutModel:
     def _check(self, denoiser: ModelMixin, encoder: LayoutEncoder) -> None:
         """That the denoiser takes what the encoder gives, and nothing that is not given."""
         raise NotImplementedError
-
-    def encode_layout(self, condition: torch.Tensor) -> torch.Tensor:
-        """[N, S D] to what the denoiser attends to, [N, S, D]; differentiable.
-
-        Raises:
-            ModelError: another shape.
-        """
-        shape = (self.layout.n_slots, self.vocabulary.dim)
-        if condition.dim() != 2 or condition.shape[1] != math.prod(shape):
-            raise ModelError(
-                f"the condition of the layout-to-image model {self.name} is the embeddings of "
-                f"{shape[0]} tokens, expected [N, {math.prod(shape)}], got {list(condition.shape)}."
-            )
-        return self.layout_encoder(condition.to(self.dtype).unflatten(1, shape))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a diffusers model directory that ``load_model`` reads.

@@ -1,9 +1,10 @@
-"""Whether the parts of a layout-to-image model fit together."""
+"""Whether the parts of a layout-to-image model fit together, and tokens to conditions."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 
 from dive_fast.errors import DiveFastError, ModelError
@@ -96,3 +97,21 @@ def check_pictures(channels: int, vae: Autoencoder | None, space_to_depth: Any) 
         raise ModelError(
             f"the denoiser takes {channels} channels, but its VAE gives {latent_channels(vae)}."
         )
+
+
+def embed_tokens(layout: LayoutFormat, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens int64 [N, S] to conditions [N, S D]: their rows of the table [V, D] end to end.
+
+    Raises:
+        ModelError: another shape or dtype, or tokens outside the vocabulary.
+    """
+    slots, size = layout.n_slots, layout.vocabulary_size
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != slots:
+        raise ModelError(
+            f"expected tokens int64 of shape [N, {slots}], got {tokens.dtype} {list(tokens.shape)}."
+        )
+    if ((tokens < 0) | (tokens >= size)).any():
+        raise ModelError(
+            f"expected tokens in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}."
+        )
+    return table[tokens.cpu()].flatten(1)

@@ -204,7 +204,7 @@ def load(
         )
     index = read_json(directory / "model_index.json")
     encoders = TEXT_ENCODERS[index["_class_name"]]
-    _check_parts(directory, index, encoders)
+    check_parts(directory, index, encoders)
     prompts = choose_prompts(directory, classes, templates, average)
     schedule = Schedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
     towers = [
@@ -233,8 +233,12 @@ def load(
     )
 
 
-def _check_parts(directory: Path, index: dict[str, Any], encoders: Sequence[str]) -> None:
-    """That the pipeline is made of the classes that are read here."""
+def check_parts(directory: Path, index: dict[str, Any], encoders: Sequence[str]) -> None:
+    """That the pipeline is made of the classes that are read here.
+
+    Raises:
+        ModelError: a part is missing or of another class.
+    """
     expected = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     for suffix, class_name in zip(SUFFIXES, encoders, strict=False):
         expected[f"text_encoder{suffix}"] = class_name

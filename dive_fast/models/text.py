@@ -101,6 +101,26 @@ class PromptEncoder:
         with self._towers_on(device):
             return self._encode(prompts)
 
+    def pooled_states(self, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
+        """The first tower's state at each prompt's end, as GLIGEN takes it, float32 [N, width].
+
+        On the CPU; not projected.
+        """
+        tower, states = self.towers[0], []
+        with self._towers_on(device):
+            for start in range(0, len(prompts), ENCODE_BATCH):
+                tokens = tower.tokenizer(
+                    list(prompts[start : start + ENCODE_BATCH]),
+                    padding=True,
+                    max_length=tower.length,
+                    truncation=True,
+                    return_tensors="pt",
+                ).to(tower.encoder.device)
+                with torch.inference_mode():
+                    found = tower.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
+                    states.append(found.pooler_output)
+        return torch.cat(states).float().cpu().clone()
+
     def _encode(self, prompts: Sequence[str]) -> torch.Tensor:
         states, pooled = [], []
         for tower in self.towers:

@@ -13,16 +13,22 @@ Every stage calls the network's own modules: no weights are copied and nothing i
 SDXL (``addition_embed_type="text_time"``) also adds the pooled text to the time embedding, which
 every resnet sees. There ``prefix`` is conv_in and the bare time embedding only, and the pooled text
 travels as the last tensor of ``project``.
+
+GLIGEN (arXiv 2301.07093) also attends to grounding tokens, one per object, between the
+self-attention and the cross-attention of every block. The prefix ends before that, so it is the
+same; ``grounding`` projects the tokens for each block, and ``encoder`` and ``decoder`` take them
+beside K and V. Left out, a GLIGEN network is the text-conditional one that it was made of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, GatedSelfAttentionDense
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -37,7 +43,8 @@ from dive_fast.models.unet_support import (
 )
 
 State = tuple[Tensor, ...]
-_Pairs = Iterator[tuple[Tensor, Tensor]]
+# Of each block K, V and the grounding tokens, or None.
+_Inputs = Iterator[tuple[Tensor, Tensor, Tensor | None]]
 
 __all__ = [
     "UNet2DConditionModel",
@@ -48,6 +55,7 @@ __all__ = [
     "condition_enters_time",
     "decoder",
     "encoder",
+    "grounding",
     "prefix",
     "project",
     "reused_parameters",
@@ -114,12 +122,20 @@ def added_embedding(
     return unet.get_aug_embed(like, like, added_cond_kwargs)
 
 
-def encoder(unet: UNet2DConditionModel, prefix_state: State, kv: State) -> State:
+def grounding(unet: UNet2DConditionModel, tokens: Tensor) -> State:
+    """GLIGEN's grounding tokens [N, n, D] as each block takes them, [N, n, c]; differentiable."""
+    return tuple(block.fuser.linear(tokens) for block in transformer_blocks(unet))
+
+
+def encoder(
+    unet: UNet2DConditionModel, prefix_state: State, kv: State, grounded: State = ()
+) -> State:
     """The rest of the down blocks.
 
     Args:
         prefix_state: of ``prefix``, M rows.
         kv: of ``project``, gathered to the same M rows.
+        grounded: of ``grounding``, gathered to the same M rows; empty for no grounding.
 
     Returns:
         The time embedding [M, E] and all skips [M, c, h, w]; the last of them is what the mid block
@@ -129,7 +145,7 @@ def encoder(unet: UNet2DConditionModel, prefix_state: State, kv: State) -> State
         ModelError: the numbers of rows differ, or SDXL's added embedding is missing.
     """
     _check_rows(unet, prefix_state, kv)
-    pairs = _pairs(kv)
+    inputs = _inputs(kv, grounded)
     emb, *skips = prefix_state
     if condition_enters_time(unet):
         emb = _activated(unet, emb + kv[-1])
@@ -138,25 +154,27 @@ def encoder(unet: UNet2DConditionModel, prefix_state: State, kv: State) -> State
         *skips, h, tokens = skips
         start = _entry(unet)
     for block in unet.down_blocks[start:]:
-        h, outputs = _down(block, h, emb, pairs, tokens)
+        h, outputs = _down(block, h, emb, inputs, tokens)
         skips.extend(outputs)
         tokens = None
     return (emb, *skips)
 
 
-def decoder(unet: UNet2DConditionModel, state: State, kv: State) -> Tensor:
+def decoder(unet: UNet2DConditionModel, state: State, kv: State, grounded: State = ()) -> Tensor:
     """Mid block, up blocks and output.
 
     Args:
         state: of ``encoder``, M rows.
         kv: of ``project``, gathered to the same M rows.
+        grounded: as ``encoder`` got it.
 
     Returns:
         The prediction [M, C_out, h, w].
     """
     _check_rows(unet, state, kv)
     emb, *skips = state
-    pairs = _pairs(kv[2 * sum(1 for _ in transformer_blocks(unet, down_only=True)) :])
+    done = sum(1 for _ in transformer_blocks(unet, down_only=True))
+    inputs = _inputs(kv[2 * done :], grounded[done:])
     h = skips[-1]
     # As diffusers: sizes are only passed on where halving and doubling does not give them back.
     factor = 2**unet.num_upsamplers
@@ -166,12 +184,12 @@ def decoder(unet: UNet2DConditionModel, state: State, kv: State) -> Tensor:
         for transformer, resnet in zip(
             unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True
         ):
-            h = resnet(_transformer(transformer, h, pairs), emb)
+            h = resnet(_transformer(transformer, h, inputs), emb)
     for block in unet.up_blocks:
         n = len(block.resnets)
         own, skips = skips[-n:], skips[:-n]
         size = skips[-1].shape[2:] if pass_size and skips else None
-        h = _up(block, h, tuple(own), emb, pairs, size)
+        h = _up(block, h, tuple(own), emb, inputs, size)
     if unet.conv_norm_out:
         h = unet.conv_act(unet.conv_norm_out(h))
     return unet.conv_out(h)
@@ -198,9 +216,9 @@ def _entry(unet: UNet2DConditionModel) -> int:
     return next(i for i, block in enumerate(unet.down_blocks) if has_cross_attention(block))
 
 
-def _pairs(kv: State) -> _Pairs:
+def _inputs(kv: State, grounded: State) -> _Inputs:
     # An added embedding at the end has no partner, so it drops out.
-    return iter(list(zip(kv[0::2], kv[1::2], strict=False)))
+    return iter(list(zip(kv[0::2], kv[1::2], grounded or repeat(None), strict=False)))
 
 
 def _check_rows(unet: UNet2DConditionModel, state: State, kv: State) -> None:
@@ -221,7 +239,7 @@ def _activated(unet: UNet2DConditionModel, emb: Tensor) -> Tensor:
 
 
 def _down(
-    block: nn.Module, h: Tensor, emb: Tensor, pairs: _Pairs, tokens: Tensor | None
+    block: nn.Module, h: Tensor, emb: Tensor, inputs: _Inputs, tokens: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """A down block; with ``tokens`` its first resnet and first self-attention are already done."""
     if not has_cross_attention(block):
@@ -230,7 +248,7 @@ def _down(
     for resnet, transformer in zip(block.resnets, block.attentions, strict=True):
         if tokens is None:
             h = resnet(h, emb)
-        h = _transformer(transformer, h, pairs, tokens)
+        h = _transformer(transformer, h, inputs, tokens)
         tokens = None
         outputs.append(h)
     if block.downsamplers is not None:
@@ -245,7 +263,7 @@ def _up(
     h: Tensor,
     skips: State,
     emb: Tensor,
-    pairs: _Pairs,
+    inputs: _Inputs,
     size: torch.Size | None,
 ) -> Tensor:
     if not has_cross_attention(block):
@@ -253,14 +271,14 @@ def _up(
     for resnet, transformer, skip in zip(
         block.resnets, block.attentions, reversed(skips), strict=True
     ):
-        h = _transformer(transformer, resnet(torch.cat([h, skip], dim=1), emb), pairs)
+        h = _transformer(transformer, resnet(torch.cat([h, skip], dim=1), emb), inputs)
     for upsampler in block.upsamplers or ():
         h = upsampler(h, size)
     return h
 
 
 def _transformer(
-    transformer: Transformer2DModel, h: Tensor, pairs: _Pairs, tokens: Tensor | None = None
+    transformer: Transformer2DModel, h: Tensor, inputs: _Inputs, tokens: Tensor | None = None
 ) -> Tensor:
     """h + transformer(h); with ``tokens`` its first self-attention is already done."""
     batch, _, height, width = h.shape
@@ -271,7 +289,10 @@ def _transformer(
         if not resumed:
             tokens = _self_attention(block, tokens)
         resumed = False
-        tokens = _cross_attention(block.attn2, block.norm2(tokens), *next(pairs)) + tokens
+        k, v, objects = next(inputs)
+        if objects is not None:
+            tokens = _gated_attention(block.fuser, tokens, objects)
+        tokens = _cross_attention(block.attn2, block.norm2(tokens), k, v) + tokens
         tokens = block.ff(block.norm3(tokens)) + tokens
     linear = transformer.use_linear_projection
     inner = transformer.in_channels if linear else transformer.inner_dim
@@ -280,6 +301,15 @@ def _transformer(
 
 def _self_attention(block: BasicTransformerBlock, tokens: Tensor) -> Tensor:
     return block.attn1(block.norm1(tokens)) + tokens
+
+
+def _gated_attention(fuser: GatedSelfAttentionDense, tokens: Tensor, objects: Tensor) -> Tensor:
+    """What GLIGEN's ``GatedSelfAttentionDense`` computes, with ``objects`` projected already."""
+    if not fuser.enabled:
+        return tokens
+    both = fuser.norm1(torch.cat([tokens, objects], dim=1))
+    tokens = tokens + fuser.alpha_attn.tanh() * fuser.attn(both)[:, : tokens.shape[1]]
+    return tokens + fuser.alpha_dense.tanh() * fuser.ff(fuser.norm2(tokens))
 
 
 def _cross_attention(attention: Attention, tokens: Tensor, k: Tensor, v: Tensor) -> Tensor:

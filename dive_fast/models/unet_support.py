@@ -137,6 +137,8 @@ def _passed_over(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
     for block in transformer_blocks(unet):
         yield block
         yield block.attn2
+        if (fuser := getattr(block, "fuser", None)) is not None:
+            yield fuser
 
 
 def _is_hooked(module: nn.Module) -> bool:

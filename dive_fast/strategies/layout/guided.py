@@ -28,6 +28,8 @@ from dive_fast.strategies.layout.board import (
 )
 from dive_fast.strategies.layout.settle import settle, with_class
 
+# First steps of a side, as a share of the canvas; at least 2 lines and 1 line of the grid.
+FAR, NEAR = 8, 16
 EXPLAINED = 0.5  # a coarse box that overlaps an object more is not proposed again
 
 
@@ -110,12 +112,14 @@ class Guided(LayoutProbes):
     def _place(self, board: Board, items: Items, loss: float, probe_ids: Tensor) -> Steps:
         """The last object moved, named, and moved again; returns layout and loss."""
         i = len(items) - 1
-        items, loss = yield from move(board, items, i, loss, probe_ids, 2)
+        lines = board.format.grid - 1
+        far, near = max(2, lines // FAR), max(1, lines // NEAR)
+        items, loss = yield from move(board, items, i, loss, probe_ids, far)
         classes = yield from self._likely_classes(board, items, i, probe_ids)
         layouts = [with_class(items, i, c) for c in classes]
         losses = yield from measure(board, layouts, probe_ids)
         best = int(losses.argmin())
-        return (yield from move(board, layouts[best], i, float(losses[best]), probe_ids, 1))
+        return (yield from move(board, layouts[best], i, float(losses[best]), probe_ids, near))
 
     def _likely_classes(self, board: Board, items: Items, i: int, probe_ids: Tensor) -> Steps:
         """All classes, or those that the gradient at their mean puts in front."""
