@@ -15,11 +15,15 @@ from dive_fast.detections import Detections
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import ModelError
 from dive_fast.images import as_pictures, squashed_tensor
-from dive_fast.models import load_model, own_directory
+from dive_fast.models import load_model, own_directory, prior_directory
 from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.objective import Objective
+from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
+
+PRIOR_WEIGHT = 0.02
+PRIOR_PROBES = 16
 
 
 class LayoutDetector:
@@ -28,25 +32,36 @@ class LayoutDetector:
     Args:
         model: of the family "layout-to-image", or anything that follows
             ``dive_fast.models.protocol.Model`` and has a ``layout``.
+        prior: over the layouts of this model; None for none.
+        prior_weight: lambda, what the prior's loss counts beside the model's; 0.02 if None. With 0
+            the prior is not asked.
+        prior_probes: (timestep, noise) pairs that the prior's loss is the mean of.
         batch_size: rows per forward of the network at most; the model's default if None.
         options: how the engine computes; measured defaults if None.
 
     Raises:
-        ModelError: the model has no layout.
+        ModelError: the model has no layout, the prior is another model's, a weight or a number of
+            probes is out of range, or a weight is given without a prior.
     """
 
     def __init__(
         self,
         model: Any,
+        prior: LayoutPrior | None = None,
         *,
+        prior_weight: float | None = None,
+        prior_probes: int = PRIOR_PROBES,
         batch_size: int | None = None,
         options: EngineOptions | None = None,
     ) -> None:
-        if getattr(model, "layout", None) is None:
-            raise ModelError(
-                f"expected a layout-to-image model, got {model.name}, which has no layout."
-            )
+        _check_layout(model)
         self.model = model
+        self.prior = prior
+        self.prior_weight = _checked_weight(model, prior, prior_weight)
+        self.prior_probes = prior_probes
+        if prior is not None:
+            prior.to(model.device)
+            self._penalty(seed=0)  # says what is wrong with the number of probes
         self.batch_size = rows_per_batch(model, batch_size)
         self.directory: Path | None = None
         self.options = EngineOptions() if options is None else options
@@ -56,7 +71,10 @@ class LayoutDetector:
     def from_pretrained(
         cls,
         source: str | Path,
+        prior: str | Path | None = "auto",
         *,
+        prior_weight: float | None = None,
+        prior_probes: int = PRIOR_PROBES,
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
@@ -65,15 +83,34 @@ class LayoutDetector:
     ) -> LayoutDetector:
         """From a model of the zoo, a model directory, or a hub id.
 
-        The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
-        ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
+        Args:
+            prior: "auto": the one in the folder ``prior`` of the model, where it has one; a
+                directory that ``dive-fast train-prior`` wrote; or None for none.
+            prior_weight, prior_probes: as for ``LayoutDetector``.
+
+        The other arguments are those of ``dive_fast.models.load_model``; ``cache``,
+        ``cache_bytes``, ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of
+        ``EngineOptions``.
 
         Raises:
-            ModelError: the source is unknown, broken, or no layout-to-image model.
+            ModelError: the source is unknown, broken, or no layout-to-image model; the prior is
+                broken or another model's.
         """
         options = EngineOptions(**engine)
         model = load_model(source, dtype=dtype, device=device, allow_pickle=allow_pickle)
-        detector = cls(model, batch_size=batch_size, options=options)
+        _check_layout(model)
+        if prior == "auto":
+            prior = prior_directory(source, allow_pickle=allow_pickle)
+        if prior is not None:
+            prior = load_prior(prior, model.layout, model.vocabulary.table)
+        detector = cls(
+            model,
+            prior,
+            prior_weight=prior_weight,
+            prior_probes=prior_probes,
+            batch_size=batch_size,
+            options=options,
+        )
         detector.directory = own_directory(source)
         return detector
 
@@ -144,7 +181,7 @@ class LayoutDetector:
         chosen = resolve_layout_strategy(strategy, settings)
         probe_list = self._probe_list(chosen, probes, seed)
         model = self.model
-        board = Board(model.vocabulary.table, model.layout, probe_list, seed)
+        board = Board(model.vocabulary.table, model.layout, probe_list, seed, self._penalty(seed))
         sizes: dict[Any, tuple[int, int]] = {}
 
         def jobs() -> Iterator[Job]:
@@ -178,10 +215,20 @@ class LayoutDetector:
             "beta": self.model.beta,
             "seed": seed,
         }
+        if (penalty := self._penalty(seed)) is not None:
+            found["prior"] = penalty.identity()
         # Only what changes answers: a run may go on under another cache.
         if engine := self.options.identity():
             found["engine"] = engine
         return found
+
+    def _penalty(self, seed: int) -> LayoutPenalty | None:
+        """lambda times the prior's loss, where there is a prior that counts."""
+        if self.prior is None or self.prior_weight == 0:
+            return None
+        return LayoutPenalty(
+            self.prior, self.prior_weight, self.prior_probes, self.model.layout.n_slots, seed
+        )
 
     def _probe_list(
         self, strategy: LayoutStrategy, probes: int | ProbeList | None, seed: int
@@ -210,3 +257,26 @@ class LayoutDetector:
         posterior = (-self.model.beta * answer.losses).softmax(dim=1)
         confidence = posterior[torch.arange(len(classes)), classes]
         return Detections(boxes.view(-1, 4) * scale, classes, confidence.float(), self.names)
+
+
+def _check_layout(model: Any) -> None:
+    if getattr(model, "layout", None) is None:
+        raise ModelError(
+            f"expected a layout-to-image model, got {model.name}, which has no layout."
+        )
+
+
+def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float:
+    """lambda; 0 without a prior."""
+    if weight is not None and not (math.isfinite(weight) and weight >= 0):
+        raise ModelError(f"prior_weight must be a number of at least 0, got {weight}.")
+    if prior is None:
+        if weight:
+            raise ModelError(f"prior_weight is {weight}, but {model.name} has no prior to weigh.")
+        return 0.0
+    if not fits(prior, model.layout, model.vocabulary.table):
+        raise ModelError(
+            f"expected a prior over the layouts and the token table of {model.name}, got one of "
+            "another model."
+        )
+    return PRIOR_WEIGHT if weight is None else float(weight)

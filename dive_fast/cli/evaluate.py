@@ -7,16 +7,24 @@ import json
 import sys
 
 from dive_fast.cli.options import (
+    CLASSIFIER,
+    DETECTOR,
+    SCENES,
     add_model_options,
+    add_prior_options,
     add_strategy_options,
     chosen_strategy,
     count,
     load_classifier,
 )
 
+# Of the options for detectors, what a classifier has no use for.
+FOR_DETECTORS = ("prior", "prior_weight")
+
 DESCRIPTION = """\
 Classifies labelled images and reports accuracy, evaluations and seconds per image; or detects in
-the images of a COCO annotation file and reports the twelve COCO numbers.
+the held-out scenes or the images of a COCO annotation file and reports the twelve COCO numbers; the
+default model is then scenes.
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
 Interrupted and run again with the same options it goes on where it stopped. An image that cannot
@@ -35,27 +43,40 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        metavar="digits|DIR|FILE.npz|FILE.json",
-        help="digits (the held-out ones), a folder with one sub-folder per class, an .npz with "
-        "images and labels (or x_test and y_test), or a COCO annotation file",
+        metavar="digits|scenes|DIR|FILE.npz|FILE.json",
+        help="digits or scenes (the held-out ones), a folder with one sub-folder per class, an "
+        ".npz with images and labels (or x_test and y_test), or a COCO annotation file",
     )
     parser.add_argument(
         "--images", metavar="DIR", help="the pictures of a COCO annotation file (detection)"
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
-    parser.add_argument("--limit", type=count, metavar="N", help="a random subset of N images")
+    parser.add_argument(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="a random subset of N images; of scenes the first N",
+    )
     add_model_options(parser)
+    add_prior_options(parser.add_argument_group("layouts (detection)"))
     add_strategy_options(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, model=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.images is not None or options.data.endswith(".json"):
+    if options.images is not None or options.data == SCENES or options.data.endswith(".json"):
+        options.model = options.model or DETECTOR
         return run_detection(options)
     from dive_fast.data import folder_classes, open_dataset, select
+    from dive_fast.errors import DataError
     from dive_fast.evaluate import evaluate
 
+    for name in FOR_DETECTORS:
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise DataError(f"--{option} is for detectors; {options.data} is for classifiers.")
+    options.model = options.model or CLASSIFIER
     strategy = chosen_strategy(options)
     classifier = load_classifier(options, folder_classes(options.data))
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)

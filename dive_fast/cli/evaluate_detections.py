@@ -1,4 +1,4 @@
-"""``dive-fast evaluate`` with a COCO annotation file: the twelve COCO numbers of a detector."""
+"""``dive-fast evaluate`` with scenes or a COCO annotation file: the twelve COCO numbers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import argparse
 import functools
 import json
 import sys
+import tempfile
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dive_fast.cli.options import chosen_layout_strategy, load_detector
+from dive_fast.cli.options import SCENES, chosen_layout_strategy, load_detector
+
+if TYPE_CHECKING:  # torch is not loaded for the help
+    from dive_fast.coco import CocoDataset
+    from dive_fast.strategies.layout import LayoutStrategy
 
 # Of the options for classifiers, what a detector has no use for.
 FOR_CLASSIFIERS = ("preset", "timesteps", "fitted", "classes", "template", "average")
@@ -18,9 +24,12 @@ FOR_CLASSIFIERS = ("preset", "timesteps", "fitted", "classes", "template", "aver
 def run(options: argparse.Namespace) -> int:
     from dive_fast.coco import read_coco
     from dive_fast.errors import DataError
-    from dive_fast.evaluate_detections import evaluate_detections
+    from dive_fast.zoo.scenes_coco import N_TEST, write_scenes
 
-    if options.images is None:
+    scenes = options.data == SCENES
+    if scenes and options.images is not None:
+        raise DataError("--images is for annotation files; the scenes bring their own pictures.")
+    if not scenes and options.images is None:
         raise DataError(f"expected --images DIR, the pictures of {options.data}, got none.")
     for name in FOR_CLASSIFIERS:
         if getattr(options, name) is not None:
@@ -28,7 +37,17 @@ def run(options: argparse.Namespace) -> int:
     if options.timestep_embedding != "auto":
         raise DataError(f"--timestep-embedding is for DiTs; {options.data} is for detectors.")
     strategy = chosen_layout_strategy(options)
-    data = read_coco(options.data, options.images)
+    if not scenes:
+        data = read_coco(options.data, options.images)
+        return _evaluate(options, strategy, data.select(options.limit, options.seed))
+    with tempfile.TemporaryDirectory(prefix="scenes-") as folder:
+        n = N_TEST if options.limit is None else min(options.limit, N_TEST)
+        return _evaluate(options, strategy, write_scenes(folder, n=n))
+
+
+def _evaluate(options: argparse.Namespace, strategy: LayoutStrategy, data: CocoDataset) -> int:
+    from dive_fast.evaluate_detections import evaluate_detections
+
     detector = load_detector(options)
     for problem in data.problems:
         print(f"dive-fast: {problem}", file=sys.stderr)
@@ -36,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         summary = evaluate_detections(
             _Chosen(detector, chosen),
-            data.select(options.limit, options.seed),
+            data,
             options.out,
             config=detector.identity(**chosen),
             progress=sys.stderr.isatty(),

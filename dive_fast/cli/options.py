@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 from pathlib import Path
 from typing import Any
+
+CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
+SCENES = "scenes"  # its annotated pictures
 
 
 def count(text: str) -> int:
@@ -32,12 +36,23 @@ def seed(text: str) -> int:
     return value
 
 
+def weight(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that ``load_classifier`` reads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default="digits",
+        default=CLASSIFIER,
         metavar="digits|DIR|HUB_ID",
         help="the built-in model of handwritten digits (default), a diffusers model directory, "
         "or a hub id such as facebook/DiT-XL-2-256",
@@ -80,12 +95,30 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        required=True,
-        metavar="DIR|HUB_ID",
-        help="a directory or hub id of a layout-to-image model",
+        default=DETECTOR,
+        metavar="scenes|DIR|HUB_ID",
+        help="the built-in model of scenes of digits (default), or a directory or hub id of a "
+        "layout-to-image model",
     )
+    add_prior_options(group)
     _add_network_options(group)
     _add_engine_options(parser)
+
+
+def add_prior_options(group: argparse._ArgumentGroup) -> None:
+    """The options of a detector that say which layouts are usual."""
+    group.add_argument(
+        "--prior",
+        metavar="auto|none|DIR",
+        help="the prior over layouts: the model's own where it has one (auto, the default), none, "
+        "or a directory that 'dive-fast train-prior' wrote",
+    )
+    group.add_argument(
+        "--prior-weight",
+        type=weight,
+        metavar="X",
+        help="what the prior's loss counts beside the model's (default: 0.02)",
+    )
 
 
 def _add_network_options(group: argparse._ArgumentGroup) -> None:
@@ -305,6 +338,8 @@ def load_detector(options: argparse.Namespace):
 
     return LayoutDetector.from_pretrained(
         options.model,
+        {None: "auto", "none": None}.get(options.prior, options.prior),
+        prior_weight=options.prior_weight,
         dtype=options.dtype,
         device=options.device,
         batch_size=options.batch_size,
