@@ -22,7 +22,7 @@ from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
 
-PRIOR_WEIGHT = 0.02
+PRIOR_WEIGHT = 0.05
 PRIOR_PROBES = 16
 
 
@@ -33,7 +33,7 @@ class LayoutDetector:
         model: of the family "layout-to-image", or anything that follows
             ``dive_fast.models.protocol.Model`` and has a ``layout``.
         prior: over the layouts of this model; None for none.
-        prior_weight: lambda, what the prior's loss counts beside the model's; 0.02 if None. With 0
+        prior_weight: lambda, what the prior's loss counts beside the model's; 0.05 if None. With 0
             the prior is not asked.
         prior_probes: (timestep, noise) pairs that the prior's loss is the mean of.
         batch_size: rows per forward of the network at most; the model's default if None.
@@ -227,7 +227,7 @@ class LayoutDetector:
         if self.prior is None or self.prior_weight == 0:
             return None
         return LayoutPenalty(
-            self.prior, self.prior_weight, self.prior_probes, self.model.layout.n_slots, seed
+            self.prior, self.prior_weight, self.prior_probes, self.model.layout, seed
         )
 
     def _probe_list(

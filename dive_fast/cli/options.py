@@ -117,7 +117,7 @@ def add_prior_options(group: argparse._ArgumentGroup) -> None:
         "--prior-weight",
         type=weight,
         metavar="X",
-        help="what the prior's loss counts beside the model's (default: 0.02)",
+        help="what the prior's loss counts beside the model's (default: 0.05)",
     )
 
 

@@ -140,8 +140,8 @@ class LayoutPrior(ModelMixin, ConfigMixin):
     def losses(self, v: Tensor, timesteps: Tensor, noises: Tensor) -> Tensor:
         """How badly each layout is denoised at each probe; lower is more usual.
 
-        A noise belongs to a slot: the same objects in other slots meet other noises. Layouts that
-        are to be compared keep their common objects in the same slots.
+        A noise belongs to a slot. Layouts are compared fairly where their common objects meet
+        equal noises: in the same slots, or with one noise for all objects (``LayoutPenalty``).
 
         Args:
             v: token embeddings, rows of the table or anything between them, [N, S, D].
