@@ -116,7 +116,7 @@ class TestOnAnalyticModel:
 
     def test_a_weight_without_a_prior(self, toy) -> None:
         with pytest.raises(ModelError, match="prior_weight is 0.1, but toy layout has no prior"):
-            LayoutDetector(toy, against_objects_weight=0.1)
+            LayoutDetector(toy, prior_weight=0.1)
 
 
 class TestFromPretrained:
