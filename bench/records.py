@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dive_fast import DiffusionClassifier
+from dive_fast import DiffusionClassifier, LayoutDetector
 from dive_fast.evaluate import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,13 +16,18 @@ RESULTS = Path(__file__).parent / "results"
 
 def append(name: str, row: dict[str, Any], classifier: DiffusionClassifier) -> None:
     """Adds ``row`` to bench/results/<name>.jsonl, with time, load, versions, machine and commit."""
+    append_to(RESULTS / f"{name}.jsonl", row, classifier)
+
+
+def append_to(path: Path, row: dict[str, Any], model: DiffusionClassifier | LayoutDetector) -> None:
+    """The same, to any file."""
     now = datetime.datetime.now(datetime.timezone.utc)
     record = {
         "time": now.isoformat(timespec="seconds"),
         **row,
         "load": os.getloadavg()[0],
-        "environment": environment(classifier),
+        "environment": environment(model),
     }
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

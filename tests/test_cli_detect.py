@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, call
-from diffusers import DDPMScheduler
 from PIL import Image
-from tiny_layout import make_layout_model
+from tiny_layout import make_layout_model, make_scenes_model
 
 from dive_fast import zoo
-from dive_fast.models.layout import LayoutToImageModel, build_layout_model
-from dive_fast.train_layout import SCENES_FORMAT
 from dive_fast.zoo.scenes import NAMES
 
 FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
@@ -162,21 +159,7 @@ def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected)
 def scenes_model(tmp_path_factory) -> Path:
     """Of the scenes' layouts, random weights; where the zoo's would lie."""
     directory = tmp_path_factory.mktemp("zoo") / "scenes"
-    unet, encoder = build_layout_model(
-        SCENES_FORMAT,
-        sample_size=32,
-        in_channels=1,
-        channels=(8, 8),
-        width=8,
-        encoder_layers=1,
-        heads=2,
-        layers_per_block=1,
-        head_channels=4,
-        norm_groups=4,
-        space_to_depth=4,
-    )
-    model = LayoutToImageModel(unet.eval(), encoder.eval(), DDPMScheduler(), space_to_depth=4)
-    model.save_pretrained(directory)
+    make_scenes_model().save_pretrained(directory)
     return directory
 
 

@@ -40,7 +40,7 @@ LAYERS = (
     ("projection",),
     ("image_paths", "images", "rundir"),
     ("ops",),
-    ("_native", "kernels"),
+    ("_native", "kernels", "matching"),
     ("errors",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
