@@ -17,6 +17,7 @@ from dive_fast.errors import ModelError
 from dive_fast.images import as_pictures, squashed_tensor
 from dive_fast.models import load_model, own_directory, prior_directory
 from dive_fast.models.batch_size import rows_per_batch
+from dive_fast.models.fitted import Fitted, apply_fitted, read_fitted, write_fitted
 from dive_fast.objective import Objective
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.probes import ProbeList
@@ -178,6 +179,32 @@ class LayoutDetector:
         Yields:
             key, detections in pixels of that image, evaluations, and its share of the seconds.
         """
+        stream = self.search_stream(images, strategy=strategy, probes=probes, seed=seed, **settings)
+        for finished, size in stream:
+            answer: LayoutAnswer = finished.answer
+            found = Detections(
+                self.boxes(answer, size),
+                _classes(answer),
+                self._confidence(answer),
+                self.names,
+            )
+            yield finished.key, found, finished.evaluations, finished.seconds
+
+    def search_stream(
+        self,
+        images: Iterable[tuple[Any, Image.Image]],
+        *,
+        strategy: str | LayoutStrategy | None = None,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Iterator[tuple[Finished, tuple[int, int]]]:
+        """As ``detect_stream``, with the losses of every object.
+
+        Yields:
+            What the engine finished, whose ``answer`` is a ``LayoutAnswer``, and the size of the
+            picture (width, height).
+        """
         chosen = resolve_layout_strategy(strategy, settings)
         probe_list = self._probe_list(chosen, probes, seed)
         model = self.model
@@ -194,10 +221,15 @@ class LayoutDetector:
 
         engine = self._engine = Engine(model, self.batch_size, None, self.options)
         for finished in engine.run(jobs(), probe_list, Objective(chosen.loss)):
-            detections = self._detections(finished, sizes.pop(finished.key))
-            yield finished.key, detections, finished.evaluations, finished.seconds
+            self._check_answer(finished.answer)
+            yield finished, sizes.pop(finished.key)
         # Memory that ran out once would run out again.
         self.batch_size = engine.batch_size
+
+    def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
+        """The boxes of an answer in pixels of a picture (width, height), float32 xyxy [n, 4]."""
+        boxes = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
+        return boxes.view(-1, 4) * (torch.tensor([*size, *size]) / (self.model.layout.grid - 1))
 
     def identity(
         self,
@@ -222,6 +254,33 @@ class LayoutDetector:
             found["engine"] = engine
         return found
 
+    def save_fitted(self, directory: str | Path | None = None) -> Path:
+        """Writes the model's beta into ``dive_fast.json``, keeping its other entries.
+
+        Args:
+            directory: the model's own if None, which it must have been loaded from.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            ModelError: no directory, or one that cannot be written.
+        """
+        target = self.directory if directory is None else Path(directory)
+        if target is None:
+            raise ModelError(
+                f"{self.model.name} has no model directory of yours to write to: give one."
+            )
+        return write_fitted(target, Fitted(self.model.beta, getattr(self.model, "timesteps", None)))
+
+    def load_fitted(self, directory: str | Path) -> None:
+        """Takes over what ``save_fitted`` wrote.
+
+        Raises:
+            ModelError: there is no ``dive_fast.json``, or it is damaged.
+        """
+        apply_fitted(self.model, read_fitted(Path(directory), required=True))
+
     def _penalty(self, seed: int) -> LayoutPenalty | None:
         """lambda times the prior's loss, where there is a prior that counts."""
         if self.prior is None or self.prior_weight == 0:
@@ -239,24 +298,24 @@ class LayoutDetector:
         probes.check(model.latent_shape, len(model.schedule))
         return probes
 
-    def _detections(self, finished: Finished, size: tuple[int, int]) -> Detections:
-        """Boxes in pixels; the confidence of an object is its posterior among all it could be.
+    def _confidence(self, answer: LayoutAnswer) -> torch.Tensor:
+        """Of each object, its posterior among all that it could be, float32 [n].
 
         p(c | rest, x0) = softmax over classes and "not there" of -beta L
         """
-        answer: LayoutAnswer = finished.answer
+        posterior = (-self.model.beta * answer.losses).softmax(dim=1)
+        return posterior.gather(1, _classes(answer)[:, None])[:, 0].float()
+
+    def _check_answer(self, answer: LayoutAnswer) -> None:
         if answer.losses.isnan().any() or math.isnan(answer.loss):
             raise ModelError(
                 f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN: "
                 f"its weights, its schedule or this precision cannot be right."
             )
-        classes = torch.tensor([item.class_id for item in answer.items], dtype=torch.int64)
-        boxes = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
-        steps = self.model.layout.grid - 1
-        scale = torch.tensor([*size, *size]) / steps
-        posterior = (-self.model.beta * answer.losses).softmax(dim=1)
-        confidence = posterior[torch.arange(len(classes)), classes]
-        return Detections(boxes.view(-1, 4) * scale, classes, confidence.float(), self.names)
+
+
+def _classes(answer: LayoutAnswer) -> torch.Tensor:
+    return torch.tensor([item.class_id for item in answer.items], dtype=torch.int64)
 
 
 def _check_layout(model: Any) -> None:

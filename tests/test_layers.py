@@ -20,7 +20,7 @@ LAYERS = (
     ("demo",),
     ("evaluate_detections",),
     ("train_prior",),
-    ("conventions", "evaluate", "train", "train_layout"),
+    ("conventions", "evaluate", "fitting_layout", "train", "train_layout"),
     ("classify", "compat", "detect"),
     ("fitting",),
     ("strategies",),

@@ -6,20 +6,17 @@ import argparse
 import json
 import sys
 
+from dive_fast.cli import evaluate_detections
 from dive_fast.cli.options import (
     CLASSIFIER,
     DETECTOR,
-    SCENES,
     add_model_options,
-    add_prior_options,
     add_strategy_options,
     chosen_strategy,
     count,
     load_classifier,
 )
-
-# Of the options for detectors, what a classifier has no use for.
-FOR_DETECTORS = ("prior", "prior_weight")
+from dive_fast.cli.prior_options import add_prior_options, refuse_detector_options
 
 DESCRIPTION = """\
 Classifies labelled images and reports accuracy, evaluations and seconds per image; or detects in
@@ -65,17 +62,13 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.images is not None or options.data == SCENES or options.data.endswith(".json"):
+    if evaluate_detections.is_detection(options):
         options.model = options.model or DETECTOR
-        return run_detection(options)
+        return evaluate_detections.run(options)
     from dive_fast.data import folder_classes, open_dataset, select
-    from dive_fast.errors import DataError
     from dive_fast.evaluate import evaluate
 
-    for name in FOR_DETECTORS:
-        if getattr(options, name) is not None:
-            option = name.replace("_", "-")
-            raise DataError(f"--{option} is for detectors; {options.data} is for classifiers.")
+    refuse_detector_options(options)
     options.model = options.model or CLASSIFIER
     strategy = chosen_strategy(options)
     classifier = load_classifier(options, folder_classes(options.data))
@@ -99,12 +92,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(as_text(summary))
     return 2 if summary.failed else 0
-
-
-def run_detection(options: argparse.Namespace) -> int:
-    from dive_fast.cli.evaluate_detections import run
-
-    return run(options)
 
 
 def as_text(summary) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -18,13 +20,28 @@ if TYPE_CHECKING:  # torch is not loaded for the help
     from dive_fast.strategies.layout import LayoutStrategy
 
 # Of the options for classifiers, what a detector has no use for.
-FOR_CLASSIFIERS = ("preset", "timesteps", "fitted", "classes", "template", "average")
+FOR_CLASSIFIERS = ("preset", "timesteps", "classes", "template", "average")
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.coco import read_coco
+    strategy = checked_strategy(options)
+    with detection_data(options, "test", None) as data:
+        return _evaluate(options, strategy, data)
+
+
+def is_detection(options: argparse.Namespace) -> bool:
+    """Whether the data are annotated with boxes."""
+    data = options.data or ""
+    return options.images is not None or data == SCENES or data.endswith(".json")
+
+
+def checked_strategy(options: argparse.Namespace) -> LayoutStrategy:
+    """The search, after a look at what else the options say.
+
+    Raises:
+        DiveFastError: options that do not go with detection, or a search that does not exist.
+    """
     from dive_fast.errors import DataError
-    from dive_fast.zoo.scenes_coco import N_TEST, write_scenes
 
     scenes = options.data == SCENES
     if scenes and options.images is not None:
@@ -36,13 +53,29 @@ def run(options: argparse.Namespace) -> int:
             raise DataError(f"--{name} is for classifiers; {options.data} is for detectors.")
     if options.timestep_embedding != "auto":
         raise DataError(f"--timestep-embedding is for DiTs; {options.data} is for detectors.")
-    strategy = chosen_layout_strategy(options)
-    if not scenes:
-        data = read_coco(options.data, options.images)
-        return _evaluate(options, strategy, data.select(options.limit, options.seed))
+    return chosen_layout_strategy(options)
+
+
+@contextlib.contextmanager
+def detection_data(
+    options: argparse.Namespace, part: str, n_scenes: int | None
+) -> Iterator[CocoDataset]:
+    """The annotated pictures that ``--data``, ``--images`` and ``--limit`` name.
+
+    The scenes' files are there as long as the context is entered.
+
+    Args:
+        part: of the scenes, "train" or "test".
+        n_scenes: how many without ``--limit``; None for all that there are for tests.
+    """
+    from dive_fast.coco import read_coco
+    from dive_fast.zoo.scenes_coco import N_TEST, write_scenes
+
+    if options.data != SCENES:
+        yield read_coco(options.data, options.images).select(options.limit, options.seed)
+        return
     with tempfile.TemporaryDirectory(prefix="scenes-") as folder:
-        n = N_TEST if options.limit is None else min(options.limit, N_TEST)
-        return _evaluate(options, strategy, write_scenes(folder, n=n))
+        yield write_scenes(folder, part, min(options.limit or n_scenes or N_TEST, N_TEST))
 
 
 def _evaluate(options: argparse.Namespace, strategy: LayoutStrategy, data: CocoDataset) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 from pathlib import Path
 from typing import Any
+
+from dive_fast.cli.prior_options import add_prior_options
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
 SCENES = "scenes"  # its annotated pictures
@@ -36,17 +37,6 @@ def seed(text: str) -> int:
     return value
 
 
-def weight(text: str) -> float:
-    """A number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that ``load_classifier`` reads."""
     group = parser.add_argument_group("model")
@@ -63,11 +53,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|diffusers|original",
         help="which frequencies a DiT was trained with (default: auto)",
-    )
-    group.add_argument(
-        "--fitted",
-        metavar="DIR",
-        help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
     )
     text = parser.add_argument_group("classes of a text-conditional model (Stable Diffusion)")
     text.add_argument(
@@ -105,22 +90,6 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     _add_engine_options(parser)
 
 
-def add_prior_options(group: argparse._ArgumentGroup) -> None:
-    """The options of a detector that say which layouts are usual."""
-    group.add_argument(
-        "--prior",
-        metavar="auto|none|DIR",
-        help="the prior over layouts: the model's own where it has one (auto, the default), none, "
-        "or a directory that 'dive-fast train-prior' wrote",
-    )
-    group.add_argument(
-        "--prior-weight",
-        type=weight,
-        metavar="X",
-        help="what the prior's loss counts beside the model's (default: 0.05)",
-    )
-
-
 def _add_network_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
@@ -132,6 +101,11 @@ def _add_network_options(group: argparse._ArgumentGroup) -> None:
         "networks); halved when memory runs out",
     )
     group.add_argument("--allow-pickle", action="store_true", help="also load pickled .bin weights")
+    group.add_argument(
+        "--fitted",
+        metavar="DIR",
+        help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
+    )
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -336,7 +310,7 @@ def load_detector(options: argparse.Namespace):
     """The detector that the options of ``add_detector_options`` name."""
     from dive_fast.detect import LayoutDetector
 
-    return LayoutDetector.from_pretrained(
+    detector = LayoutDetector.from_pretrained(
         options.model,
         {None: "auto", "none": None}.get(options.prior, options.prior),
         prior_weight=options.prior_weight,
@@ -346,6 +320,9 @@ def load_detector(options: argparse.Namespace):
         allow_pickle=options.allow_pickle,
         **_engine(options),
     )
+    if options.fitted is not None:
+        detector.load_fitted(options.fitted)
+    return detector
 
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
