@@ -24,7 +24,7 @@ from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
 
 PRIOR_WEIGHT = 0.05
-PRIOR_PROBES = 16
+PRIOR_PROBES = 8
 
 
 class LayoutDetector:
