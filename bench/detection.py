@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from bench.records import RESULTS, append_to
+from bench.records import RESULTS, append_line
 from dive_fast import LayoutDetector
 from dive_fast.coco import CocoDataset, class_categories, read_coco
 from dive_fast.detect import PRIOR_WEIGHT
 from dive_fast.errors import DiveFastError
-from dive_fast.evaluate import read_records
+from dive_fast.evaluate import environment, read_records
 from dive_fast.evaluate_detections import evaluate_detections
 from dive_fast.layouts import LayoutFormat
 from dive_fast.matching import match
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row, detector = run_variant(
                 variant, options.model, data, options.runs, options.probes, options.batch_size
             )
-            append_to(options.out, {**row, "command": command}, detector)
+            append_line(options.out, {**row, "command": command}, environment(detector))
             shown = ("AP", "AP50", "evaluations_per_image", "seconds_per_image", "found")
             print(variant.name, {key: row[key] for key in shown}, flush=True)
     except DiveFastError as error:

@@ -163,7 +163,7 @@ def machine() -> dict[str, Any]:
     return {
         "dive_fast": dive_fast.__version__,
         "commit": _commit(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class cannot be loaded weights-only
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -10,14 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from dive_fast.layouts import LayoutFormat
-from dive_fast.models.layout import LayoutToImageModel, build_layout_model
 from dive_fast.models.layout_encoder import LayoutEncoder
+from dive_fast.models.layout_transformer import (
+    LayoutTransformerModel,
+    build_layout_transformer,
+    denoise,
+)
 from dive_fast.zoo import scenes
 from dive_fast.zoo.scenes import SceneMaker, load_scenes
-from dive_fast.zoo.training_layout import SCENES, LayoutTrainingConfig, train_layout_model
+from dive_fast.zoo.training_layout import (
+    SCENES,
+    Draw,
+    LayoutTrainingConfig,
+    train_layout_model,
+)
 from dive_fast.zoo.training_state import prepare_directory
 
 TOKEN_STD = 0.5
@@ -50,43 +59,64 @@ def train_scenes(
         made = make(config.batch_size, (config.seed, step))
         return made.images, scene_tokens(made.boxes, made.class_ids)
 
-    torch.manual_seed(config.seed)
-    unet, encoder = build(SCENES_FORMAT, config)
     shown = (held_out.images, scene_tokens(held_out.boxes, held_out.class_ids))
-    expected = train_layout_model(
-        unet, encoder, draw, shown, SCENES_FORMAT.none, config, out, progress
-    )
+    return train_into(out, SCENES_FORMAT, config, draw, shown, "dive-fast train scenes", progress)
+
+
+def train_into(
+    out: Path,
+    layout: LayoutFormat,
+    config: LayoutTrainingConfig,
+    draw: Draw,
+    held_out: tuple[np.ndarray, Tensor],
+    command: str,
+    progress: bool,
+) -> dict[str, float]:
+    """Trains a new model and writes its directory; returns what is expected of it.
+
+    Raises:
+        RunError: the directory cannot be written, or holds another training's state.
+    """
+    torch.manual_seed(config.seed)
+    trained = build(layout, config)
+    expected = train_layout_model(trained, draw, held_out, layout.none, config, out, progress)
     scheduler = DDPMScheduler(beta_schedule="linear")
-    model = LayoutToImageModel(unet, encoder, scheduler, space_to_depth=config.space_to_depth)
+    model = LayoutTransformerModel(trained.transformer, trained.encoder, scheduler)
     # Half precision halves the file; what is loaded again computes in float32.
     model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
-    facts = {
-        "command": "dive-fast train scenes --out DIR",
-        "config": dataclasses.asdict(config),
-        "expected": expected,
-    }
+    facts = {"command": command, "config": dataclasses.asdict(config), "expected": expected}
     (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
     return expected
 
 
-def build(layout: LayoutFormat, config: LayoutTrainingConfig):
-    """The untrained UNet and layout encoder of a configuration."""
-    unet, encoder = build_layout_model(
+class Trained(nn.Module):
+    """A transformer and its layout encoder, as they are trained: x_t, t and tokens to the noise."""
+
+    def __init__(self, transformer: nn.Module, encoder: LayoutEncoder) -> None:
+        super().__init__()
+        self.transformer, self.encoder = transformer, encoder
+
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        hidden = self.encoder(self.encoder.token_embedding(tokens))
+        return denoise(self.transformer, x_t, t, hidden)
+
+
+def build(layout: LayoutFormat, config: LayoutTrainingConfig) -> Trained:
+    """The untrained model of a configuration."""
+    transformer, encoder = build_layout_transformer(
         layout,
         sample_size=config.sample_size,
         in_channels=config.in_channels,
+        patch_size=config.patch_size,
         channels=config.channels,
+        layers=config.layers,
+        heads=config.heads,
         width=config.width,
         encoder_layers=config.encoder_layers,
-        heads=config.heads,
-        layers_per_block=config.layers_per_block,
-        attention=config.attention,
-        head_channels=config.head_channels,
-        norm_groups=config.norm_groups,
-        space_to_depth=config.space_to_depth,
+        encoder_heads=config.encoder_heads,
     )
     start_tokens(encoder, layout)
-    return unet, encoder
+    return Trained(transformer, encoder)
 
 
 def start_tokens(encoder: LayoutEncoder, layout: LayoutFormat) -> None:

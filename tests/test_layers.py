@@ -19,7 +19,7 @@ LAYERS = (
     ("cli",),
     ("demo",),
     ("evaluate_detections",),
-    ("train_prior",),
+    ("train_pictures", "train_prior"),
     ("conventions", "evaluate", "fitting_layout", "train", "train_layout"),
     ("classify", "compat", "detect"),
     ("fitting",),

@@ -169,7 +169,7 @@ GOOD = dict(
         ({"attention": (False, False)}, "attention in at least one"),
         ({"channels": (32, 48)}, "heads of 32 and 32 groups divide, got 48"),
         ({"heads": 5}, "a width that 5 heads divide"),
-        ({"space_to_depth": 3}, "a sample_size that 3 divides, got 12 and 8"),
+        ({"space_to_depth": 3}, "a sample_size that 3 divides, got 8"),
     ],
 )
 def test_sizes_that_do_not_fit(changes, message):
@@ -189,7 +189,7 @@ def test_parts_that_do_not_fit():
     other = LayoutEncoder(10, 3, 12, 1, 2, 6, FORMAT.to_dict())
     with pytest.raises(ModelError, match="of 29 tokens and 8 slots for its layout, got 10 and 3"):
         LayoutToImageModel(unet, other, schedule)
-    with pytest.raises(ModelError, match="a multiple of 4 channels, got a unet of 3"):
+    with pytest.raises(ModelError, match="a multiple of 4 channels, got a denoiser of 3"):
         LayoutToImageModel(unet, encoder, schedule, space_to_depth=2)
     with pytest.raises(ModelError, match="takes 3 channels, but its VAE gives 2"):
         LayoutToImageModel(unet, encoder, schedule, make_vae("vq"))
@@ -204,7 +204,7 @@ def test_parts_that_do_not_fit():
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    with pytest.raises(ModelError, match="expected 3 or 6 output channels of the unet, got 1"):
+    with pytest.raises(ModelError, match="expected 3 or 6 output channels of the denoiser, got 1"):
         LayoutToImageModel(plain, encoder, schedule)
 
 

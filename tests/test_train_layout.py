@@ -19,6 +19,7 @@ from dive_fast.zoo import training_layout
 from dive_fast.zoo.scenes import SceneMaker
 from dive_fast.zoo.training_layout import (
     LayoutTrainingConfig,
+    draw_timesteps,
     empty,
     shuffle_objects,
     to_x0,
@@ -28,14 +29,13 @@ from dive_fast.zoo.training_layout import (
 TINY = LayoutTrainingConfig(
     sample_size=32,
     in_channels=1,
-    channels=(16,),
+    patch_size=8,
+    channels=16,
+    layers=2,
+    heads=2,
     width=8,
     encoder_layers=1,
-    heads=1,
-    attention=(True,),
-    head_channels=8,
-    norm_groups=4,
-    space_to_depth=4,
+    encoder_heads=1,
     steps=6,
     batch_size=4,
     warmup_steps=2,
@@ -52,11 +52,11 @@ def train(out: Path, config: LayoutTrainingConfig = TINY) -> tuple[dict, dict[st
         return made.images, scene_tokens(made.boxes, made.class_ids)
 
     torch.manual_seed(config.seed)
-    unet, encoder = build(SCENES_FORMAT, config)
+    model = build(SCENES_FORMAT, config)
     losses = train_layout_model(
-        unet, encoder, draw, draw(10**6), SCENES_FORMAT.none, config, out, progress=False
+        model, draw, draw(10**6), SCENES_FORMAT.none, config, out, progress=False
     )
-    return {**unet.state_dict(), **encoder.state_dict()}, losses
+    return model.state_dict(), losses
 
 
 def test_training_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch) -> None:
@@ -100,17 +100,26 @@ def test_an_empty_layout_keeps_the_crop() -> None:
 @pytest.mark.parametrize("shape", [(2, 8, 8), (2, 8, 8, 3)])
 def test_pictures_become_x0(shape: tuple[int, ...]) -> None:
     images = torch.randint(256, shape, dtype=torch.uint8)
-    x0 = to_x0(images.numpy(), 2)
-    channels = 4 * (shape[3] if len(shape) == 4 else 1)
-    assert x0.shape == (2, channels, 4, 4) and x0.dtype == torch.float32
-    back = torch.nn.functional.pixel_shuffle(x0, 2).add(1).mul(127.5).round().to(torch.uint8)
+    x0 = to_x0(images.numpy())
+    assert x0.shape == (2, *(shape[3:] or (1,)), 8, 8) and x0.dtype == torch.float32
+    back = x0.add(1).mul(127.5).round().to(torch.uint8)
     assert torch.equal(back.movedim(1, -1).reshape(shape), images)
+
+
+def test_timesteps() -> None:
+    """Most in the middle, some anywhere, and none outside of the schedule."""
+    config = dataclasses.replace(TINY, t_range=(0.2, 0.5), t_share=0.75)
+    t = draw_timesteps(40_000, 1000, config, torch.Generator().manual_seed(0))
+    focused, anywhere = t[:30_000], t[30_000:]
+    assert focused.min() == 200 and focused.max() == 499
+    assert anywhere.min() < 5 and 995 <= anywhere.max() < 1000
+    assert abs(focused.double().mean() - 349.5) < 2 and abs(anywhere.double().mean() - 499.5) < 12
 
 
 def test_near_corners_start_near() -> None:
     """Each corner's nearest other corner, by embedding, is a neighbour on the grid."""
     torch.manual_seed(0)
-    _, encoder = build(SCENES_FORMAT, dataclasses.replace(TINY, width=32))
+    encoder = build(SCENES_FORMAT, dataclasses.replace(TINY, width=32)).encoder
     start, stop = SCENES_FORMAT.coordinate_range
     table = encoder.token_embedding.weight.detach()
     corners = table[start:stop]
@@ -126,7 +135,7 @@ def test_near_corners_start_near() -> None:
 
 
 def test_a_width_that_four_does_not_divide() -> None:
-    _, encoder = build(SCENES_FORMAT, dataclasses.replace(TINY, width=10, heads=1))
+    encoder = build(SCENES_FORMAT, dataclasses.replace(TINY, width=10)).encoder
     assert torch.isfinite(encoder.token_embedding.weight).all()
 
 

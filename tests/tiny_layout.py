@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, VQModel
 
 from dive_fast.layouts import Layout, LayoutFormat
 from dive_fast.models.layout import LayoutToImageModel, build_layout_model
+from dive_fast.models.layout_transformer import LayoutTransformerModel, build_layout_transformer
 from dive_fast.train_layout import SCENES_FORMAT
 
 FORMAT = LayoutFormat.compact(("one", "two", "three"), max_objects=2, grid=5, crop=True)
@@ -88,3 +89,33 @@ def make_scenes_model() -> LayoutToImageModel:
     for module in (unet, encoder):
         module.eval().requires_grad_(False)
     return LayoutToImageModel(unet, encoder, DDPMScheduler(), space_to_depth=4)
+
+
+def make_layout_transformer(
+    *, vae: str | None = None, form: LayoutFormat = FORMAT, seed: int = 0
+) -> LayoutTransformerModel:
+    """Two layers; without a VAE of 3 x 8 x 8 pictures."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer, encoder = build_layout_transformer(
+            form,
+            sample_size=8 if vae is None else 4,
+            in_channels=3 if vae is None else 2,
+            patch_size=2,
+            channels=16,
+            layers=2,
+            heads=2,
+            width=12,
+            encoder_layers=1,
+            encoder_heads=2,
+        )
+        autoencoder = None if vae is None else make_vae(vae)
+        with torch.no_grad():
+            # As after training: no longer the identity, and the layout matters.
+            encoder.token_embedding.weight.mul_(50)
+            for parameter in transformer.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.2)
+    for module in (transformer, encoder):
+        module.eval().requires_grad_(False)
+    return LayoutTransformerModel(transformer, encoder, DDPMScheduler(), autoencoder)

@@ -1,5 +1,7 @@
 """The published classification loops, rewritten plainly: oracle for tests, baseline for timings.
 
+``one_stage`` is the baseline of detection instead, a plain discriminative detector.
+
 Nothing here imports ``dive_fast``: agreement between the two is then evidence.
 """
 

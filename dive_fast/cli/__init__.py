@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         fit,
         info,
         train,
+        train_layout,
         train_prior,
     )
 
@@ -59,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    commands_in_order = (classify, detect, evaluate, fit, train, train_prior, convert, demo, info)
-    for module in commands_in_order:
+    training = (train, train_layout, train_prior)
+    for module in (classify, detect, evaluate, fit, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 

@@ -1,148 +1,51 @@
-"""The family "layout-to-image": a UNet that cross-attends to an encoded layout.
-
-A condition is the token embeddings of a layout end to end, [M, S D]: the encoder and the keys and
-values of the cross-attentions depend on it alone, so they are computed once per condition.
-"""
+"""The family "layout-to-image": a UNet, or a transformer, that attends to an encoded layout."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
-import torch.nn.functional as F
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    ModelMixin,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 
 from dive_fast.errors import ModelError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.models import unet as stages
-from dive_fast.models.autoencoder import (
-    AUTOENCODERS,
-    Autoencoder,
-    encode_latents,
-    image_shape,
-    load_vae,
-)
-from dive_fast.models.checkpoint import fingerprint, load_component, read_json
+from dive_fast.models.autoencoder import AUTOENCODERS, load_vae
+from dive_fast.models.checkpoint import load_component, read_json
+from dive_fast.models.layout_base import LayoutModel, build_encoder
 from dive_fast.models.layout_encoder import LayoutEncoder
-from dive_fast.models.layout_support import check_pictures, check_unet, read_format
+from dive_fast.models.layout_support import check_unet
+from dive_fast.models.layout_transformer import LayoutTransformerModel
 from dive_fast.models.protocol import State
-from dive_fast.models.unet_support import sample_side
 from dive_fast.schedule import Schedule
-from dive_fast.vocabulary import Vocabulary
 
-PIPELINE = "LayoutToImagePipeline"
 HEAD_CHANNELS = 32
 
 
-class LayoutToImageModel:
-    """A layout-to-image model; see ``models.protocol.Model`` for the attributes.
+class LayoutToImageModel(LayoutModel):
+    """A UNet that cross-attends to an encoded layout; see ``LayoutModel`` for the arguments.
 
-    Args:
-        unet: float32, frozen; cross-attends to what the encoder gives.
-        encoder: float32, frozen; its configuration holds the layout's format.
-        scheduler: a diffusers scheduler, or the schedule alone; then the model cannot be saved.
-        vae: encodes pictures to latents; None where x0 are the pictures.
-        space_to_depth: r, without a VAE: x0 is the picture with every r x r pixels in one place,
-            an exact rearrangement to r r times the channels.
-
-    Attributes:
-        layout: what the tokens mean.
-        vocabulary: of the tokens: table [V, D] and what each one means. A condition is S rows.
-
-    Raises:
-        ModelError: the parts do not fit together.
+    The encoder and the keys and values of the cross-attentions depend on the condition alone, so
+    they are computed once per condition.
     """
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        encoder: LayoutEncoder,
-        scheduler: SchedulerMixin | Schedule,
-        vae: Autoencoder | None = None,
-        *,
-        space_to_depth: int = 1,
-        name: str = "layout-to-image",
-        beta: float | None = None,
-    ) -> None:
-        self.layout = read_format(encoder)
-        check_unet(unet, encoder)
-        check_pictures(unet, vae, space_to_depth)
-        self.name = name
-        self.unet = self.network = unet
-        self.layout_encoder = encoder
-        self.vae = vae
-        self.space_to_depth = space_to_depth
-        self.scheduler, self.schedule = None, scheduler
-        if not isinstance(scheduler, Schedule):
-            self.scheduler = scheduler
-            config = {"_class_name": type(scheduler).__name__, **scheduler.config}
-            self.schedule = Schedule.from_config(config)
-        self.device, self.dtype = unet.device, unet.dtype
-        side = sample_side(unet)
-        self.latent_shape = (unet.config.in_channels, side, side)
-        self.image_shape = image_shape(self.latent_shape, vae)
-        if space_to_depth > 1:
-            channels = unet.config.in_channels // space_to_depth**2
-            self.image_shape = (channels, side * space_to_depth, side * space_to_depth)
-        # Cloned: the vocabulary stays in float32 on the CPU and as it is.
-        table = encoder.token_embedding.weight.detach().float().cpu().clone()
-        self.vocabulary = Vocabulary(table, self.layout.token_names())
-        # Unfitted, beta L is half the squared error summed over the latent: unit variance.
-        self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
+    folder = "unet"
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> LayoutToImageModel:
-        """Moves the UNet and the layout encoder; the VAE stays in float32."""
-        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
-        torch.nn.Module.to(self.unet, device, dtype)
-        torch.nn.Module.to(self.layout_encoder, device, dtype)
-        if self.vae is not None:
-            self.vae.to(device)
-        self.device, self.dtype = torch.device(device), dtype
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """Precision, format and fingerprints of the weights; not where the model lies."""
-        return {
-            "family": "layout-to-image",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layout": self.layout.to_dict(),
-            "space_to_depth": self.space_to_depth,
-            "weights": fingerprint(self.unet),
-            "layout_weights": fingerprint(self.layout_encoder),
-        }
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """See ``models.protocol.Model.encode``: latents, or the pictures rearranged."""
-        if self.vae is not None:
-            return encode_latents(self.vae, images, self.device)
-        return F.pixel_unshuffle(images.float().to(self.device), self.space_to_depth)
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [N, S] to conditions, float32 [N, S D] on the CPU.
-
-        Raises:
-            ModelError: another shape or dtype, or tokens outside the vocabulary.
-        """
-        slots, size = self.layout.n_slots, self.layout.vocabulary_size
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != slots:
-            raise ModelError(
-                f"expected tokens int64 of shape [N, {slots}], "
-                f"got {tokens.dtype} {list(tokens.shape)}."
-            )
-        if ((tokens < 0) | (tokens >= size)).any():
-            raise ModelError(
-                f"expected tokens in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}."
-            )
-        return self.vocabulary.table[tokens.cpu()].flatten(1)
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The denoiser."""
+        return self.network
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``; condition is [M, S D]."""
-        hidden = self._encode_layout(condition)
+        hidden = self.encode_layout(condition)
         return self.unet(x_t.to(self.dtype), t, encoder_hidden_states=hidden).sample
 
     def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
@@ -151,7 +54,7 @@ class LayoutToImageModel:
 
     def project(self, condition: torch.Tensor) -> State:
         """The layout encoder, then the keys and values of all cross-attentions."""
-        return stages.project(self.unet, self._encode_layout(condition))
+        return stages.project(self.unet, self.encode_layout(condition))
 
     def encoder(self, prefix: State, projected: State) -> State:
         """The rest of the down blocks."""
@@ -161,48 +64,8 @@ class LayoutToImageModel:
         """Mid block, up blocks and output."""
         return stages.decoder(self.unet, encoded, projected)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes a diffusers model directory that ``load_model`` reads.
-
-        Raises:
-            ModelError: the model has no scheduler, or the directory cannot be written.
-        """
-        directory = Path(directory)
-        if self.scheduler is None:
-            raise ModelError("a model that was made of a schedule alone cannot be saved.")
-        parts = {
-            "unet": ("diffusers", self.unet),
-            "layout_encoder": (LayoutEncoder.__module__, self.layout_encoder),
-            "scheduler": ("diffusers", self.scheduler),
-        }
-        if self.vae is not None:
-            parts["vae"] = ("diffusers", self.vae)
-        index = {
-            "_class_name": PIPELINE,
-            "_diffusers_version": diffusers.__version__,
-            **{part: [library, type(module).__name__] for part, (library, module) in parts.items()},
-            "space_to_depth": self.space_to_depth,
-        }
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for part, (_, module) in parts.items():
-                module.save_pretrained(directory / part)
-            text = json.dumps(index, indent=2) + "\n"
-            (directory / "model_index.json").write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ModelError(
-                f"{directory} cannot be written: {error.strerror or error}."
-            ) from error
-
-    def _encode_layout(self, condition: torch.Tensor) -> torch.Tensor:
-        """[N, S D] to what the UNet cross-attends to, [N, S, D]."""
-        shape = (self.layout.n_slots, self.vocabulary.dim)
-        if condition.dim() != 2 or condition.shape[1] != math.prod(shape):
-            raise ModelError(
-                f"the condition of the layout-to-image model {self.name} is the embeddings of "
-                f"{shape[0]} tokens, expected [N, {math.prod(shape)}], got {list(condition.shape)}."
-            )
-        return self.layout_encoder(condition.to(self.dtype).unflatten(1, shape))
+    def _check(self, denoiser: ModelMixin, encoder: LayoutEncoder) -> None:
+        check_unet(denoiser, encoder)
 
 
 def build_layout_model(
@@ -255,10 +118,9 @@ def build_layout_model(
             f"expected channels that heads of {head_channels} and {norm_groups} groups divide, "
             f"got {wrong[0]}."
         )
-    if width % heads or sample_size % space_to_depth:
+    if sample_size % space_to_depth:
         raise ModelError(
-            f"expected a width that {heads} heads divide and a sample_size that {space_to_depth} "
-            f"divides, got {width} and {sample_size}."
+            f"expected a sample_size that {space_to_depth} divides, got {sample_size}."
         )
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
@@ -276,23 +138,13 @@ def build_layout_model(
         cross_attention_dim=width,
         norm_num_groups=norm_groups,
     )
-    # By keyword: diffusers takes positional arguments for defaults in from_config.
-    encoder = LayoutEncoder(
-        vocabulary_size=layout.vocabulary_size,
-        n_slots=layout.n_slots,
-        width=width,
-        layers=encoder_layers,
-        heads=heads,
-        head_dim=width // heads,
-        layout=layout.to_dict(),
-    )
-    return unet, encoder
+    return unet, build_encoder(layout, width, encoder_layers, heads)
 
 
 def load(
     directory: Path, *, name: str, allow_pickle: bool = False, timestep_embedding: str = "auto"
-) -> LayoutToImageModel:
-    """Reads what ``LayoutToImageModel.save_pretrained`` writes.
+) -> LayoutModel:
+    """Reads what ``LayoutModel.save_pretrained`` writes.
 
     Raises:
         ModelError: a part is missing, broken or unsupported.
@@ -304,7 +156,10 @@ def load(
         )
     index = read_json(directory / "model_index.json")
     scheduler = _load_scheduler(directory)
-    unet = load_component(UNet2DConditionModel, directory / "unet", allow_pickle)
+    family, part = LayoutToImageModel, UNet2DConditionModel
+    if LayoutTransformerModel.folder in index:
+        family, part = LayoutTransformerModel, SD3Transformer2DModel
+    denoiser = load_component(part, directory / family.folder, allow_pickle)
     encoder = load_component(LayoutEncoder, directory / "layout_encoder", allow_pickle)
     vae, entry = None, index.get("vae")
     if entry is not None:
@@ -314,9 +169,9 @@ def load(
                 f"expected vae in {directory / 'model_index.json'} to be a "
                 f"{' or '.join(AUTOENCODERS)}, got {class_name!r}."
             )
-        vae = load_vae(directory, unet.config.in_channels, allow_pickle, class_name)
+        vae = load_vae(directory, denoiser.config.in_channels, allow_pickle, class_name)
     r = index.get("space_to_depth", 1)
-    return LayoutToImageModel(unet, encoder, scheduler, vae, space_to_depth=r, name=name)
+    return family(denoiser, encoder, scheduler, vae, space_to_depth=r, name=name)
 
 
 def _load_scheduler(directory: Path) -> SchedulerMixin:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.layouts import LayoutFormat
@@ -53,33 +53,40 @@ def check_unet(unet: UNet2DConditionModel, encoder: LayoutEncoder) -> None:
             f"expected a unet that is conditioned on the layout alone, got one with "
             f"addition_embed_type {config.addition_embed_type!r}."
         )
-    if sample_side(unet) is None:
+    check_sizes(unet)
+
+
+def check_sizes(denoiser: ModelMixin) -> None:
+    """That the latents are square and the noise has their channels, or twice as many.
+
+    Raises:
+        ModelError: they are not, or it has not.
+    """
+    config = denoiser.config
+    if sample_side(denoiser) is None:
         raise ModelError(
-            f"expected the unet to state one sample_size for both sides, "
+            f"expected the denoiser to state one sample_size for both sides, "
             f"got {config.sample_size!r}."
         )
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ModelError(
             f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
-            f"unet, got {config.out_channels}."
+            f"denoiser, got {config.out_channels}."
         )
 
 
-def check_pictures(
-    unet: UNet2DConditionModel, vae: Autoencoder | None, space_to_depth: Any
-) -> None:
-    """That the UNet takes what pictures become.
+def check_pictures(channels: int, vae: Autoencoder | None, space_to_depth: Any) -> None:
+    """That a denoiser of so many channels takes what pictures become.
 
     Raises:
         ModelError: it does not.
     """
-    channels = unet.config.in_channels
     if not isinstance(space_to_depth, int) or space_to_depth < 1:
         raise ModelError(f"space_to_depth must be a number of at least 1, got {space_to_depth!r}.")
     if channels % space_to_depth**2:
         raise ModelError(
             f"space_to_depth {space_to_depth} needs a multiple of {space_to_depth**2} channels, "
-            f"got a unet of {channels}."
+            f"got a denoiser of {channels}."
         )
     if vae is None:
         return
@@ -87,5 +94,5 @@ def check_pictures(
         raise ModelError(f"expected a VAE or space_to_depth, got both ({space_to_depth}).")
     if latent_channels(vae) != channels:
         raise ModelError(
-            f"the unet takes {channels} channels, but its VAE gives {latent_channels(vae)}."
+            f"the denoiser takes {channels} channels, but its VAE gives {latent_channels(vae)}."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +14,32 @@ from dive_fast.errors import DataError
 from dive_fast.layouts import Layout, LayoutFormat
 
 
+class FittingLayouts(NamedTuple):
+    """The layouts that a format can write, and whose they are.
+
+    Attributes:
+        images: int64 [N], positions in ``dataset.images``.
+        tokens: int64 [N, S].
+        left_out: one sentence on each kind of thing left out.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    left_out: tuple[str, ...]
+
+
 def layout_tokens(dataset: CocoDataset, layout: LayoutFormat) -> tuple[Tensor, tuple[str, ...]]:
+    """``fitting_layouts`` for those who do not need the pictures: tokens and sentences."""
+    found = fitting_layouts(dataset, layout)
+    return found.tokens, found.left_out
+
+
+def fitting_layouts(dataset: CocoDataset, layout: LayoutFormat) -> FittingLayouts:
     """The layouts of all images as tokens, and one sentence on each kind of thing left out.
 
     Left out are crowds, boxes of classes that the format lacks (names are compared without regard
     to case), boxes below a step of its grid, the smallest objects of images that have more than
     its slots, and images of which nothing is left. Images annotated as empty stay.
-
-    Returns:
-        int64 [N, S], and the sentences.
 
     Raises:
         DataError: no class in common, or not one layout is left.
@@ -30,8 +48,8 @@ def layout_tokens(dataset: CocoDataset, layout: LayoutFormat) -> tuple[Tensor, t
     class_of = {number: c for c, number in enumerate(known) if number is not None}
     renamed = torch.tensor([class_of.get(number, -1) for number in dataset.category_ids])
     left_out: Counter[str] = Counter()
-    rows = []
-    for image in dataset.images:
+    rows, numbers = [], []
+    for number, image in enumerate(dataset.images):
         whole = image.layout()
         left_out["crowd"] += int(image.crowd.sum())
         ids = renamed[whole.class_ids]
@@ -48,13 +66,15 @@ def layout_tokens(dataset: CocoDataset, layout: LayoutFormat) -> tuple[Tensor, t
         if len(kept) == 0 and len(image.boxes):
             left_out["image"] += 1
             continue
+        numbers.append(number)
         rows.append(layout.encode(Layout(whole.boxes[kept], ids[kept])))
     if not rows:
         raise DataError(
             f"{dataset.source}: expected a layout that the model can write, got none of "
             f"{len(dataset.images)}."
         )
-    return torch.stack(rows), _sentences(dataset.source, layout, left_out)
+    sentences = _sentences(dataset.source, layout, left_out)
+    return FittingLayouts(torch.tensor(numbers), torch.stack(rows), sentences)
 
 
 def _sentences(source: str, layout: LayoutFormat, left_out: Counter[str]) -> tuple[str, ...]:

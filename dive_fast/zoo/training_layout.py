@@ -1,9 +1,12 @@
-"""Trains the zoo's layout-to-image models in pixel space, UNet and layout encoder together.
+"""Trains the zoo's layout-to-image models in pixel space, transformer and layout encoder together.
 
     loss = || eps - eps_theta(x_t, t, layout) ||^2
 
 No layout is ever left out: the layout without objects is that of a picture without objects, not of
 any picture, because a detector compares pictures with and without an object in the layout.
+
+Most timesteps are drawn from the middle of the schedule, where a detector looks; the rest from all
+of it, so that the model generates, too.
 """
 
 from __future__ import annotations
@@ -41,21 +44,24 @@ Draw = Callable[[int], tuple[np.ndarray, Tensor]]
 class LayoutTrainingConfig:
     """What a layout-to-image model is made of and how long it learns.
 
-    The first ones are those of ``models.layout.build_layout_model``.
+    The first ones are those of ``models.layout_transformer.build_layout_transformer``.
+
+    Attributes:
+        t_range, t_share: this share of every batch has its timesteps in this part of the schedule.
     """
 
     sample_size: int
     in_channels: int
-    channels: tuple[int, ...]
+    patch_size: int
+    channels: int
+    layers: int
+    heads: int
     width: int
     encoder_layers: int
-    heads: int
-    attention: tuple[bool, ...]
-    layers_per_block: int = 1
-    head_channels: int = 32
-    norm_groups: int = 16
-    space_to_depth: int = 1
-    steps: int = 10_000
+    encoder_heads: int
+    t_range: tuple[float, float] = (0.05, 0.7)
+    t_share: float = 0.875
+    steps: int = 8_000
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 300
@@ -67,18 +73,18 @@ class LayoutTrainingConfig:
 SCENES = LayoutTrainingConfig(
     sample_size=32,
     in_channels=1,
-    channels=(64, 96),
-    width=64,
-    encoder_layers=2,
+    patch_size=4,
+    channels=128,
+    layers=6,
     heads=4,
-    attention=(True, True),
-    space_to_depth=4,
+    width=128,
+    encoder_layers=1,
+    encoder_heads=4,
 )
 
 
 def train_layout_model(
-    unet: nn.Module,
-    encoder: nn.Module,
+    model: nn.Module,
     draw: Draw,
     held_out: tuple[np.ndarray, Tensor],
     none: int,
@@ -86,7 +92,7 @@ def train_layout_model(
     out: Path,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Trains both in place; at the end they hold their averaged (EMA) weights.
+    """Trains it in place; at the end it holds its averaged (EMA) weights.
 
     Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
     started again with the same configuration goes on from there. Every 250 steps the losses are
@@ -94,8 +100,7 @@ def train_layout_model(
     layout (``layout``) and with that of an empty picture (``empty``), at the weights of that step.
 
     Args:
-        unet: a ``UNet2DConditionModel``.
-        encoder: a ``LayoutEncoder``.
+        model: takes x_t [B, C, h, w], t [B] and tokens [B, S], and gives the noise.
         draw: the batch of every step.
         held_out: pictures and tokens that are never trained on.
         none: the token of all slots of an absent object.
@@ -110,7 +115,7 @@ def train_layout_model(
     from diffusers import DDPMScheduler
 
     generator = torch.Generator().manual_seed(config.seed)
-    model = nn.ModuleDict({"unet": unet, "encoder": encoder}).train()
+    model.train()
     parameters = list(model.parameters())
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
@@ -137,8 +142,8 @@ def train_layout_model(
     for step in bar:
         images, tokens = draw(step)
         tokens = shuffle_objects(tokens, generator)
-        x0 = to_x0(images, config.space_to_depth)
-        t = torch.randint(len(alpha_bar), (len(x0),), generator=generator)
+        x0 = to_x0(images)
+        t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
         eps = torch.randn(x0.shape, generator=generator)
         loss = noise_loss(model, x0, t, eps, tokens, alpha_bar)
         take_step(optimizer, loss, step, config)
@@ -163,11 +168,20 @@ def train_layout_model(
     return held_out_losses(model.eval(), held_out, none, config, alpha_bar)
 
 
-def to_x0(images: np.ndarray, space_to_depth: int) -> Tensor:
-    """uint8 [B, h, w] or [B, h, w, c] to float32 [B, c r r, h / r, w / r] in [-1, 1]."""
+def to_x0(images: np.ndarray) -> Tensor:
+    """uint8 [B, h, w] or [B, h, w, c] to float32 [B, c, h, w] in [-1, 1]."""
     x0 = torch.from_numpy(images).float().div(127.5).sub(1)
-    x0 = x0.unsqueeze(1) if x0.ndim == 3 else x0.permute(0, 3, 1, 2)
-    return F.pixel_unshuffle(x0, space_to_depth)
+    return x0.unsqueeze(1) if x0.ndim == 3 else x0.permute(0, 3, 1, 2)
+
+
+def draw_timesteps(
+    n: int, n_timesteps: int, config: LayoutTrainingConfig, generator: torch.Generator
+) -> Tensor:
+    """int64 [n]: the first ``t_share`` of them in ``t_range``, the rest anywhere."""
+    low, high = (share * n_timesteps for share in config.t_range)
+    u = torch.rand(n, generator=generator)
+    focused = torch.arange(n) < config.t_share * n
+    return torch.where(focused, low + u * (high - low), u * n_timesteps).long()
 
 
 def shuffle_objects(tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -190,19 +204,17 @@ def empty(tokens: Tensor, none: int) -> Tensor:
 
 
 def noise_loss(
-    model: nn.ModuleDict, x0: Tensor, t: Tensor, eps: Tensor, tokens: Tensor, alpha_bar: Tensor
+    model: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, tokens: Tensor, alpha_bar: Tensor
 ) -> Tensor:
     """Mean of || eps - eps_theta(a_t x0 + s_t eps, t, layout) ||^2 / dim over the batch."""
     a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
     x_t = a[:, None, None, None] * x0 + s[:, None, None, None] * eps
-    encoder = model["encoder"]
-    hidden = encoder(encoder.token_embedding(tokens))
-    return F.mse_loss(model["unet"](x_t, t, encoder_hidden_states=hidden).sample, eps)
+    return F.mse_loss(model(x_t, t, tokens), eps)
 
 
 @torch.no_grad()
 def held_out_losses(
-    model: nn.ModuleDict,
+    model: nn.Module,
     held_out: tuple[np.ndarray, Tensor],
     none: int,
     config: LayoutTrainingConfig,
@@ -211,8 +223,8 @@ def held_out_losses(
     """The loss with the true and with the empty layout, on the same noises."""
     images, tokens = held_out
     generator = torch.Generator().manual_seed(config.seed)
-    x0 = to_x0(images, config.space_to_depth)
-    t = torch.randint(len(alpha_bar), (len(x0),), generator=generator)
+    x0 = to_x0(images)
+    t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
     eps = torch.randn(x0.shape, generator=generator)
     return {
         "layout": noise_loss(model, x0, t, eps, tokens, alpha_bar).item(),

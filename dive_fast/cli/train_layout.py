@@ -1,0 +1,70 @@
+"""``dive-fast train-layout``: a layout-to-image model of annotated pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dive_fast.cli.options import count, seed
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "train-layout",
+        help="train a layout-to-image model on annotated pictures",
+        description="Trains a layout-to-image model on a data set in COCO's form, for detect and "
+        "evaluate. Pictures are squashed to a square, flipped at random, and a tenth of them is "
+        "held out. Cut off and started again it goes on where it stopped.",
+    )
+    parser.add_argument(
+        "--annotations", required=True, metavar="FILE.json", help="a COCO annotation file"
+    )
+    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
+    parser.add_argument(
+        "--max-objects", type=count, default=30, metavar="N", help="in a picture (default: 30)"
+    )
+    sizes = {
+        "size": (32, "side of the pictures, in pixels"),
+        "patch-size": (4, "side of the transformer's patches, in pixels"),
+        "channels": (128, "of the transformer"),
+        "layers": (6, "of the transformer"),
+        "steps": (8000, "of the training"),
+        "batch-size": (64, "pictures in a step"),
+    }
+    for name, (default, text) in sizes.items():
+        text = f"{text} (default: {default})"
+        parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
+    parser.add_argument("--seed", type=seed, default=0, help="of the training (default: 0)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from dive_fast.train_pictures import PICTURES, train_pictures
+
+    config = dataclasses.replace(
+        PICTURES,
+        sample_size=options.size,
+        patch_size=options.patch_size,
+        channels=options.channels,
+        layers=options.layers,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    trained = train_pictures(
+        options.annotations,
+        options.images,
+        options.out,
+        max_objects=options.max_objects,
+        config=config,
+        tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
+    )
+    losses = trained.expected
+    print(
+        f"{options.out}: loss of {trained.n_held_out} held-out pictures {losses['layout']:.4f} "
+        f"with their layout, {losses['empty']:.4f} without objects; learned from {trained.n_train}"
+    )
+    return 0

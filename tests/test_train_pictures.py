@@ -1,0 +1,142 @@
+"""Training on annotated pictures: flips, what is left out, and the model that comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import Said, call
+from PIL import Image
+
+from dive_fast.errors import DataError
+from dive_fast.layouts import Layout, LayoutFormat
+from dive_fast.models import load_model
+from dive_fast.train_pictures import PICTURES, draw_flipped, flip, train_pictures
+
+FORM = LayoutFormat.compact(("cat", "dog"), max_objects=3, grid=9)
+TINY = dataclasses.replace(
+    PICTURES,
+    sample_size=16,
+    patch_size=8,
+    channels=16,
+    layers=1,
+    heads=2,
+    width=8,
+    encoder_heads=1,
+    steps=3,
+    batch_size=4,
+    warmup_steps=1,
+)
+
+
+def write_data(folder: Path, n: int = 5) -> Path:
+    """n pictures of 24 x 20, a cat in each and a dog in the even ones; the second is missing."""
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    boxes = []
+    for i in range(n):
+        if i != 1:
+            pixels = rng.integers(256, size=(20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+        boxes.append({"image_id": i, "category_id": 1, "bbox": [2, 4, 12, 10]})
+        if i % 2 == 0:
+            boxes.append({"image_id": i, "category_id": 2, "bbox": [10, 4, 9, 12]})
+    boxes.append({"image_id": 0, "category_id": 1, "bbox": [2, 4, 0, 10]})
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 24, "height": 20} for i in range(n)],
+        "annotations": [{"id": i, **box} for i, box in enumerate(boxes)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    path = folder / "boxes.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def assert_stopped(said: Said, message: str) -> None:
+    """Exit code 2, and one sentence, after those on what was left out of the data."""
+    assert said.code == 2 and message in said.err.splitlines()[-1], said
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_flipped_layouts_are_those_of_flipped_pictures(axis: int) -> None:
+    boxes = torch.tensor([[0.125, 0.25, 0.5, 0.375], [0.0, 0.5, 1.0, 1.0]])
+    layout = Layout(boxes, torch.tensor([1, 0]))
+    tokens = torch.stack(
+        [FORM.encode(layout), FORM.encode(Layout(boxes[:0], layout.class_ids[:0]))]
+    )
+    flipped = flip(tokens, FORM, axis)
+    low, high = (1, 3) if axis == 1 else (0, 2)
+    expected = boxes.clone()
+    expected[:, low], expected[:, high] = 1 - boxes[:, high], 1 - boxes[:, low]
+    found = FORM.decode(flipped[0])
+    assert torch.equal(found.boxes, expected) and torch.equal(found.class_ids, layout.class_ids)
+    assert torch.equal(flipped[1], tokens[1])  # nothing stays nothing
+    assert torch.equal(flip(flipped, FORM, axis), tokens)
+
+
+def test_batches_are_of_the_chosen_pictures_and_their_boxes_follow_them() -> None:
+    """A bright rectangle is where its box says, in every batch."""
+    pictures = np.zeros((3, 16, 16, 1), dtype=np.uint8)
+    boxes = torch.tensor([[2, 4, 6, 8], [0, 0, 8, 2], [10, 6, 16, 16]])
+    tokens = []
+    for picture, box in zip(pictures, boxes.tolist(), strict=True):
+        picture[box[1] : box[3], box[0] : box[2]] = 255
+        tokens.append(FORM.encode(Layout(torch.tensor([box]) / 16, torch.tensor([0]))))
+    draw = draw_flipped(pictures, torch.stack(tokens), torch.tensor([0, 2]), FORM, TINY)
+    seen = set()
+    for step in range(12):
+        batch, found = draw(step)
+        assert batch.shape == (4, 16, 16, 1)
+        for picture, row in zip(batch, found, strict=True):
+            x0, y0, x1, y1 = (FORM.decode(row).boxes[0] * 16).int().tolist()
+            expected = np.zeros((16, 16), dtype=np.uint8)
+            expected[y0:y1, x0:x1] = 255
+            assert np.array_equal(picture[..., 0], expected)
+            seen.add((x0, y0, x1, y1))
+    assert len(seen) == 8  # four flips of each of two pictures, none of the one left out
+    again, _ = draw(3)
+    assert np.array_equal(again, draw(3)[0])
+
+
+def test_end_to_end(tmp_path: Path, capsys) -> None:
+    annotations, out = write_data(tmp_path), tmp_path / "model"
+    arguments = ["--annotations", annotations, "--images", tmp_path / "pictures", "--out", out]
+    sizes = ["--size", 16, "--patch-size", 8, "--channels", 16, "--layers", 1, "--batch-size", 2]
+    said = call(capsys, "train-layout", *arguments, *sizes, "--steps", 2, "--max-objects", 1)
+    assert said.code == 0 and "learned from 3" in said.out
+    assert "expected a box of some size, got 0 x 10" in said.err
+    assert "beyond the 1 largest of an image: 3" in said.err
+    model = load_model(out)
+    assert model.layout.names == ("cat", "dog") and model.layout.max_objects == 1
+    assert model.layout.grid == 9 and model.image_shape == (3, 16, 16)
+    facts = json.loads((out / "dive_fast.json").read_text())
+    assert facts["config"]["steps"] == 2 and facts["expected"]["layout"] > 0
+    assert_stopped(call(capsys, "train-layout", *arguments), "holds a model already")
+
+
+def test_too_few_pictures(tmp_path: Path) -> None:
+    annotations = write_data(tmp_path, n=1)
+    with pytest.raises(DataError, match="expected at least 2 pictures to learn from, got 1"):
+        train_pictures(
+            annotations, tmp_path / "pictures", tmp_path / "out", max_objects=2, tell=lambda s: s
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input(tmp_path: Path, capsys) -> None:
+    annotations = write_data(tmp_path)
+    call_with = {"--annotations": annotations, "--images": tmp_path / "pictures"}
+    for changes, message in (
+        ({"--annotations": tmp_path / "none.json"}, "none.json"),
+        ({"--images": tmp_path / "nowhere"}, "nowhere"),
+        ({"--patch-size": 5}, "a sample_size that 5 divides, got 32"),
+        ({"--channels": 18}, "channels that 4 and 4 heads divide, got 18"),
+        ({"--size": 0}, "--size"),
+    ):
+        options = {**call_with, "--out": tmp_path / "out", **changes}
+        arguments = [part for pair in options.items() for part in pair]
+        assert_stopped(call(capsys, "train-layout", *arguments), message)
