@@ -32,9 +32,10 @@ class Calibration:
         ece_before, ece_after: expected calibration error over 15 bins, in [0, 1].
         nll_before, nll_after: mean of -log p(label), in nats; a label whose class was not measured
             counts as p = 1e-6.
-        n: images.
+        n: images, or what ``counted`` says.
         unmeasured: of these, images whose label was not among the classes that the strategy
             measured. They count in both figures, but no beta can mend them.
+        counted: what ``n`` counts.
     """
 
     beta_before: float
@@ -45,6 +46,7 @@ class Calibration:
     nll_after: float
     n: int
     unmeasured: int = 0
+    counted: str = "images"
 
     def __str__(self) -> str:
         lines = [
@@ -52,7 +54,7 @@ class Calibration:
             f"beta                        {self.beta_before:10.2f} {self.beta_after:10.2f}",
             f"expected calibration error  {self.ece_before:10.2%} {self.ece_after:10.2%}",
             f"-log p(label), nats         {self.nll_before:10.4f} {self.nll_after:10.4f}",
-            f"images                      {self.n:10d}",
+            f"{self.counted:28}{self.n:10d}",
         ]
         if self.unmeasured:
             lines.append(f"label not measured          {self.unmeasured:10d}")

@@ -15,12 +15,17 @@ from dive_fast.detections import Detections
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import ModelError
 from dive_fast.images import as_pictures, squashed_tensor
-from dive_fast.models import load_model, own_directory
+from dive_fast.models import load_model, own_directory, prior_directory
 from dive_fast.models.batch_size import rows_per_batch
+from dive_fast.models.fitted import Fitted, apply_fitted, read_fitted, write_fitted
 from dive_fast.models.prompts import Classes
 from dive_fast.objective import Objective
+from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
+
+PRIOR_WEIGHT = 0.05
+PRIOR_PROBES = 8
 
 
 class LayoutDetector:
@@ -29,25 +34,36 @@ class LayoutDetector:
     Args:
         model: of the family "layout-to-image", or anything that follows
             ``dive_fast.models.protocol.Model`` and has a ``layout``.
+        prior: over the layouts of this model; None for none.
+        prior_weight: lambda, what the prior's loss counts beside the model's; 0.05 if None. With 0
+            the prior is not asked.
+        prior_probes: (timestep, noise) pairs that the prior's loss is the mean of.
         batch_size: rows per forward of the network at most; the model's default if None.
         options: how the engine computes; measured defaults if None.
 
     Raises:
-        ModelError: the model has no layout.
+        ModelError: the model has no layout, the prior is another model's, a weight or a number of
+            probes is out of range, or a weight is given without a prior.
     """
 
     def __init__(
         self,
         model: Any,
+        prior: LayoutPrior | None = None,
         *,
+        prior_weight: float | None = None,
+        prior_probes: int = PRIOR_PROBES,
         batch_size: int | None = None,
         options: EngineOptions | None = None,
     ) -> None:
-        if getattr(model, "layout", None) is None:
-            raise ModelError(
-                f"expected a layout-to-image model, got {model.name}, which has no layout."
-            )
+        _check_layout(model)
         self.model = model
+        self.prior = prior
+        self.prior_weight = _checked_weight(model, prior, prior_weight)
+        self.prior_probes = prior_probes
+        if prior is not None:
+            prior.to(model.device)
+            self._penalty(seed=0)  # says what is wrong with the number of probes
         self.batch_size = rows_per_batch(model, batch_size)
         self.directory: Path | None = None
         self.options = EngineOptions() if options is None else options
@@ -57,7 +73,10 @@ class LayoutDetector:
     def from_pretrained(
         cls,
         source: str | Path,
+        prior: str | Path | None = "auto",
         *,
+        prior_weight: float | None = None,
+        prior_probes: int = PRIOR_PROBES,
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
         batch_size: int | None = None,
@@ -68,13 +87,20 @@ class LayoutDetector:
     ) -> LayoutDetector:
         """From a model of the zoo, a model directory, or a hub id.
 
-        The arguments are those of ``dive_fast.models.load_model`` (``classes`` and ``templates``
-        are for text-conditional models, such as GLIGEN); ``cache``, ``cache_bytes``,
-        ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
+        Args:
+            prior: "auto": the one in the folder ``prior`` of the model, where it has one; a
+                directory that ``dive-fast train-prior`` wrote; or None for none.
+            prior_weight, prior_probes: as for ``LayoutDetector``.
+
+        The other arguments are those of ``dive_fast.models.load_model`` (``classes`` and
+        ``templates`` are for text-conditional models, such as GLIGEN); ``cache``,
+        ``cache_bytes``, ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of
+        ``EngineOptions``.
 
         Raises:
             ModelError: the source is unknown, broken, or no layout-to-image model; a
-                text-conditional one without classes, or classes for another one.
+                text-conditional one without classes, or classes for another one; the prior is
+                broken or another model's.
         """
         options = EngineOptions(**engine)
         model = load_model(
@@ -85,7 +111,19 @@ class LayoutDetector:
             classes=classes,
             templates=templates,
         )
-        detector = cls(model, batch_size=batch_size, options=options)
+        _check_layout(model)
+        if prior == "auto":
+            prior = prior_directory(source, allow_pickle=allow_pickle)
+        if prior is not None:
+            prior = load_prior(prior, model.layout, model.vocabulary.table)
+        detector = cls(
+            model,
+            prior,
+            prior_weight=prior_weight,
+            prior_probes=prior_probes,
+            batch_size=batch_size,
+            options=options,
+        )
         detector.directory = own_directory(source)
         return detector
 
@@ -153,10 +191,36 @@ class LayoutDetector:
         Yields:
             key, detections in pixels of that image, evaluations, and its share of the seconds.
         """
+        stream = self.search_stream(images, strategy=strategy, probes=probes, seed=seed, **settings)
+        for finished, size in stream:
+            answer: LayoutAnswer = finished.answer
+            found = Detections(
+                self.boxes(answer, size),
+                _classes(answer),
+                self._confidence(answer),
+                self.names,
+            )
+            yield finished.key, found, finished.evaluations, finished.seconds
+
+    def search_stream(
+        self,
+        images: Iterable[tuple[Any, Image.Image]],
+        *,
+        strategy: str | LayoutStrategy | None = None,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Iterator[tuple[Finished, tuple[int, int]]]:
+        """As ``detect_stream``, with the losses of every object.
+
+        Yields:
+            What the engine finished, whose ``answer`` is a ``LayoutAnswer``, and the size of the
+            picture (width, height).
+        """
         chosen = resolve_layout_strategy(strategy, settings)
         probe_list = self._probe_list(chosen, probes, seed)
         model = self.model
-        board = Board(model.vocabulary.table, model.layout, probe_list, seed)
+        board = Board(model.vocabulary.table, model.layout, probe_list, seed, self._penalty(seed))
         sizes: dict[Any, tuple[int, int]] = {}
 
         def jobs() -> Iterator[Job]:
@@ -169,10 +233,15 @@ class LayoutDetector:
 
         engine = self._engine = Engine(model, self.batch_size, None, self.options)
         for finished in engine.run(jobs(), probe_list, Objective(chosen.loss)):
-            detections = self._detections(finished, sizes.pop(finished.key))
-            yield finished.key, detections, finished.evaluations, finished.seconds
+            self._check_answer(finished.answer)
+            yield finished, sizes.pop(finished.key)
         # Memory that ran out once would run out again.
         self.batch_size = engine.batch_size
+
+    def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
+        """The boxes of an answer in pixels of a picture (width, height), float32 xyxy [n, 4]."""
+        boxes = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
+        return boxes.view(-1, 4) * (torch.tensor([*size, *size]) / (self.model.layout.grid - 1))
 
     def identity(
         self,
@@ -190,10 +259,47 @@ class LayoutDetector:
             "beta": self.model.beta,
             "seed": seed,
         }
+        if (penalty := self._penalty(seed)) is not None:
+            found["prior"] = penalty.identity()
         # Only what changes answers: a run may go on under another cache.
         if engine := self.options.identity():
             found["engine"] = engine
         return found
+
+    def save_fitted(self, directory: str | Path | None = None) -> Path:
+        """Writes the model's beta into ``dive_fast.json``, keeping its other entries.
+
+        Args:
+            directory: the model's own if None, which it must have been loaded from.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            ModelError: no directory, or one that cannot be written.
+        """
+        target = self.directory if directory is None else Path(directory)
+        if target is None:
+            raise ModelError(
+                f"{self.model.name} has no model directory of yours to write to: give one."
+            )
+        return write_fitted(target, Fitted(self.model.beta, getattr(self.model, "timesteps", None)))
+
+    def load_fitted(self, directory: str | Path) -> None:
+        """Takes over what ``save_fitted`` wrote.
+
+        Raises:
+            ModelError: there is no ``dive_fast.json``, or it is damaged.
+        """
+        apply_fitted(self.model, read_fitted(Path(directory), required=True))
+
+    def _penalty(self, seed: int) -> LayoutPenalty | None:
+        """lambda times the prior's loss, where there is a prior that counts."""
+        if self.prior is None or self.prior_weight == 0:
+            return None
+        return LayoutPenalty(
+            self.prior, self.prior_weight, self.prior_probes, self.model.layout, seed
+        )
 
     def _probe_list(
         self, strategy: LayoutStrategy, probes: int | ProbeList | None, seed: int
@@ -204,21 +310,44 @@ class LayoutDetector:
         probes.check(model.latent_shape, len(model.schedule))
         return probes
 
-    def _detections(self, finished: Finished, size: tuple[int, int]) -> Detections:
-        """Boxes in pixels; the confidence of an object is its posterior among all it could be.
+    def _confidence(self, answer: LayoutAnswer) -> torch.Tensor:
+        """Of each object, its posterior among all that it could be, float32 [n].
 
         p(c | rest, x0) = softmax over classes and "not there" of -beta L
         """
-        answer: LayoutAnswer = finished.answer
+        posterior = (-self.model.beta * answer.losses).softmax(dim=1)
+        return posterior.gather(1, _classes(answer)[:, None])[:, 0].float()
+
+    def _check_answer(self, answer: LayoutAnswer) -> None:
         if answer.losses.isnan().any() or math.isnan(answer.loss):
             raise ModelError(
                 f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN: "
                 f"its weights, its schedule or this precision cannot be right."
             )
-        classes = torch.tensor([item.class_id for item in answer.items], dtype=torch.int64)
-        boxes = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
-        steps = self.model.layout.grid - 1
-        scale = torch.tensor([*size, *size]) / steps
-        posterior = (-self.model.beta * answer.losses).softmax(dim=1)
-        confidence = posterior[torch.arange(len(classes)), classes]
-        return Detections(boxes.view(-1, 4) * scale, classes, confidence.float(), self.names)
+
+
+def _classes(answer: LayoutAnswer) -> torch.Tensor:
+    return torch.tensor([item.class_id for item in answer.items], dtype=torch.int64)
+
+
+def _check_layout(model: Any) -> None:
+    if getattr(model, "layout", None) is None:
+        raise ModelError(
+            f"expected a layout-to-image model, got {model.name}, which has no layout."
+        )
+
+
+def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float:
+    """lambda; 0 without a prior."""
+    if weight is not None and not (math.isfinite(weight) and weight >= 0):
+        raise ModelError(f"prior_weight must be a number of at least 0, got {weight}.")
+    if prior is None:
+        if weight:
+            raise ModelError(f"prior_weight is {weight}, but {model.name} has no prior to weigh.")
+        return 0.0
+    if not fits(prior, model.layout, model.vocabulary.table):
+        raise ModelError(
+            f"expected a prior over the layouts and the token table of {model.name}, got one of "
+            "another model."
+        )
+    return PRIOR_WEIGHT if weight is None else float(weight)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from command import assert_refused, call
 from PIL import Image
-from tiny_layout import make_layout_model
+from tiny_layout import make_layout_model, make_scenes_model
+
+from dive_fast import zoo
+from dive_fast.zoo.scenes import NAMES
 
 FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
 
@@ -160,3 +163,46 @@ def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected)
     options |= {"--out": tmp_path / "run", **changes}
     arguments = [part for pair in options.items() if pair[1] is not None for part in pair]
     assert_refused(call(capsys, "evaluate", *arguments), expected)
+
+
+@pytest.fixture(scope="module")
+def scenes_model(tmp_path_factory) -> Path:
+    """Of the scenes' layouts, random weights; where the zoo's would lie."""
+    directory = tmp_path_factory.mktemp("zoo") / "scenes"
+    make_scenes_model().save_pretrained(directory)
+    return directory
+
+
+def test_evaluate_on_scenes(scenes_model, tmp_path, capsys, monkeypatch) -> None:
+    """The zoo's model is the default; a run goes on, and keeps no pictures."""
+    monkeypatch.setattr(zoo, "_WEIGHTS", scenes_model.parent)
+    out = tmp_path / "run"
+    arguments = ("evaluate", "--data", "scenes", "--out", out, *FAST, "--json", "--limit", 2)
+    said = call(capsys, *arguments)
+    assert (said.code, said.err) == (0, "")
+    summary = json.loads(said.out)
+    assert list(summary)[:3] == ["AP", "AP50", "AP75"]
+    assert summary["n"] == 2 and summary["evaluations_per_image"] > 0
+    assert set(summary["AP_per_class"]) == set(NAMES)
+    # The first ones, whatever the seed.
+    assert [record["id"] for record in sorted(records(out), key=lambda r: r["id"])] == ["1", "2"]
+    lines = (out / "results.jsonl").read_text()
+    assert call(capsys, *arguments).out == said.out
+    assert (out / "results.jsonl").read_text() == lines
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "results.jsonl", "run.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--images", "."), "--images is for annotation files"),
+        ((), r"unknown model 'scenes': expected a model of the zoo \(digits\)"),
+        (("--model", "digits"), "expected a layout-to-image model, got digits"),
+    ],
+)
+def test_evaluate_on_scenes_refuses(tmp_path, capsys, monkeypatch, options, said) -> None:
+    monkeypatch.setattr(zoo, "names", lambda: ("digits",))
+    out = tmp_path / "run"
+    arguments = ("evaluate", "--data", "scenes", "--out", out, "--limit", 1, *options)
+    assert_refused(call(capsys, *arguments), said)
+    assert not out.exists()

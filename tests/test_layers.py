@@ -20,7 +20,7 @@ LAYERS = (
     ("demo",),
     ("evaluate_detections",),
     ("train_pictures", "train_prior"),
-    ("conventions", "evaluate", "train", "train_layout"),
+    ("conventions", "evaluate", "fitting_layout", "train", "train_layout"),
     ("classify", "compat", "detect"),
     ("fitting",),
     ("strategies",),
@@ -40,7 +40,7 @@ LAYERS = (
     ("projection",),
     ("image_paths", "images", "rundir"),
     ("ops",),
-    ("_native", "kernels"),
+    ("_native", "kernels", "matching"),
     ("errors",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -32,12 +32,12 @@ def pairs(seed: int, n: int = 64) -> Tensor:
     return torch.stack(rows)
 
 
-def make_prior(form: LayoutFormat = FORMAT, table: Tensor = TABLE) -> LayoutPrior:
+def make_prior(form: LayoutFormat = FORMAT, table: Tensor = TABLE, width: int = 32) -> LayoutPrior:
     """Random weights all over, so that everything matters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokens = torch.randint(len(table), (20, form.n_slots))
-        prior = LayoutPrior.for_table(form, table, tokens, width=32, layers=2, heads=2)
+        prior = LayoutPrior.for_table(form, table, tokens, width=width, layers=2, heads=2)
         with torch.no_grad():
             for parameter in prior.parameters():
                 parameter.normal_(std=0.2)

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, VQModel
 from dive_fast.layouts import Layout, LayoutFormat
 from dive_fast.models.layout import LayoutToImageModel, build_layout_model
 from dive_fast.models.layout_transformer import LayoutTransformerModel, build_layout_transformer
+from dive_fast.train_layout import SCENES_FORMAT
 
 FORMAT = LayoutFormat.compact(("one", "two", "three"), max_objects=2, grid=5, crop=True)
 
@@ -66,6 +67,28 @@ def make_layout_model(
     return LayoutToImageModel(
         unet, encoder, DDPMScheduler(), autoencoder, space_to_depth=space_to_depth
     )
+
+
+def make_scenes_model() -> LayoutToImageModel:
+    """For the scenes' pictures and layouts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet, encoder = build_layout_model(
+            SCENES_FORMAT,
+            sample_size=32,
+            in_channels=1,
+            channels=(8, 8),
+            width=8,
+            encoder_layers=1,
+            heads=2,
+            layers_per_block=1,
+            head_channels=4,
+            norm_groups=4,
+            space_to_depth=4,
+        )
+    for module in (unet, encoder):
+        module.eval().requires_grad_(False)
+    return LayoutToImageModel(unet, encoder, DDPMScheduler(), space_to_depth=4)
 
 
 def make_layout_transformer(

@@ -6,17 +6,22 @@ import argparse
 import json
 import sys
 
+from dive_fast.cli import evaluate_detections
 from dive_fast.cli.options import (
+    CLASSIFIER,
+    DETECTOR,
     add_model_options,
     add_strategy_options,
     chosen_strategy,
     count,
     load_classifier,
 )
+from dive_fast.cli.prior_options import add_prior_options, refuse_detector_options
 
 DESCRIPTION = """\
 Classifies labelled images and reports accuracy, evaluations and seconds per image; or detects in
-the images of a COCO annotation file and reports the twelve COCO numbers.
+the held-out scenes or the images of a COCO annotation file and reports the twelve COCO numbers; the
+default model is then scenes.
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
 Interrupted and run again with the same options it goes on where it stopped. An image that cannot
@@ -36,27 +41,36 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        metavar="digits|DIR|FILE.npz|FILE.json",
-        help="digits (the held-out ones), a folder with one sub-folder per class, an .npz with "
-        "images and labels (or x_test and y_test), or a COCO annotation file",
+        metavar="digits|scenes|DIR|FILE.npz|FILE.json",
+        help="digits or scenes (the held-out ones), a folder with one sub-folder per class, an "
+        ".npz with images and labels (or x_test and y_test), or a COCO annotation file",
     )
     parser.add_argument(
         "--images", metavar="DIR", help="the pictures of a COCO annotation file (detection)"
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
-    parser.add_argument("--limit", type=count, metavar="N", help="a random subset of N images")
+    parser.add_argument(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="a random subset of N images; of scenes the first N",
+    )
     add_model_options(parser)
+    add_prior_options(parser.add_argument_group("layouts (detection)"))
     add_strategy_options(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, model=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.images is not None or options.data.endswith(".json"):
-        return run_detection(options)
+    if evaluate_detections.is_detection(options):
+        options.model = options.model or DETECTOR
+        return evaluate_detections.run(options)
     from dive_fast.data import folder_classes, open_dataset, select
     from dive_fast.evaluate import evaluate
 
+    refuse_detector_options(options)
+    options.model = options.model or CLASSIFIER
     strategy = chosen_strategy(options)
     classifier = load_classifier(options, folder_classes(options.data))
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
@@ -79,12 +93,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(as_text(summary))
     return 2 if summary.failed else 0
-
-
-def run_detection(options: argparse.Namespace) -> int:
-    from dive_fast.cli.evaluate_detections import run
-
-    return run(options)
 
 
 def as_text(summary) -> str:

@@ -1,34 +1,86 @@
-"""``dive-fast evaluate`` with a COCO annotation file: the twelve COCO numbers of a detector."""
+"""``dive-fast evaluate`` with scenes or a COCO annotation file: the twelve COCO numbers."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dive_fast.cli.options import chosen_layout_strategy, load_detector
+from dive_fast.cli.options import SCENES, chosen_layout_strategy, load_detector
+
+if TYPE_CHECKING:  # torch is not loaded for the help
+    from dive_fast.coco import CocoDataset
+    from dive_fast.strategies.layout import LayoutStrategy
 
 # Of the options for classifiers, what a detector has no use for.
-FOR_CLASSIFIERS = ("preset", "timesteps", "fitted", "average")
+FOR_CLASSIFIERS = ("preset", "timesteps", "average")
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.coco import read_coco
-    from dive_fast.errors import DataError
-    from dive_fast.evaluate_detections import evaluate_detections
+    strategy = checked_strategy(options)
+    with detection_data(options, "test", None) as data:
+        return _evaluate(options, strategy, data)
 
-    if options.images is None:
+
+def is_detection(options: argparse.Namespace) -> bool:
+    """Whether the data are annotated with boxes."""
+    data = options.data or ""
+    return options.images is not None or data == SCENES or data.endswith(".json")
+
+
+def checked_strategy(options: argparse.Namespace) -> LayoutStrategy:
+    """The search, after a look at what else the options say.
+
+    Raises:
+        DiveFastError: options that do not go with detection, or a search that does not exist.
+    """
+    from dive_fast.errors import DataError
+
+    scenes = options.data == SCENES
+    if scenes and options.images is not None:
+        raise DataError("--images is for annotation files; the scenes bring their own pictures.")
+    if not scenes and options.images is None:
         raise DataError(f"expected --images DIR, the pictures of {options.data}, got none.")
     for name in FOR_CLASSIFIERS:
         if getattr(options, name) is not None:
             raise DataError(f"--{name} is for classifiers; {options.data} is for detectors.")
     if options.timestep_embedding != "auto":
         raise DataError(f"--timestep-embedding is for DiTs; {options.data} is for detectors.")
-    strategy = chosen_layout_strategy(options)
-    data = read_coco(options.data, options.images)
+    return chosen_layout_strategy(options)
+
+
+@contextlib.contextmanager
+def detection_data(
+    options: argparse.Namespace, part: str, n_scenes: int | None
+) -> Iterator[CocoDataset]:
+    """The annotated pictures that ``--data``, ``--images`` and ``--limit`` name.
+
+    The scenes' files are there as long as the context is entered.
+
+    Args:
+        part: of the scenes, "train" or "test".
+        n_scenes: how many without ``--limit``; None for all that there are for tests.
+    """
+    from dive_fast.coco import read_coco
+    from dive_fast.zoo.scenes_coco import N_TEST, write_scenes
+
+    if options.data != SCENES:
+        yield read_coco(options.data, options.images).select(options.limit, options.seed)
+        return
+    with tempfile.TemporaryDirectory(prefix="scenes-") as folder:
+        yield write_scenes(folder, part, min(options.limit or n_scenes or N_TEST, N_TEST))
+
+
+def _evaluate(options: argparse.Namespace, strategy: LayoutStrategy, data: CocoDataset) -> int:
+    from dive_fast.evaluate_detections import evaluate_detections
+
     detector = load_detector(options, data.names)
     for problem in data.problems:
         print(f"dive-fast: {problem}", file=sys.stderr)
@@ -36,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         summary = evaluate_detections(
             _Chosen(detector, chosen),
-            data.select(options.limit, options.seed),
+            data,
             options.out,
             config=detector.identity(**chosen),
             progress=sys.stderr.isatty(),

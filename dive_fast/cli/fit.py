@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 
+from dive_fast.cli import evaluate_detections
 from dive_fast.cli.options import (
+    CLASSIFIER,
+    DETECTOR,
     add_model_options,
     add_strategy_options,
     chosen_strategy,
     count,
     load_classifier,
+    load_detector,
 )
+from dive_fast.cli.prior_options import add_prior_options, refuse_detector_options
 
 DESCRIPTION = """\
 Fits to labelled images, prints what it changes, and writes it into dive_fast.json beside the model:
@@ -22,10 +27,14 @@ Fits to labelled images, prints what it changes, and writes it into dive_fast.js
 
 Best use images that the model was not trained on: of those it is surer than of others. Timesteps
 and shortlist can be fitted without data, to images that the model generates itself (--generate N).
-A shortlist measures every class of up to 60 images; --limit takes fewer."""
+A shortlist measures every class of up to 60 images; --limit takes fewer.
+
+Of a detector (--data scenes, or a COCO annotation file with --images) beta is fitted: to the first
+100 training scenes, or to annotated images, with the prior and the search that the options name."""
 
 PARTS = ("timesteps", "shortlist", "beta")
 SHORTLIST_IMAGES = 60
+SCENES_TO_FIT = 100
 
 
 def add_parser(commands) -> None:
@@ -37,9 +46,12 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--data",
-        metavar="digits|DIR|FILE.npz",
-        help="digits (the training part), a folder with one sub-folder per class, or an .npz with "
-        "images and labels (or x_train and y_train)",
+        metavar="digits|scenes|DIR|FILE.npz|FILE.json",
+        help="digits or scenes (the training part), a folder with one sub-folder per class, an "
+        ".npz with images and labels (or x_train and y_train), or a COCO annotation file",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="the pictures of a COCO annotation file (detection)"
     )
     parser.add_argument(
         "--generate", type=count, metavar="N", help="fit to N images of the model's own"
@@ -56,10 +68,16 @@ def add_parser(commands) -> None:
         help="the directory whose dive_fast.json takes the values (default: the model's own; "
         "needed for models of the zoo and the hub)",
     )
-    parser.add_argument("--limit", type=count, metavar="N", help="a random subset of N images")
+    parser.add_argument(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="a random subset of N images; of scenes the first N",
+    )
     add_model_options(parser)
+    add_prior_options(parser.add_argument_group("layouts (detection)"))
     add_strategy_options(parser)
-    parser.set_defaults(run=run, strategy="enumerate")
+    parser.set_defaults(run=run, model=None)
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -73,16 +91,19 @@ def run(options: argparse.Namespace) -> int:
     from dive_fast.data import load_all, open_dataset, select
     from dive_fast.errors import DiveFastError
 
+    if evaluate_detections.is_detection(options):
+        options.model = options.model or DETECTOR
+        return run_detection(options)
+    refuse_detector_options(options)
+    options.model = options.model or CLASSIFIER
+    options.strategy = options.strategy or "enumerate"
     strategy = chosen_strategy(options)
     what = options.what or (PARTS if options.data else PARTS[:-1])
     if options.data is None and (options.generate is None or "beta" in what):
         needed = "--data" if "beta" in what else "--data or --generate"
         raise DiveFastError(f"fitting {' and '.join(what)} needs {needed}.")
     classifier = load_classifier(options)
-    if options.out is None and classifier.directory is None:
-        raise DiveFastError(
-            f"{options.model} has no model directory of yours to write to: name one with --out."
-        )
+    _check_out(options, classifier)
     common = {"seed": options.seed, "progress": sys.stderr.isatty()}
     images = labels = None
     if options.data is not None:
@@ -111,6 +132,43 @@ def run(options: argparse.Namespace) -> int:
         print(record)
     print(f"written to {classifier.save_fitted(options.out)}")
     return 0
+
+
+def run_detection(options: argparse.Namespace) -> int:
+    from dive_fast.errors import DiveFastError
+    from dive_fast.fitting_layout import calibrate_detector
+
+    if options.what not in (None, ("beta",)):
+        raise DiveFastError(f"of a detector beta can be fitted, got {','.join(options.what)}.")
+    if options.generate is not None:
+        raise DiveFastError("--generate is for classifiers; a detector needs annotated images.")
+    strategy = evaluate_detections.checked_strategy(options)
+    with evaluate_detections.detection_data(options, "train", SCENES_TO_FIT) as data:
+        detector = load_detector(options, data.names)
+        _check_out(options, detector)
+        for problem in data.problems:
+            print(f"dive-fast: {problem}", file=sys.stderr)
+        record = calibrate_detector(
+            detector,
+            data,
+            strategy=strategy,
+            probes=options.probes,
+            seed=options.seed,
+            progress=sys.stderr.isatty(),
+        )
+    print(record)
+    print(f"written to {detector.save_fitted(options.out)}")
+    return 0
+
+
+def _check_out(options: argparse.Namespace, fitted) -> None:
+    """That there is a place for the values, asked before they are computed."""
+    from dive_fast.errors import DiveFastError
+
+    if options.out is None and fitted.directory is None:
+        raise DiveFastError(
+            f"{options.model} has no model directory of yours to write to: name one with --out."
+        )
 
 
 def as_text(timesteps) -> str:

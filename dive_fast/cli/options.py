@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dive_fast.cli.prior_options import add_prior_options
+
+CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
+SCENES = "scenes"  # its annotated pictures
+
 
 def count(text: str) -> int:
     """A whole number of at least 1."""
@@ -38,7 +43,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default="digits",
+        default=CLASSIFIER,
         metavar="digits|DIR|HUB_ID",
         help="the built-in model of handwritten digits (default), a diffusers model directory, "
         "or a hub id such as facebook/DiT-XL-2-256",
@@ -49,11 +54,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|diffusers|original",
         help="which frequencies a DiT was trained with (default: auto)",
-    )
-    group.add_argument(
-        "--fitted",
-        metavar="DIR",
-        help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
     )
     text = _add_prompt_options(parser, "Stable Diffusion", "'a photo of a {}.'")
     text.add_argument(
@@ -69,10 +69,12 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        required=True,
-        metavar="DIR|HUB_ID",
-        help="a directory or hub id of a layout-to-image model",
+        default=DETECTOR,
+        metavar="scenes|DIR|HUB_ID",
+        help="the built-in model of scenes of digits (default), or a directory or hub id of a "
+        "layout-to-image model",
     )
+    add_prior_options(group)
     _add_network_options(group)
     _add_prompt_options(parser, "GLIGEN, GeoDiffusion", "what the model was trained with")
     _add_engine_options(parser)
@@ -108,6 +110,11 @@ def _add_network_options(group: argparse._ArgumentGroup) -> None:
         "networks); halved when memory runs out",
     )
     group.add_argument("--allow-pickle", action="store_true", help="also load pickled .bin weights")
+    group.add_argument(
+        "--fitted",
+        metavar="DIR",
+        help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
+    )
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -309,8 +316,10 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     """
     from dive_fast.detect import LayoutDetector
 
-    return LayoutDetector.from_pretrained(
+    detector = LayoutDetector.from_pretrained(
         options.model,
+        {None: "auto", "none": None}.get(options.prior, options.prior),
+        prior_weight=options.prior_weight,
         dtype=options.dtype,
         device=options.device,
         batch_size=options.batch_size,
@@ -319,6 +328,9 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
         classes=_chosen_classes(options, classes),
         templates=options.template,
     )
+    if options.fitted is not None:
+        detector.load_fitted(options.fitted)
+    return detector
 
 
 def _chosen_classes(

@@ -17,6 +17,7 @@ from dive_fast.models.hub import find
 from dive_fast.models.prompts import Classes, stored_classes
 from dive_fast.models.protocol import Model
 
+PRIOR = "prior"  # the folder of a model directory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Loader = Callable[..., Model]
@@ -80,7 +81,7 @@ _SDXL = _Family(
 _FAMILIES: dict[str, _Family] = {
     "DiTPipeline": _Family(_load_dit, ("transformer", "vae", "scheduler")),
     "LayoutToImagePipeline": _Family(
-        _load_layout, ("unet", "layout_encoder", "vae", "scheduler", "prior")
+        _load_layout, ("unet", "layout_encoder", "vae", "scheduler", PRIOR)
     ),
     "StableDiffusionGLIGENPipeline": _Family(_load_gligen, _STABLE_DIFFUSION.folders, text=True),
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
@@ -160,6 +161,17 @@ def needs_classes(source: str | Path, *, allow_pickle: bool = False) -> bool:
     """
     directory, family = _find(source, allow_pickle)
     return family.text and stored_classes(directory) is None
+
+
+def prior_directory(source: str | Path, *, allow_pickle: bool = False) -> Path | None:
+    """Where the prior over layouts lies that belongs to a model of ``load_model``; None without.
+
+    Raises:
+        ModelError: the source is unknown, or of a family that is not supported.
+    """
+    directory, _ = _find(source, allow_pickle)
+    # A training that is under way has no configuration yet.
+    return directory / PRIOR if (directory / PRIOR / "config.json").is_file() else None
 
 
 def _find(source: str | Path, allow_pickle: bool) -> tuple[Path, _Family]:

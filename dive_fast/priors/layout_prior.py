@@ -140,8 +140,8 @@ class LayoutPrior(ModelMixin, ConfigMixin):
     def losses(self, v: Tensor, timesteps: Tensor, noises: Tensor) -> Tensor:
         """How badly each layout is denoised at each probe; lower is more usual.
 
-        A noise belongs to a slot: the same objects in other slots meet other noises. Layouts that
-        are to be compared keep their common objects in the same slots.
+        A noise belongs to a slot. Layouts are compared fairly where their common objects meet
+        equal noises: in the same slots, or with one noise for all objects (``LayoutPenalty``).
 
         Args:
             v: token embeddings, rows of the table or anything between them, [N, S, D].
@@ -217,9 +217,14 @@ def load_prior(directory: str | Path, layout: LayoutFormat, table: Tensor) -> La
         raise ModelError(
             f"expected a positive scale in {directory / 'config.json'}, got {prior.config.scale}."
         )
-    if prior.config.layout != layout.to_dict() or prior.config.table != table_digest(table):
+    if not fits(prior, layout, table):
         raise ModelError(
             f"{directory} holds a prior of another model: expected the layouts and the token table "
             "of this one (dive-fast train-prior makes one)."
         )
     return prior
+
+
+def fits(prior: LayoutPrior, layout: LayoutFormat, table: Tensor) -> bool:
+    """Whether a prior is over these layouts in the embeddings of this table."""
+    return prior.config.layout == layout.to_dict() and prior.config.table == table_digest(table)

@@ -1,0 +1,201 @@
+"""``LayoutDetector`` with a prior: where it comes from, what it changes, what a run records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import assert_refused, call
+from PIL import Image
+from test_detect import SCENE, PictureModel
+from test_priors import make_prior
+from tiny_layout import make_layout_model
+
+from dive_fast import LayoutDetector, zoo
+from dive_fast.errors import ModelError
+from dive_fast.models import load_model, prior_directory
+from dive_fast.priors import LayoutPrior
+from dive_fast.strategies.layout import Board
+
+FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
+
+
+def save_prior(model: Path, out: Path) -> LayoutPrior:
+    loaded = load_model(model)
+    prior = make_prior(loaded.layout, loaded.vocabulary.table, width=36)
+    prior.save_pretrained(out)
+    return prior
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """With a prior beside it."""
+    directory = tmp_path_factory.mktemp("layout")
+    make_layout_model().save_pretrained(directory)
+    save_prior(directory, directory / "prior")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """Other weights and no prior."""
+    directory = tmp_path_factory.mktemp("bare")
+    make_layout_model(seed=1).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "a.png"
+    Image.new("L", (8, 8), 90).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def toy() -> PictureModel:
+    return PictureModel()
+
+
+@pytest.fixture(scope="module")
+def scene(toy) -> Image.Image:
+    board = Board(toy.vocabulary.table, toy.layout, None)
+    x0 = toy.picture(board.conditions([SCENE]).flatten(1))[0]
+    return Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy())
+
+
+@pytest.fixture(scope="module")
+def against_objects(toy) -> LayoutPrior:
+    """The nearer a layout is to the one without objects, the smaller is its loss."""
+    table, form = toy.vocabulary.table, toy.layout
+    tokens = torch.full((1, form.n_slots), form.none)
+    prior = LayoutPrior.for_table(form, table, tokens, width=160, layers=1, heads=2)
+    with torch.no_grad():
+        # eps_phi = s v_t - a c v(none), so eps - eps_phi = a^2 eps + a c (v(none) - s v).
+        prior.object_out.bias.copy_(-prior.config.scale * table[form.none].repeat(3))
+    return prior.eval().requires_grad_(False)
+
+
+class TestOnAnalyticModel:
+    @pytest.mark.parametrize("strategy", ["guided", "invert"])
+    def test_a_heavy_prior_wins(self, toy, against_objects, scene, strategy: str) -> None:
+        settings = {"strategy": strategy, **({"lines": 4} if strategy == "guided" else {})}
+        (alone,) = LayoutDetector(toy)(scene, **settings)
+        (unweighted,) = LayoutDetector(toy, against_objects, prior_weight=0)(scene, **settings)
+        (weighted,) = LayoutDetector(toy, against_objects, prior_weight=1e4)(scene, **settings)
+        assert unweighted.to_dict() == alone.to_dict()
+        assert len(alone) > 0 and len(weighted) == 0
+
+    def test_identity(self, toy, against_objects) -> None:
+        alone = LayoutDetector(toy).identity()
+        assert "prior" not in alone
+        assert LayoutDetector(toy, against_objects, prior_weight=0).identity() == alone
+        given = LayoutDetector(toy, against_objects, prior_weight=0.3, prior_probes=4).identity()
+        assert set(given.pop("prior")) == {"weight", "probes", "weights"}
+        assert given == alone
+        for settings in ({"prior_weight": 0.2}, {"prior_probes": 5}):
+            changed = LayoutDetector(toy, against_objects, **settings).identity()
+            assert changed["prior"] != LayoutDetector(toy, against_objects).identity()["prior"]
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"prior_weight": -1}, "prior_weight must be a number of at least 0, got -1"),
+            ({"prior_weight": float("inf")}, "prior_weight must be a number of at least 0"),
+            ({"prior_probes": 0}, "1 probe at least, got 0.05 and 0 probes"),
+        ],
+    )
+    def test_bad_settings(self, toy, against_objects, settings, said: str) -> None:
+        with pytest.raises(ModelError, match=said):
+            LayoutDetector(toy, against_objects, **settings)
+
+    def test_a_prior_of_another_model(self, toy) -> None:
+        with pytest.raises(ModelError, match="layouts and the token table of toy layout, got one"):
+            LayoutDetector(toy, make_prior())
+
+    def test_a_weight_without_a_prior(self, toy) -> None:
+        with pytest.raises(ModelError, match="prior_weight is 0.1, but toy layout has no prior"):
+            LayoutDetector(toy, prior_weight=0.1)
+
+
+class TestFromPretrained:
+    def test_the_models_own(self, model: Path, bare: Path) -> None:
+        detector = LayoutDetector.from_pretrained(model)
+        assert detector.prior is not None and detector.prior_weight == 0.05
+        assert not any(p.requires_grad for p in detector.prior.parameters())
+        assert "prior" in detector.identity()
+        for without in (
+            LayoutDetector.from_pretrained(model, prior=None),
+            LayoutDetector.from_pretrained(bare),
+        ):
+            assert without.prior is None and "prior" not in without.identity()
+
+    def test_one_that_is_still_in_training(self, tmp_path: Path) -> None:
+        make_layout_model().save_pretrained(tmp_path)
+        (tmp_path / "prior").mkdir()
+        (tmp_path / "prior" / "training.jsonl").touch()
+        assert LayoutDetector.from_pretrained(tmp_path).prior is None
+
+    def test_of_a_path(self, bare: Path, tmp_path: Path) -> None:
+        saved = save_prior(bare, tmp_path)
+        detector = LayoutDetector.from_pretrained(bare, tmp_path, prior_weight=2, prior_probes=3)
+        assert detector.identity()["prior"] == {
+            **LayoutDetector(load_model(bare), saved).identity()["prior"],
+            "weight": 2.0,
+            "probes": 3,
+        }
+
+    def test_of_the_zoo(self, model: Path, monkeypatch) -> None:
+        monkeypatch.setattr(zoo, "_WEIGHTS", model.parent)
+        name = model.name
+        assert name in zoo.names()
+        assert prior_directory(name) == model / "prior"
+        assert LayoutDetector.from_pretrained(name).prior is not None
+
+    def test_of_another_model(self, model: Path, bare: Path) -> None:
+        with pytest.raises(ModelError, match="prior holds a prior of another model"):
+            LayoutDetector.from_pretrained(bare, model / "prior")
+
+    def test_nothing_there(self, bare: Path, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="expected the folder prior"):
+            LayoutDetector.from_pretrained(bare, tmp_path / "prior")
+
+    def test_a_model_without_layouts(self) -> None:
+        with pytest.raises(ModelError, match="digits, which has no layout"):
+            LayoutDetector.from_pretrained("digits", "nowhere")
+
+
+class TestCommand:
+    def config(self, capsys, model: Path, picture: Path, out: Path, *arguments) -> dict:
+        said = call(capsys, "detect", picture, "--model", model, "--out", out, *FAST, *arguments)
+        assert said.code == 0, said.err
+        return json.loads((out / "run.json").read_text())["config"]
+
+    def test_prior_and_weight(self, model, picture, tmp_path, capsys) -> None:
+        own = self.config(capsys, model, picture, tmp_path / "1")
+        path = self.config(capsys, model, picture, tmp_path / "2", "--prior", model / "prior")
+        heavy = self.config(capsys, model, picture, tmp_path / "3", "--prior-weight", 7)
+        none = self.config(capsys, model, picture, tmp_path / "4", "--prior", "none")
+        assert own == path and own["prior"]["weight"] == 0.05
+        assert heavy["prior"]["weight"] == 7 and "prior" not in none
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("--prior-weight", "-1"), "expected a number of at least 0, got '-1'"),
+            (("--prior-weight", "much"), "expected a number of at least 0, got 'much'"),
+            (("--prior", "nowhere"), "expected the folder nowhere"),
+            (("--prior", "none", "--prior-weight", "1"), "prior_weight is 1.0, but .* no prior"),
+        ],
+    )
+    def test_refused(self, model, picture, tmp_path, capsys, arguments, said: str) -> None:
+        out = tmp_path / "run"
+        found = call(capsys, "detect", picture, "--model", model, "--out", out, *arguments)
+        assert_refused(found, said)
+        assert not out.exists()
+
+    @pytest.mark.parametrize("option", [("--prior", "none"), ("--prior-weight", "1")])
+    def test_classifiers_have_none(self, tmp_path, capsys, option) -> None:
+        said = call(capsys, "evaluate", "--data", "digits", "--out", tmp_path / "run", *option)
+        assert_refused(said, f"{option[0]} is for detectors; digits is for classifiers")

@@ -1,0 +1,173 @@
+"""Beta of a detector, from annotated pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from command import assert_refused, call
+from PIL import Image
+from test_detect import PictureModel
+from tiny_layout import make_scenes_model
+
+from dive_fast import LayoutDetector
+from dive_fast.coco import CocoDataset, CocoImage, read_coco, write_coco
+from dive_fast.errors import DataError, DiveFastError, ModelError
+from dive_fast.fitting_layout import calibrate_detector
+from dive_fast.strategies.layout import Board, Box, Item
+
+SCENES = (
+    (Item(0, Box(0, 1, 2, 4)),),
+    (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6))),
+    (Item(2, Box(0, 0, 2, 2)), Item(0, Box(3, 1, 5, 3)), Item(1, Box(1, 4, 4, 6))),
+)
+NAMES = tuple(f"class {c}" for c in range(3))
+
+
+@pytest.fixture
+def detector() -> LayoutDetector:
+    return LayoutDetector(PictureModel())
+
+
+@pytest.fixture
+def data(detector, tmp_path: Path) -> CocoDataset:
+    """What the model sees exactly, as pictures of 6 x 6 pixels."""
+    model = detector.model
+    board = Board(model.vocabulary.table, model.layout, None)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    images = []
+    for i, (items, x0) in enumerate(
+        zip(SCENES, model.picture(board.conditions(SCENES).flatten(1)), strict=True)
+    ):
+        path = folder / f"{i}.png"
+        Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy()).save(path)
+        boxes = torch.tensor([item.box for item in items]).float()
+        ids = torch.tensor([item.class_id for item in items])
+        images.append(CocoImage(i, path, (6, 6), boxes, ids, torch.zeros(len(items)).bool()))
+    data = CocoDataset(NAMES, (1, 2, 3), tuple(images), "boxes.json")
+    write_coco(tmp_path / "boxes.json", data, folder)
+    return read_coco(tmp_path / "boxes.json", folder)
+
+
+def renamed(data: CocoDataset) -> CocoDataset:
+    """Every class is called by the next one's name."""
+    return CocoDataset((*NAMES[1:], NAMES[0]), data.category_ids, data.images, data.source)
+
+
+def test_objects_that_are_right_are_sure(detector, data) -> None:
+    detector.model.beta = 1e-3
+    record = calibrate_detector(detector, data, lines=4)
+    assert (record.n, record.counted) == (6, "objects")
+    assert "objects                              6" in str(record)
+    assert record.beta_before == 1e-3 and detector.model.beta == record.beta_after > 1
+    assert record.nll_after < record.nll_before
+    (found,) = detector(data.images[0].path, lines=4)
+    assert found.confidence.item() > 0.7
+
+
+def test_objects_that_are_wrong_are_not(detector, data) -> None:
+    """Right names first: the same objects with wrong labels give a lower beta."""
+    right = calibrate_detector(detector, data, lines=4).beta_after
+    wrong = calibrate_detector(detector, renamed(data), lines=4).beta_after
+    assert wrong < right / 10
+
+
+def test_what_finds_nothing_is_labelled_absent(detector, data) -> None:
+    """Without the annotation of an object, finding it was wrong."""
+    whole = calibrate_detector(detector, data, lines=4)
+    images = list(data.images)
+    last = images[2]
+    images[2] = CocoImage(
+        last.id, last.path, last.size, last.boxes[:1], last.class_ids[:1], last.crowd[:1]
+    )
+    less = calibrate_detector(detector, CocoDataset(NAMES, (1, 2, 3), tuple(images), "x"), lines=4)
+    assert less.n == whole.n == 6
+    assert less.beta_after < whole.beta_after
+
+
+def test_crowds_and_unknown_classes_take_no_part(detector, data) -> None:
+    images = list(data.images)
+    first = images[0]
+    images[0] = CocoImage(
+        first.id, first.path, first.size, first.boxes, first.class_ids, torch.tensor([True])
+    )
+    names = ("class 0", "cat", "class 2")
+    record = calibrate_detector(
+        detector, CocoDataset(names, (1, 2, 3), tuple(images), "x"), lines=4
+    )
+    assert record.n == 3
+
+
+def test_a_picture_that_cannot_be_read(detector, data, capsys) -> None:
+    data.images[0].path.write_bytes(b"no picture")
+    assert calibrate_detector(detector, data, lines=4).n == 5
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_refused(detector, data, tmp_path: Path) -> None:
+    other = CocoDataset(("cat", "dog", "cow"), (1, 2, 3), data.images, "x")
+    with pytest.raises(DataError, match="expected classes that the model knows"):
+        calibrate_detector(detector, other)
+    for image in data.images:
+        Image.new("RGB", (6, 6)).save(image.path)
+    with pytest.raises(DiveFastError, match="objects that the detector found, got none in boxes"):
+        calibrate_detector(detector, data, lines=4)
+    with pytest.raises(ModelError, match="no model directory of yours"):
+        detector.save_fitted()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("scenes")
+    made = make_scenes_model()
+    made.save_pretrained(directory)
+    return directory
+
+
+FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
+# Objects stay even where they explain nothing, so that there is something to fit.
+KEEP = ("--strategy", "invert", "--set", "starts=1", "--set", "steps=2", "--set", "settled=False")
+
+
+class TestCommand:
+    def test_scenes(self, model: Path, tmp_path: Path, capsys) -> None:
+        out = tmp_path / "fitted"
+        arguments = ("--data", "scenes", "--limit", 2, "--model", model)
+        said = call(capsys, "fit", *arguments, "--out", out, *KEEP, "--probes", 4)
+        assert said.code == 0, said.err
+        assert "objects" in said.out and f"written to {out / 'dive_fast.json'}" in said.out
+        beta = json.loads((out / "dive_fast.json").read_text())["beta"]
+        assert math.isfinite(beta)
+        detector = LayoutDetector.from_pretrained(model)
+        assert detector.model.beta != beta
+        detector.load_fitted(out)
+        assert detector.model.beta == detector.identity()["beta"] == beta
+        run = tmp_path / "run"
+        said = call(
+            capsys, "evaluate", *arguments, "--limit", 1, "--out", run, "--fitted", out, *FAST
+        )
+        assert said.code == 0, said.err
+        assert json.loads((run / "run.json").read_text())["config"]["beta"] == beta
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (("--what", "timesteps"), "of a detector beta can be fitted, got timesteps"),
+            (("--generate", "3"), "--generate is for classifiers"),
+            (("--strategy", "race"), "strategy for layouts of guided, invert, got 'race'"),
+            (("--model", "digits"), "expected a layout-to-image model, got digits"),
+        ],
+    )
+    def test_refused(self, model: Path, tmp_path: Path, capsys, options, said: str) -> None:
+        out = tmp_path / "fitted"
+        given = ("--data", "scenes", "--model", model, "--out", out, *options)
+        assert_refused(call(capsys, "fit", *given), said)
+        assert not out.exists()
+
+    def test_prior_is_for_detectors(self, capsys) -> None:
+        said = call(capsys, "fit", "--data", "digits", "--prior", "none")
+        assert_refused(said, "--prior is for detectors; digits is for classifiers")
