@@ -12,7 +12,8 @@ from dive_fast.objective import Objective
 from dive_fast.probes import low_discrepancy_probes
 from dive_fast.strategies.layout import ANY, Board, Box, Guided, InvertLayout, Item
 from dive_fast.strategies.layout.board import overlap
-from dive_fast.strategies.layout.guided import coarse_boxes, neighbours
+from dive_fast.strategies.layout.guided import coarse_boxes
+from dive_fast.strategies.layout.moves import neighbours
 from dive_fast.strategies.layout.settle import drop_duplicates
 
 SCENES = (

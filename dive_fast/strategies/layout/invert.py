@@ -66,6 +66,18 @@ class InvertLayout(LayoutProbes):
             raise DiveFastError(f"margin must be in [0, 1), got {self.margin}.")
 
     def search(self, board: Board) -> Steps:
+        met, steps = yield from self.relax(board)
+        candidates = sorted(met, key=met.__getitem__)[: self.finalists]
+        final = torch.arange(min(self.final_probes, len(board.probes)))
+        losses = yield from measure(board, candidates, final)
+        best = candidates[int(losses.argmin())]
+        rounds = 2 if self.settled else 0
+        answer = yield from settle(board, best, final, self.margin, rounds)
+        answer.trace.update(met=len(met), steps=steps, found=best)
+        return answer
+
+    def relax(self, board: Board) -> Steps:
+        """The optimisation alone: the lowest running loss of every layout met, and the steps."""
         k = len(board.probes)
         min_size = 1 if self.joint_boxes else None
         project = board.format.projection(board.table, self.metric, min_size)
@@ -98,15 +110,7 @@ class InvertLayout(LayoutProbes):
                 )
             v.grad = reply.gradients.view(shape) + from_prior
             optimizer.step()
-
-        candidates = sorted(met, key=met.__getitem__)[: self.finalists]
-        final = torch.arange(min(self.final_probes, k))
-        losses = yield from measure(board, candidates, final)
-        best = candidates[int(losses.argmin())]
-        rounds = 2 if self.settled else 0
-        answer = yield from settle(board, best, final, self.margin, rounds)
-        answer.trace.update(met=len(met), steps=step + 1, found=best)
-        return answer
+        return met, step + 1
 
 
 def _penalty(board: Board, embeddings: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""Changes of a layout that a discrete search tries: sides that move, boxes that split and join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from torch import Tensor
+
+from dive_fast.strategies.layout.board import Board, Box, Item, Items, Steps, measure
+
+SMALLEST_PART = 2  # lines of the grid; what a split leaves at least
+
+
+def replaced(items: Items, i: int, *new: Item) -> Items:
+    """The layout with others, or none, in place of object i."""
+    return (*items[:i], *new, *items[i + 1 :])
+
+
+def moved(items: Items, i: int, box: Box) -> Items:
+    return replaced(items, i, items[i]._replace(box=box))
+
+
+def slide(board: Board, items: Items, i: int, loss: float, probe_ids: Tensor, step: int) -> Steps:
+    """Moves the sides of object i while that lowers the loss; returns layout and loss.
+
+    Every side is tried ``step`` lines out and in, and the whole box in four directions. Sides
+    hardly depend on each other: all that help alone are moved together where that helps more.
+    When nothing helps, half of the step, down to one line.
+    """
+    while step >= 1:
+        box = items[i].box
+        boxes = neighbours(box, step, board.format.grid)
+        losses = yield from measure(board, [moved(items, i, b) for b in boxes], probe_ids)
+        best = int(losses.argmin())
+        if losses[best] >= loss:
+            step //= 2
+            continue
+        better, found = boxes[best], float(losses[best])
+        together = _together(box, boxes, losses, loss)
+        if together is not None and together != better:
+            (joint,) = yield from measure(board, [moved(items, i, together)], probe_ids)
+            if joint < found:
+                better, found = together, float(joint)
+        items, loss = moved(items, i, better), found
+    return items, loss
+
+
+def split(
+    board: Board, items: Items, i: int, loss: float, probe_ids: Tensor, margin: float
+) -> Steps:
+    """Object i as two, cut where that lowers the loss most, if by more than ``margin`` of it."""
+    if len(items) >= board.format.max_objects:
+        return items, loss
+    layouts = [
+        replaced(items, i, *(items[i]._replace(box=part) for part in parts))
+        for parts in halves(items[i].box)
+    ]
+    return (yield from _best(board, layouts, items, loss, probe_ids, margin))
+
+
+def join(board: Board, items: Items, loss: float, probe_ids: Tensor, margin: float) -> Steps:
+    """Two objects as one, or one object less, while that costs no more than ``margin``."""
+    while items:
+        layouts = [replaced(items, i) for i in range(len(items))]
+        for i, j in combinations(range(len(items)), 2):
+            whole = items[i]._replace(box=union(items[i].box, items[j].box))
+            layouts.append(replaced(replaced(items, j), i, whole))
+        items_, loss_ = yield from _best(board, layouts, items, loss, probe_ids, -margin)
+        if items_ == items:
+            break
+        items, loss = items_, loss_
+    return items, loss
+
+
+def _best(
+    board: Board,
+    layouts: Sequence[Items],
+    items: Items,
+    loss: float,
+    probe_ids: Tensor,
+    margin: float,
+) -> Steps:
+    """The best of some layouts if it beats ``items`` by ``margin``; layout and loss."""
+    if not layouts:
+        return items, loss
+    losses = yield from measure(board, layouts, probe_ids)
+    best = int(losses.argmin())
+    if losses[best] < loss * (1 - margin):
+        return layouts[best], float(losses[best])
+    return items, loss
+
+
+def neighbours(box: Box, step: int, grid: int) -> list[Box]:
+    """Boxes with one side moved, or shifted as a whole, that lie on the grid and have a size."""
+    found = []
+    for sign in (-step, step):
+        found += [box._replace(**{side: getattr(box, side) + sign}) for side in box._fields]
+        found.append(box._replace(left=box.left + sign, right=box.right + sign))
+        found.append(box._replace(top=box.top + sign, bottom=box.bottom + sign))
+    return [b for b in found if 0 <= b.left < b.right < grid and 0 <= b.top < b.bottom < grid]
+
+
+def halves(box: Box) -> list[tuple[Box, Box]]:
+    """All ways to cut a box in two along a line of the grid."""
+    least = SMALLEST_PART
+    upright = [
+        (box._replace(right=x), box._replace(left=x))
+        for x in range(box.left + least, box.right - least + 1)
+    ]
+    level = [
+        (box._replace(bottom=y), box._replace(top=y))
+        for y in range(box.top + least, box.bottom - least + 1)
+    ]
+    return upright + level
+
+
+def union(a: Box, b: Box) -> Box:
+    """The smallest box around both."""
+    return Box(
+        min(a.left, b.left), min(a.top, b.top), max(a.right, b.right), max(a.bottom, b.bottom)
+    )
+
+
+def _together(box: Box, boxes: Sequence[Box], losses: Tensor, loss: float) -> Box | None:
+    """The box with every side where the best of its own moves that help puts it."""
+    best: dict[str, tuple[float, int]] = {}
+    for other, value in zip(boxes, losses.tolist(), strict=True):
+        sides = [side for side in box._fields if getattr(other, side) != getattr(box, side)]
+        if len(sides) == 1 and value < min(loss, best.get(sides[0], (loss,))[0]):
+            best[sides[0]] = (value, getattr(other, sides[0]))
+    if len(best) < 2:
+        return None
+    found = box._replace(**{side: place for side, (_, place) in best.items()})
+    return found if found.left < found.right and found.top < found.bottom else None
