@@ -11,10 +11,10 @@ from dive_fast.errors import DiveFastError
 from dive_fast.objective import Objective
 from dive_fast.probes import low_discrepancy_probes
 from dive_fast.strategies.layout import ANY, Board, Box, Guided, InvertLayout, Item
-from dive_fast.strategies.layout.board import overlap
+from dive_fast.strategies.layout.board import measure, overlap
 from dive_fast.strategies.layout.guided import coarse_boxes
-from dive_fast.strategies.layout.moves import neighbours
-from dive_fast.strategies.layout.settle import drop_duplicates
+from dive_fast.strategies.layout.moves import halves, join, neighbours, slide, split, union
+from dive_fast.strategies.layout.settle import decide, drop_duplicates, settle, with_class
 
 SCENES = (
     (Item(0, Box(0, 1, 2, 4)),),
@@ -76,9 +76,106 @@ def test_guided_moves_far_on_a_fine_grid() -> None:
     assert answer.items == scene and evaluations < 8000
 
 
-def test_guided_ranks_classes_by_gradient(model) -> None:
-    answers = run(model, make_board(model), Guided(lines=4, names=1), SCENES[:2])
-    assert [set(answer.items) for answer, _ in answers] == [set(s) for s in SCENES[:2]]
+def test_guided_begins_with_nothing(model) -> None:
+    """Without a relaxed search: coarse boxes, one object after the other."""
+    answers = run(model, make_board(model), Guided(starts=0, lines=4))
+    assert [set(answer.items) for answer, _ in answers] == [set(s) for s in SCENES]
+    assert all(answer.trace["begun"] == () for answer, _ in answers)
+
+
+def drive(model: ToyLayoutModel, scene, steps, penalty=None) -> tuple:
+    """What a generator of requests returns on the picture of a scene."""
+
+    class Search:
+        def search(self, board: Board):
+            items, loss = yield from steps(board)
+            answer = yield from settle(board, (), torch.arange(1), 0.0)
+            answer.trace.update(items=items, loss=loss)
+            return answer
+
+    ((answer, _),) = run(model, make_board(model, penalty), Search(), (scene,))
+    return answer.trace["items"], answer.trace["loss"]
+
+
+def loss_of(board: Board, items, probe_ids):
+    return float((yield from measure(board, [items], probe_ids))[0])
+
+
+IDS = torch.arange(6)
+
+
+def test_slide_finds_the_sides(model) -> None:
+    scene = (Item(1, Box(2, 1, 5, 4)),)
+
+    def steps(board: Board):
+        begin = (Item(1, Box(1, 2, 4, 6)),)
+        loss = yield from loss_of(board, begin, IDS)
+        return (yield from slide(board, begin, 0, loss, IDS, 2))
+
+    items, loss = drive(model, scene, steps)
+    assert items == scene and loss == pytest.approx(0, abs=1e-6)
+
+
+def test_split_and_join(model) -> None:
+    """Two halves of an object become one, what is not there goes, and else nothing changes.
+
+    Two halves of a box have its picture here, so it takes a prior that likes company to split one.
+    """
+    two = (Item(0, Box(0, 1, 2, 4)), Item(0, Box(4, 1, 6, 4)))
+    around, one = (Item(0, Box(0, 1, 6, 4)),), (Item(0, Box(1, 1, 5, 5)),)
+    halves_of_one = (Item(0, Box(1, 1, 3, 5)), Item(0, Box(3, 1, 5, 5)))
+
+    def splitting(items):
+        def steps(board: Board):
+            loss = yield from loss_of(board, items, IDS)
+            return (yield from split(board, items, 0, loss, IDS, 0.02))
+
+        return steps
+
+    def joining(items):
+        def steps(board: Board):
+            loss = yield from loss_of(board, items, IDS)
+            return (yield from join(board, items, loss, IDS, 0.02))
+
+        return steps
+
+    def company(v: torch.Tensor) -> torch.Tensor:
+        return 0.1 * v[:, ::3, model.layout.none].sum(dim=1)
+
+    assert drive(model, two, splitting(around))[0] == around
+    parts, _ = drive(model, two, splitting(around), company)
+    assert len(parts) == 2 and union(parts[0].box, parts[1].box) == around[0].box
+    assert drive(model, one, splitting(one))[0] == one
+    assert drive(model, one, joining(halves_of_one))[0] == one
+    assert set(drive(model, two, joining(two))[0]) == set(two)
+    assert drive(model, (), joining(one))[0] == ()
+
+
+def test_halves_and_union() -> None:
+    box = Box(1, 0, 5, 3)
+    cuts = halves(box)
+    assert cuts == [(Box(1, 0, 3, 3), Box(3, 0, 5, 3))]
+    assert all(union(*parts) == box for parts in cuts)
+    assert halves(Box(0, 0, 3, 3)) == []
+    assert union(Box(0, 0, 1, 1), Box(3, 2, 4, 5)) == Box(0, 0, 4, 5)
+
+
+def test_decisions_on_fewer_probes_are_those_on_all(model) -> None:
+    """The best class, its loss, and that without the object; each measured on every probe."""
+    scene = SCENES[1]
+
+    class Search:
+        def search(self, board: Board):
+            probe_ids = torch.arange(12)
+            short = yield from decide(board, scene, 0, probe_ids)
+            layouts = [with_class(scene, 0, c) for c in range(3)] + [scene[1:]]
+            full = yield from measure(board, layouts, probe_ids)
+            answer = yield from settle(board, (), probe_ids, 0.0)
+            answer.trace.update(short=short, full=full)
+            return answer
+
+    ((answer, _),) = run(model, make_board(model), Search(), (scene,))
+    torch.testing.assert_close(answer.trace["short"], answer.trace["full"], rtol=1e-5, atol=1e-7)
 
 
 def test_invert_finds_a_layout(model) -> None:

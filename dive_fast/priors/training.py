@@ -36,7 +36,7 @@ class PriorTrainingConfig:
     """What a prior is made of and how long it learns."""
 
     width: int
-    layers: int = 4
+    layers: int = 2
     heads: int = 4
     steps: int = 10_000
     batch_size: int = 64

@@ -27,7 +27,7 @@ from dive_fast.strategies.layout.board import (
 )
 from dive_fast.strategies.layout.invert import InvertLayout
 from dive_fast.strategies.layout.moves import join, slide, split
-from dive_fast.strategies.layout.settle import drop_duplicates, settle
+from dive_fast.strategies.layout.settle import drop_duplicates, name, settle
 
 FAR = 8  # first steps of a new object's sides, as a share of the canvas; at least 2 lines
 FINALISTS = 8  # layouts of the relaxed search that are compared
@@ -48,8 +48,8 @@ class Guided(LayoutProbes):
        measured alone. The best ``proposals`` of them that are not explained yet are measured again
        beside the objects found. The best one is moved and split; it stays if the loss falls by
        more than ``margin`` of it. ``patience`` refusals in a row end this. Then 2 again.
-    4. On more probes the sides are moved once more, and every object is decided: its class, or
-       that it is not there (``settle``).
+    4. On more probes every object gets a class, its sides are moved once more, and it is decided:
+       of another class, or not there (``settle``).
 
     Attributes:
         starts, relaxed_steps, relaxed_probes, learning_rate: of the relaxed search; without starts
@@ -71,7 +71,7 @@ class Guided(LayoutProbes):
     relaxed_probes: int = 8
     learning_rate: float = 0.1
     rough_probes: int = 6
-    rounds: int = 3
+    rounds: int = 2
     lines: int = 6
     coarse_probes: int = 2
     proposals: int = 16
@@ -101,11 +101,12 @@ class Guided(LayoutProbes):
         )
         begun = items = yield from self._begin(board, rough)
         loss = float((yield from measure(board, [items], rough))[0])
-        items, loss = yield from self._revise(board, items, loss, rough)
+        whole: set[Box] = set()
+        items, loss = yield from self._revise(board, items, loss, rough, whole)
         placed, loss = yield from self._add(board, items, loss, rough)
         if placed != items:
-            placed, loss = yield from self._revise(board, placed, loss, rough)
-        items = placed
+            placed, loss = yield from self._revise(board, placed, loss, rough, whole)
+        items = yield from name(board, placed, steps)
         loss = float((yield from measure(board, [items], steps))[0])
         for i in range(len(items)):
             items, loss = yield from slide(board, items, i, loss, steps, 1)
@@ -149,7 +150,7 @@ class Guided(LayoutProbes):
             layout, better = yield from slide(
                 board, layouts[best], len(items), start, rough, _far(board)
             )
-            if better >= loss * (1 - self.margin):
+            if not better < loss * (1 - self.margin):
                 refused.add(free[best])
                 continue
             refused.clear()
@@ -170,19 +171,28 @@ class Guided(LayoutProbes):
             todo = [j + 1 if j > i else j for j in todo] + [i, i + 1]
         return items, loss
 
-    def _revise(self, board: Board, items: Items, loss: float, rough: Tensor) -> Steps:
-        """All objects moved, split, joined and removed, with all others in place; and the loss."""
+    def _revise(
+        self, board: Board, items: Items, loss: float, rough: Tensor, whole: set[Box]
+    ) -> Steps:
+        """All objects moved, split, joined and removed, with all others in place; and the loss.
+
+        Args:
+            whole: boxes that were not worth splitting; those found here are added.
+        """
+        far = _far(board)
         for _ in range(self.rounds):
             before = items
             for i in range(len(items)):
-                items, loss = yield from slide(board, items, i, loss, rough, _far(board))
+                items, loss = yield from slide(board, items, i, loss, rough, far)
             items, loss = yield from join(board, items, loss, rough, self.margin)
-            for box in [item.box for item in items]:
+            for box in [item.box for item in items if item.box not in whole]:
                 places = [j for j, item in enumerate(items) if item.box == box]
                 if places:
                     items, loss = yield from self._split(board, items, places[0], loss, rough)
+                    whole.add(box)
             if set(items) == set(before):
                 break
+            far = 1
         return items, loss
 
 

@@ -33,7 +33,7 @@ def slide(board: Board, items: Items, i: int, loss: float, probe_ids: Tensor, st
         boxes = neighbours(box, step, board.format.grid)
         losses = yield from measure(board, [moved(items, i, b) for b in boxes], probe_ids)
         best = int(losses.argmin())
-        if losses[best] >= loss:
+        if not losses[best] < loss:  # NaN ends it too
             step //= 2
             continue
         better, found = boxes[best], float(losses[best])
