@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dive_fast"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "demo_detection"),
     ("evaluate_detections",),
     ("train_pictures", "train_prior"),
     ("conventions", "evaluate", "fitting_layout", "train", "train_layout"),

@@ -10,18 +10,22 @@ from dive_fast.cli.options import count
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "demo",
-        help="classify real handwritten digits with every strategy",
+        help="classify real handwritten digits with every strategy, and find them in scenes",
         description="Classifies the held-out digits by enumeration, by inversion, and by the "
-        "published inversion; prints a table and writes summary.json and digits.png.",
+        "published inversion; prints a table and writes summary.json and digits.png. Then finds "
+        "the digits of a few scenes, and writes scenes.json and scenes.png.",
     )
     parser.add_argument("--out", default="demo", metavar="DIR", help="the folder (default: demo)")
-    parser.add_argument("--limit", type=count, metavar="N", help="a random subset of N digits")
+    parser.add_argument("--limit", type=count, metavar="N", help="N digits, and N scenes at most")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.demo import as_table, run_demo
+    from dive_fast.demo_detection import SCENES, as_line, run_detection_demo
 
     summary = run_demo(options.out, limit=options.limit)
-    print(f"\n{as_table(summary)}\n\n{options.out}/summary.json, {options.out}/digits.png")
+    print(f"\n{as_table(summary)}\n\n{options.out}/summary.json, {options.out}/digits.png\n")
+    found = run_detection_demo(options.out, limit=min(SCENES, options.limit or SCENES))
+    print(f"\n{as_line(found)}\n\n{options.out}/scenes.json, {options.out}/scenes.png")
     return 0
