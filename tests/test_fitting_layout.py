@@ -24,6 +24,7 @@ SCENES = (
     (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6))),
     (Item(2, Box(0, 0, 2, 2)), Item(0, Box(3, 1, 5, 3)), Item(1, Box(1, 4, 4, 6))),
 )
+SEARCH = {"starts": 0, "lines": 7}  # finds all of them
 NAMES = tuple(f"class {c}" for c in range(3))
 
 
@@ -60,31 +61,33 @@ def renamed(data: CocoDataset) -> CocoDataset:
 
 def test_objects_that_are_right_are_sure(detector, data) -> None:
     detector.model.beta = 1e-3
-    record = calibrate_detector(detector, data, lines=4)
+    record = calibrate_detector(detector, data, **SEARCH)
     assert (record.n, record.counted) == (6, "objects")
     assert "objects                              6" in str(record)
     assert record.beta_before == 1e-3 and detector.model.beta == record.beta_after > 1
     assert record.nll_after < record.nll_before
-    (found,) = detector(data.images[0].path, lines=4)
+    (found,) = detector(data.images[0].path, **SEARCH)
     assert found.confidence.item() > 0.7
 
 
 def test_objects_that_are_wrong_are_not(detector, data) -> None:
     """Right names first: the same objects with wrong labels give a lower beta."""
-    right = calibrate_detector(detector, data, lines=4).beta_after
-    wrong = calibrate_detector(detector, renamed(data), lines=4).beta_after
+    right = calibrate_detector(detector, data, **SEARCH).beta_after
+    wrong = calibrate_detector(detector, renamed(data), **SEARCH).beta_after
     assert wrong < right / 10
 
 
 def test_what_finds_nothing_is_labelled_absent(detector, data) -> None:
     """Without the annotation of an object, finding it was wrong."""
-    whole = calibrate_detector(detector, data, lines=4)
+    whole = calibrate_detector(detector, data, **SEARCH)
     images = list(data.images)
     last = images[2]
     images[2] = CocoImage(
         last.id, last.path, last.size, last.boxes[:1], last.class_ids[:1], last.crowd[:1]
     )
-    less = calibrate_detector(detector, CocoDataset(NAMES, (1, 2, 3), tuple(images), "x"), lines=4)
+    less = calibrate_detector(
+        detector, CocoDataset(NAMES, (1, 2, 3), tuple(images), "x"), **SEARCH, starts=0
+    )
     assert less.n == whole.n == 6
     assert less.beta_after < whole.beta_after
 
@@ -97,14 +100,14 @@ def test_crowds_and_unknown_classes_take_no_part(detector, data) -> None:
     )
     names = ("class 0", "cat", "class 2")
     record = calibrate_detector(
-        detector, CocoDataset(names, (1, 2, 3), tuple(images), "x"), lines=4
+        detector, CocoDataset(names, (1, 2, 3), tuple(images), "x"), **SEARCH
     )
     assert record.n == 3
 
 
 def test_a_picture_that_cannot_be_read(detector, data, capsys) -> None:
     data.images[0].path.write_bytes(b"no picture")
-    assert calibrate_detector(detector, data, lines=4).n == 5
+    assert calibrate_detector(detector, data, **SEARCH).n == 5
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -115,7 +118,7 @@ def test_refused(detector, data, tmp_path: Path) -> None:
     for image in data.images:
         Image.new("RGB", (6, 6)).save(image.path)
     with pytest.raises(DiveFastError, match="objects that the detector found, got none in boxes"):
-        calibrate_detector(detector, data, lines=4)
+        calibrate_detector(detector, data, **SEARCH)
     with pytest.raises(ModelError, match="no model directory of yours"):
         detector.save_fitted()
 
