@@ -85,9 +85,7 @@ def test_what_finds_nothing_is_labelled_absent(detector, data) -> None:
     images[2] = CocoImage(
         last.id, last.path, last.size, last.boxes[:1], last.class_ids[:1], last.crowd[:1]
     )
-    less = calibrate_detector(
-        detector, CocoDataset(NAMES, (1, 2, 3), tuple(images), "x"), **SEARCH, starts=0
-    )
+    less = calibrate_detector(detector, CocoDataset(NAMES, (1, 2, 3), tuple(images), "x"), **SEARCH)
     assert less.n == whole.n == 6
     assert less.beta_after < whole.beta_after
 
