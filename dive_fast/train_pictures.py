@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dive_fast.coco import CocoDataset, read_coco, read_pictures
-from dive_fast.errors import DataError
+from dive_fast.coco import CocoDataset, held_out_split, read_coco, read_pictures
 from dive_fast.layouts import LayoutFormat
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.projection import SLOTS_PER_OBJECT
@@ -20,7 +19,6 @@ from dive_fast.train_layout import train_into
 from dive_fast.zoo.training_layout import SCENES, Draw, LayoutTrainingConfig
 from dive_fast.zoo.training_state import prepare_directory
 
-HELD_OUT_SHARE, HELD_OUT_SEED = 0.1, 0
 MOST_HELD_OUT = 256
 PIXELS_PER_STEP = 2
 
@@ -73,7 +71,7 @@ def train_pictures(
     fitting = fitting_layouts(dataset, layout)
     for sentence in (*dataset.problems, *fitting.left_out):
         tell(sentence)
-    train, held_out = _split(len(fitting.tokens), dataset.source)
+    train, held_out = held_out_split(len(fitting.tokens), dataset.source, MOST_HELD_OUT)
     prepare_directory(out)
     chosen = tuple(dataset.images[i] for i in fitting.images.tolist())
     pictures = _pictures(dataclasses.replace(dataset, images=chosen), config)
@@ -125,15 +123,6 @@ def flip(tokens: Tensor, layout: LayoutFormat, axis: int) -> Tensor:
     absent = objects[..., 1:] == layout.none
     turned = torch.where(absent, layout.none, turned)
     return torch.cat([objects[..., :1], turned], dim=2).flatten(1)
-
-
-def _split(n: int, source: str) -> tuple[Tensor, Tensor]:
-    """Random positions to train on, and those that are held out."""
-    if n < 2:
-        raise DataError(f"{source}: expected at least 2 pictures to learn from, got {n}.")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    n_held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT_SHARE * n)))
-    return order[n_held_out:], order[:n_held_out]
 
 
 def _pictures(dataset: CocoDataset, config: LayoutTrainingConfig) -> np.ndarray:

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dive_fast.coco import CocoDataset, read_box_arrays, read_coco
-from dive_fast.errors import DataError, ModelError, RunError
+from dive_fast.coco import CocoDataset, held_out_split, read_box_arrays, read_coco
+from dive_fast.errors import ModelError, RunError
 from dive_fast.models import load_model
 from dive_fast.priors import LayoutPrior, PriorTrainingConfig, layout_tokens, train_prior
 from dive_fast.priors.training import Draw
@@ -22,7 +22,6 @@ from dive_fast.train_layout import SCENES_FORMAT, scene_tokens
 from dive_fast.zoo.scenes import SceneMaker, load_scenes
 
 SCENES = "scenes"
-HELD_OUT_SHARE, HELD_OUT_SEED = 0.1, 0
 N_HELD_OUT_SCENES = 512
 HEADS = 4
 
@@ -83,7 +82,8 @@ def train_layout_prior(
         tokens, left_out = layout_tokens(dataset, layout)
         for sentence in (*dataset.problems, *left_out):
             tell(sentence)
-        train, held_out = split(tokens, dataset.source)
+        learned, kept = held_out_split(len(tokens), dataset.source)
+        train, held_out = tokens[learned], tokens[kept]
         draw = draw_from(train, config)
     make_directory(out)
     torch.manual_seed(config.seed)
@@ -101,7 +101,8 @@ def train_layout_prior(
         # Half precision halves the file; what is loaded again computes in float32.
         prior.half().save_pretrained(out)
         facts = {
-            "command": "dive-fast train-prior --annotations FILE --model MODEL --out DIR",
+            "command": f"dive-fast train-prior --annotations {Path(annotations).name} "
+            f"--model MODEL --out DIR --steps {config.steps} --seed {config.seed}",
             "annotations": Path(annotations).name,
             "config": dataclasses.asdict(config),
             "expected": trained._asdict(),
@@ -119,20 +120,6 @@ def read_annotations(path: str | Path) -> CocoDataset:
         DataError: it cannot be used.
     """
     return read_box_arrays(path) if str(path).endswith(".npz") else read_coco(path)
-
-
-def split(tokens: Tensor, source: str) -> tuple[Tensor, Tensor]:
-    """A random nine tenths of the layouts to train on and the tenth that is held out.
-
-    Raises:
-        DataError: fewer than two layouts.
-    """
-    n = len(tokens)
-    if n < 2:
-        raise DataError(f"{source}: expected at least 2 images to learn from, got {n}.")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    n_held_out = max(1, round(HELD_OUT_SHARE * n))
-    return tokens[order[n_held_out:]], tokens[order[:n_held_out]]
 
 
 def draw_from(tokens: Tensor, config: PriorTrainingConfig) -> Draw:

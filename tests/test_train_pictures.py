@@ -120,7 +120,7 @@ def test_end_to_end(tmp_path: Path, capsys) -> None:
 
 def test_too_few_pictures(tmp_path: Path) -> None:
     annotations = write_data(tmp_path, n=1)
-    with pytest.raises(DataError, match="expected at least 2 pictures to learn from, got 1"):
+    with pytest.raises(DataError, match="expected at least 2 images to learn from, got 1"):
         train_pictures(
             annotations, tmp_path / "pictures", tmp_path / "out", max_objects=2, tell=lambda s: s
         )

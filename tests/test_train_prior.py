@@ -13,12 +13,11 @@ from command import assert_refused, call
 from tiny_layout import make_layout_model
 
 from dive_fast import train_prior as train_prior_module
-from dive_fast.coco import CocoDataset, CocoImage, read_box_arrays
+from dive_fast.coco import CocoDataset, CocoImage, held_out_split, read_box_arrays
 from dive_fast.errors import DataError
 from dive_fast.models import load_model
 from dive_fast.priors import layout_tokens, load_prior
 from dive_fast.train_layout import SCENES_FORMAT
-from dive_fast.train_prior import split
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +90,13 @@ class TestLayoutTokens:
 
 
 def test_a_tenth_is_held_out() -> None:
-    tokens = torch.arange(50)[:, None]
-    train, held_out = split(tokens, "boxes.json")
+    train, held_out = held_out_split(50, "boxes.json")
     assert (len(train), len(held_out)) == (45, 5)
-    assert sorted(torch.cat([train, held_out]).flatten().tolist()) == list(range(50))
-    assert torch.equal(split(tokens, "boxes.json")[1], held_out)
+    assert sorted(torch.cat([train, held_out]).tolist()) == list(range(50))
+    assert torch.equal(held_out_split(50, "boxes.json")[1], held_out)
+    assert [len(part) for part in held_out_split(50, "boxes.json", 2)] == [48, 2]
     with pytest.raises(DataError, match="expected at least 2 images to learn from, got 1"):
-        split(tokens[:1], "boxes.json")
+        held_out_split(1, "boxes.json")
 
 
 def write_annotations(path: Path) -> Path:

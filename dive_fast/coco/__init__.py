@@ -6,7 +6,7 @@ named in ``CocoDataset.problems``, one sentence each, and the rest is used.
 
 from dive_fast.coco.arrays import read_box_arrays
 from dive_fast.coco.classes import class_categories, unknown_classes
-from dive_fast.coco.dataset import CocoDataset, CocoImage
+from dive_fast.coco.dataset import CocoDataset, CocoImage, held_out_split
 from dive_fast.coco.pictures import read_pictures
 from dive_fast.coco.reader import read_coco
 from dive_fast.coco.writer import write_coco
@@ -15,6 +15,7 @@ __all__ = [
     "CocoDataset",
     "CocoImage",
     "class_categories",
+    "held_out_split",
     "read_box_arrays",
     "read_coco",
     "read_pictures",

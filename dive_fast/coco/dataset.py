@@ -18,6 +18,8 @@ from dive_fast.errors import DataError, ImageError
 from dive_fast.images import read_image
 from dive_fast.layouts import Layout
 
+HELD_OUT_SHARE, HELD_OUT_SEED = 0.1, 0
+
 
 @dataclass(frozen=True, eq=False)
 class CocoImage:
@@ -189,6 +191,29 @@ class CocoDataset:
             "annotations": annotations,
             "categories": [{"id": number, "name": name} for number, name in names],
         }
+
+
+def held_out_split(
+    n: int, source: str, most: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random tenth of n layouts to hold out, always the same, and the rest to learn from.
+
+    Args:
+        source: what they are of, for the message.
+        most: to hold out; no limit if None.
+
+    Returns:
+        int64 positions: to train on, and held out.
+
+    Raises:
+        DataError: fewer than two.
+    """
+    if n < 2:
+        raise DataError(f"{source}: expected at least 2 images to learn from, got {n}.")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    n_held_out = max(1, round(HELD_OUT_SHARE * n))
+    n_held_out = n_held_out if most is None else min(most, n_held_out)
+    return order[n_held_out:], order[:n_held_out]
 
 
 def _image_entry(image: CocoImage, folder: Path | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,7 +84,7 @@ class LayoutConditioned:
         return self.layout_encoder(condition.to(self.dtype).unflatten(1, shape))
 
 
-class LayoutModel(LayoutConditioned):
+class LayoutModel(LayoutConditioned, ABC):
     """A layout-to-image model; see ``models.protocol.Model`` for the attributes.
 
     Subclasses name the folder of their denoiser, check it in ``_check`` and call it in ``predict``.
@@ -160,13 +161,13 @@ class LayoutModel(LayoutConditioned):
             return encode_latents(self.vae, images, self.device)
         return F.pixel_unshuffle(images.float().to(self.device), self.space_to_depth)
 
+    @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``; condition is [M, S D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check(self, denoiser: ModelMixin, encoder: LayoutEncoder) -> None:
         """That the denoiser takes what the encoder gives, and nothing that is not given."""
-        raise NotImplementedError
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a diffusers model directory that ``load_model`` reads.

@@ -8,9 +8,7 @@ over K fixed probes (t_k, eps_k), the same for all images and all layouts. Sourc
 All objects of a layout meet the same noise. Objects have no order, so a layout has one penalty in
 whichever slots they stand, and what stays when an object is added, removed, moved or renamed is
 compared under equal noise. Each object alone sees noise of the distribution that the prior was
-trained on, and the prior, trained on independent noise, cannot know that the others' is equal: on
-scenes it told duplicates, slivers and misplaced boxes from usual layouts as well as with
-independent noise.
+trained on; that the others' is equal it never saw in training.
 """
 
 from __future__ import annotations

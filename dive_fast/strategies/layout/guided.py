@@ -27,7 +27,7 @@ from dive_fast.strategies.layout.board import (
 )
 from dive_fast.strategies.layout.invert import InvertLayout
 from dive_fast.strategies.layout.moves import join, slide, split
-from dive_fast.strategies.layout.settle import drop_duplicates, name, settle
+from dive_fast.strategies.layout.settle import best_classes, drop_duplicates, settle
 
 FAR = 8  # first steps of a new object's sides, as a share of the canvas; at least 2 lines
 FINALISTS = 8  # layouts of the relaxed search that are compared
@@ -106,7 +106,7 @@ class Guided(LayoutProbes):
         placed, loss = yield from self._add(board, items, loss, rough)
         if placed != items:
             placed, loss = yield from self._revise(board, placed, loss, rough, whole)
-        items = yield from name(board, placed, steps)
+        items = yield from best_classes(board, placed, steps)
         loss = float((yield from measure(board, [items], steps))[0])
         for i in range(len(items)):
             items, loss = yield from slide(board, items, i, loss, steps, 1)

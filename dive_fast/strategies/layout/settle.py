@@ -43,7 +43,7 @@ def decide(board: Board, items: Items, i: int, probe_ids: Tensor) -> Steps:
     return whole
 
 
-def name(board: Board, items: Items, probe_ids: Tensor) -> Steps:
+def best_classes(board: Board, items: Items, probe_ids: Tensor) -> Steps:
     """The layout with the best class for each object, one after the other, all others in place."""
     for i in range(len(items)):
         layouts = [with_class(items, i, c) for c in range(len(board.format.names))]
