@@ -7,8 +7,9 @@
 
 A picture of 640 x 480 becomes six tiles of 240 x 240, three in a row that overlap by 40 pixels.
 Of the cells that a tile cuts, those that lie in it by 60% and more are annotated, cut at its
-border; those that lie in it by 25% to 60% are marked as crowds, so that finding them is neither
-right nor wrong; the rest is left out. The official split stays: tiles of a test picture are test
+border; those that lie in it by 25% to 60% are annotated in training tiles, so that the layout says
+what is seen, and marked as crowds in the others, so that finding them is neither right nor wrong;
+the rest is left out. The official split stays: tiles of a test picture are test
 tiles.
 """
 
@@ -27,8 +28,8 @@ LEFTS, TOPS = (0, 200, 400), (0, 240)
 WHOLE, IN_PART = 0.6, 0.25  # shares of a cell's area
 
 
-def cut(image: CocoImage, left: int, top: int, number: int, path: Path) -> CocoImage:
-    """The annotations of one tile."""
+def cut(image: CocoImage, left: int, top: int, number: int, path: Path, whole: float) -> CocoImage:
+    """The annotations of one tile; cells below a share of ``whole`` are crowds."""
     corner = torch.tensor([left, top, left, top])
     inside = (image.boxes - corner).clamp(0, SIDE)
     share = area(inside) / area(image.boxes).clamp(min=1)
@@ -39,7 +40,7 @@ def cut(image: CocoImage, left: int, top: int, number: int, path: Path) -> CocoI
         size=(SIDE, SIDE),
         boxes=inside[kept],
         class_ids=image.class_ids[kept],
-        crowd=image.crowd[kept] | (share[kept] < WHOLE),
+        crowd=image.crowd[kept] | (share[kept] < whole),
     )
 
 
@@ -52,13 +53,14 @@ def write_tiles(dataset: CocoDataset, out: Path, part: str) -> CocoDataset:
     """Writes the pictures of all tiles to ``out/images`` and ``out/PART.json``."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     tiles: list[CocoImage] = []
+    whole = IN_PART if part == "train" else WHOLE
     for image in dataset.images:
         picture = image.read()
         for top in TOPS:
             for left in LEFTS:
                 path = out / "images" / f"{image.path.stem}_{left}_{top}.png"
                 picture.crop((left, top, left + SIDE, top + SIDE)).save(path)
-                tiles.append(cut(image, left, top, len(tiles) + 1, path))
+                tiles.append(cut(image, left, top, len(tiles) + 1, path, whole))
     found = CocoDataset(dataset.names, dataset.category_ids, tuple(tiles), f"{part}.json")
     write_coco(out / f"{part}.json", found)
     return found

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from dive_fast.requests import Gradients, Losses, LossesAndGradients, Search
+from dive_fast.requests import LossesAndGradients, Request, Search
 
 
 def averaged(search: Search, parts: int) -> Search:
@@ -29,7 +29,7 @@ def averaged(search: Search, parts: int) -> Search:
         reply = _join((yield _split(request, parts)), parts)
 
 
-def _split(request: Losses | Gradients, parts: int) -> Losses | Gradients:
+def _split(request: Request, parts: int) -> Request:
     classes = request.classes
     if classes is not None:
         classes = (classes[:, None] * parts + torch.arange(parts)).flatten()

@@ -24,7 +24,7 @@ from dive_fast.objective import Objective
 from dive_fast.options import EngineOptions
 from dive_fast.packing import Chunk, Job, Running, fullest, pack, to_batch
 from dive_fast.probes import ProbeList
-from dive_fast.requests import Answer, Gradients, LossesAndGradients
+from dive_fast.requests import Answer, ErrorMaps, Gradients, LossesAndGradients
 
 __all__ = ["Engine", "EngineOptions", "EngineRecord", "Finished", "Job"]
 
@@ -147,9 +147,11 @@ class Engine:
             start = time.perf_counter()
             try:
                 batch = to_batch(chunks, self.model.device)
-                gradients, exact = None, None
+                means, exact = None, None
                 if kind is Gradients:
-                    losses, gradients, exact = forward.gradients(batch)
+                    losses, means, exact = forward.gradients(batch)
+                elif kind is ErrorMaps:
+                    losses, means = forward.error_maps(batch)
                 else:
                     losses = forward.losses(batch)
             except (RuntimeError, MemoryError) as error:
@@ -160,8 +162,9 @@ class Engine:
                     raise
                 continue
             seconds = time.perf_counter() - start
-            self._scatter(chunks, losses, gradients, exact, seconds)
-            self._record(len(losses), 2 if kind is Gradients else 1, seconds, forward)
+            per_row = 2 if kind is Gradients else 1
+            self._scatter(chunks, losses, means, exact, seconds, per_row)
+            self._record(len(losses), per_row, seconds, forward)
             return chunks
 
     def _make_room(self, tried: int, forward: Forward) -> bool:
@@ -183,18 +186,19 @@ class Engine:
         self,
         chunks: list[Chunk],
         losses: torch.Tensor,
-        gradients: torch.Tensor | None,
+        means: torch.Tensor | None,
         exact: torch.Tensor | None,
         seconds: float,
+        per_row: int,
     ) -> None:
         """Hands every image its part of the batch and its share of the cost."""
-        per_row = 1 if gradients is None else 2
         rows, base, total = 0, 0, len(losses)
         for image, start, stop in chunks:
             count, n = stop - start, len(image.request.conditions)
             image.losses.view(-1)[start:stop] = losses[rows : rows + count]
-            if gradients is not None:
-                image.gradients += gradients[base : base + n]
+            if means is not None:
+                image.means += means[base : base + n]
+            if exact is not None:
                 reused = count - int(exact[rows : rows + count].sum())
                 image.exact &= reused == 0
                 self.record.reused_rows += reused
@@ -219,9 +223,11 @@ class Engine:
 
 
 def _reply(image: Running) -> torch.Tensor | LossesAndGradients:
+    if isinstance(image.request, ErrorMaps):
+        return image.means
     losses = image.losses.T.contiguous()
     if isinstance(image.request, Gradients):
-        return LossesAndGradients(losses, image.gradients, image.exact)
+        return LossesAndGradients(losses, image.means, image.exact)
     return losses
 
 

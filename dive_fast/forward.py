@@ -49,13 +49,15 @@ class Forward:
     def losses(self, batch: Batch) -> torch.Tensor:
         """The loss of every row, float32 [M] on the CPU. Exact at every cache level."""
         with torch.no_grad():
-            if self.cache is None:
-                prediction = self._whole(batch, batch.conditions.to(self.model.device))
-            else:
-                projected = self._projected(batch, batch.conditions.to(self.model.device))
-                encoded = self._run["encoder"](self._prefix(batch, slice(None)), projected)
-                prediction = self._run["decoder"](encoded, projected)
-            return self._compare(batch, prediction).cpu()
+            return self._compare(batch, self._predicted(batch), self.objective.compare).cpu()
+
+    def error_maps(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [M], and the weighted sum of every condition's error maps, [N, h, w]."""
+        with torch.no_grad():
+            maps = self._compare(batch, self._predicted(batch), self.objective.error_map).cpu()
+        sums = maps.new_zeros(len(batch.conditions), *maps.shape[1:])
+        sums.index_add_(0, batch.condition_index, maps * batch.weight[:, None, None])
+        return maps.mean(dim=(1, 2)), sums
 
     def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses [M], dL/dv of every condition [N, D], and which rows are exact, bool [M]."""
@@ -72,7 +74,7 @@ class Forward:
                 else:
                     encoded = self._run["encoder"](self._prefix(batch, slice(None)), projected)
                 prediction = self._run["decoder"](encoded, projected)
-            losses = self._compare(batch, prediction)
+            losses = self._compare(batch, prediction, self.objective.compare)
             # Every condition owns its rows, so one backward serves all images.
             weighted = (losses * batch.weight.to(losses.device)).sum()
             (gradients,) = torch.autograd.grad(weighted, conditions)
@@ -87,6 +89,15 @@ class Forward:
     def release(self) -> bool:
         """Gives the cache's memory back and keeps nothing any more; False if it held nothing."""
         return self.cache is not None and self.cache.close()
+
+    def _predicted(self, batch: Batch) -> torch.Tensor:
+        """The prediction of every row, exact, without gradient."""
+        conditions = batch.conditions.to(self.model.device)
+        if self.cache is None:
+            return self._whole(batch, conditions)
+        projected = self._projected(batch, conditions)
+        encoded = self._run["encoder"](self._prefix(batch, slice(None)), projected)
+        return self._run["decoder"](encoded, projected)
 
     def _whole(self, batch: Batch, conditions: torch.Tensor) -> torch.Tensor:
         """The prediction of every row by the whole network."""
@@ -184,11 +195,13 @@ class Forward:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
         return x_t, self.probes.timesteps[probe_index]
 
-    def _compare(self, batch: Batch, prediction: torch.Tensor) -> torch.Tensor:
-        """The loss of every row."""
+    def _compare(
+        self, batch: Batch, prediction: torch.Tensor, compare: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """The loss, or the error map, of every row."""
         device = prediction.device
         index = (batch.image_index.to(device), self.probes, batch.probe_index.to(device))
-        return self.objective.compare(self.model, prediction, batch.x0, *index)
+        return compare(self.model, prediction, batch.x0, *index)
 
     def _prepared(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A part of the network under this engine's precision and compilation."""

@@ -81,15 +81,35 @@ class Objective:
             prediction: [M, C or 2C, h, w], what the network made of ``noised``; the other arguments
                 are those of ``noised``.
         """
-        losses = ops.noise_prediction_loss(
-            prediction,
-            probes.noise,
-            probes.noise_index[probe_index],
-            x0,
-            image_index,
-            probes.a[probe_index],
-            probes.s[probe_index],
-            target=model.schedule.target,
-            norm=self.norm,
-        )
+        arguments = self._arguments(prediction, x0, image_index, probes, probe_index)
+        losses = ops.noise_prediction_loss(*arguments, target=model.schedule.target, norm=self.norm)
         return losses * probes.weights[probe_index]
+
+    def error_map(
+        self,
+        model: Model,
+        prediction: torch.Tensor,
+        x0: torch.Tensor,
+        image_index: torch.Tensor,
+        probes: DeviceProbes,
+        probe_index: torch.Tensor,
+    ) -> torch.Tensor:
+        """Where M predictions are wrong, float32 [M, h, w]: ``compare`` before the mean."""
+        arguments = self._arguments(prediction, x0, image_index, probes, probe_index)
+        maps = ops.noise_prediction_error_map(
+            *arguments, target=model.schedule.target, norm=self.norm
+        )
+        return maps * probes.weights[probe_index, None, None]
+
+    @staticmethod
+    def _arguments(
+        prediction: torch.Tensor,
+        x0: torch.Tensor,
+        image_index: torch.Tensor,
+        probes: DeviceProbes,
+        probe_index: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """What the loss ops take, without target and norm."""
+        noise_index = probes.noise_index[probe_index]
+        factors = probes.a[probe_index], probes.s[probe_index]
+        return (prediction, probes.noise, noise_index, x0, image_index, *factors)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dive_fast.errors import DiveFastError
-from dive_fast.requests import Answer, Gradients, Losses, Search
+from dive_fast.requests import Answer, ErrorMaps, Gradients, Losses, Request, Search
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Running:
 
     number: int  # in the order of the jobs; what the caches know it by
     job: Job
-    request: Losses | Gradients | None = None
+    request: Request | None = None
     done_rows: int = 0
     losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [k, n], probe by probe
-    gradients: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [n, D]
+    # Means over the probes: gradients [n, D] or error maps [n, h, w].
+    means: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     exact: bool = True  # no row of the open request reused another condition's activations
     answer: Answer | None = None
     evaluations: int = 0
@@ -58,7 +59,9 @@ class Running:
                     f"a request of {n} conditions needs as many classes, got {len(classes)}."
                 )
             self.losses = torch.empty(k, n)
-            self.gradients = torch.zeros(self.request.conditions.shape)
+            is_map = isinstance(self.request, ErrorMaps)
+            shape = self.job.x0.shape[1:] if is_map else self.request.conditions.shape[1:]
+            self.means = torch.zeros(n, *shape)
             self.done_rows, self.exact = 0, True
         except StopIteration as stop:
             self.request, self.answer = None, stop.value
@@ -104,7 +107,7 @@ def fullest(running: Iterable[Running], batch_size: int) -> tuple[type, int]:
     Serving that kind keeps batches full. Counting shares, an image of very many rows neither keeps
     other images from being started nor its own kind in service for good.
     """
-    share, rows = _share(batch_size), {Losses: 0, Gradients: 0}
+    share, rows = _share(batch_size), dict.fromkeys((Losses, Gradients, ErrorMaps), 0)
     for image in running:
         rows[type(image.request)] += min(share, image.pending_rows)
     kind = max(rows, key=rows.__getitem__)

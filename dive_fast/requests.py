@@ -40,6 +40,19 @@ class Gradients:
     classes: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ErrorMaps:
+    """Asks where conditions are wrong: the loss before its mean over the pixels.
+
+    Answered by float32 [n, h, w] on the CPU, the mean over the probes; its mean over the pixels is
+    the mean loss. Attributes as in ``Losses``.
+    """
+
+    conditions: torch.Tensor
+    probe_ids: torch.Tensor
+    classes: torch.Tensor | None = None
+
+
 class LossesAndGradients(NamedTuple):
     """losses float32 [n, k]; gradients float32 [n, D] of ``losses.mean(dim=1)``; on the CPU.
 
@@ -73,4 +86,5 @@ class Answer:
     bound: torch.Tensor | None = None
 
 
-Search = Generator[Losses | Gradients, Any, Answer]
+Request = Losses | Gradients | ErrorMaps
+Search = Generator[Request, Any, Answer]

@@ -22,7 +22,7 @@ from dive_fast.zoo.training_state import prepare_directory
 MOST_HELD_OUT = 256
 PIXELS_PER_STEP = 2
 
-PICTURES = dataclasses.replace(SCENES, in_channels=3)
+PICTURES = dataclasses.replace(SCENES, in_channels=3, t_range=(0.2, 0.75), max_weight=50.0)
 
 
 class TrainedModel(NamedTuple):

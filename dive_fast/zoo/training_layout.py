@@ -1,6 +1,10 @@
 """Trains the zoo's layout-to-image models in pixel space, transformer and layout encoder together.
 
-    loss = || eps - eps_theta(x_t, t, layout) ||^2
+    loss = w_t || eps - eps_theta(x_t, t, layout) ||^2,  w_t = 1 or min(1 / SNR_t, max_weight)
+
+With w_t = 1 / SNR_t this is the error of the predicted x0. eps is predicted better the more of it
+there is, so that without weights the steep early timesteps rule, where x_t shows every large object
+by itself and the layout says nothing new.
 
 No layout is ever left out: the layout without objects is that of a picture without objects, not of
 any picture, because a detector compares pictures with and without an object in the layout.
@@ -48,6 +52,7 @@ class LayoutTrainingConfig:
 
     Attributes:
         t_range, t_share: this share of every batch has its timesteps in this part of the schedule.
+        max_weight: bound of the weights 1 / SNR_t; None for no weights.
     """
 
     sample_size: int
@@ -61,6 +66,7 @@ class LayoutTrainingConfig:
     encoder_heads: int
     t_range: tuple[float, float] = (0.05, 0.7)
     t_share: float = 0.875
+    max_weight: float | None = None
     steps: int = 8_000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -145,7 +151,7 @@ def train_layout_model(
         x0 = to_x0(images)
         t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
         eps = torch.randn(x0.shape, generator=generator)
-        loss = noise_loss(model, x0, t, eps, tokens, alpha_bar)
+        loss = noise_loss(model, x0, t, eps, tokens, alpha_bar, config.max_weight)
         take_step(optimizer, loss, step, config)
         average_into(ema, parameters, step, config.ema_decay)
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
@@ -204,12 +210,22 @@ def empty(tokens: Tensor, none: int) -> Tensor:
 
 
 def noise_loss(
-    model: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, tokens: Tensor, alpha_bar: Tensor
+    model: nn.Module,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    tokens: Tensor,
+    alpha_bar: Tensor,
+    max_weight: float | None = None,
 ) -> Tensor:
-    """Mean of || eps - eps_theta(a_t x0 + s_t eps, t, layout) ||^2 / dim over the batch."""
+    """Mean of w_t || eps - eps_theta(a_t x0 + s_t eps, t, layout) ||^2 / dim over the batch."""
     a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
     x_t = a[:, None, None, None] * x0 + s[:, None, None, None] * eps
-    return F.mse_loss(model(x_t, t, tokens), eps)
+    prediction = model(x_t, t, tokens)
+    if max_weight is None:
+        return F.mse_loss(prediction, eps)
+    weight = ((1 - alpha_bar[t]) / alpha_bar[t]).clamp(max=max_weight)
+    return ((prediction - eps).square().mean(dim=(1, 2, 3)) * weight).mean()
 
 
 @torch.no_grad()
@@ -226,7 +242,8 @@ def held_out_losses(
     x0 = to_x0(images)
     t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
     eps = torch.randn(x0.shape, generator=generator)
+    layouts = {"layout": tokens, "empty": empty(tokens, none)}
     return {
-        "layout": noise_loss(model, x0, t, eps, tokens, alpha_bar).item(),
-        "empty": noise_loss(model, x0, t, eps, empty(tokens, none), alpha_bar).item(),
+        name: noise_loss(model, x0, t, eps, layout, alpha_bar, config.max_weight).item()
+        for name, layout in layouts.items()
     }

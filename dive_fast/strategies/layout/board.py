@@ -12,7 +12,7 @@ from torch import Tensor
 from dive_fast.layouts import LayoutFormat
 from dive_fast.probes import ProbeList, low_discrepancy_probes
 from dive_fast.projection import SLOTS_PER_OBJECT
-from dive_fast.requests import Gradients, Losses
+from dive_fast.requests import Losses, Request
 from dive_fast.strategies.base import Strategy
 
 DEFAULT_PROBES = 48
@@ -38,7 +38,7 @@ class Item(NamedTuple):
 
 Items = tuple[Item, ...]
 # A search: yields requests, is sent what the engine found, returns an answer.
-Steps = Generator[Losses | Gradients, Any, Any]
+Steps = Generator[Request, Any, Any]
 
 
 class LayoutStrategy(Strategy, Protocol):

@@ -8,6 +8,7 @@ from itertools import combinations
 from torch import Tensor
 
 from dive_fast.strategies.layout.board import Board, Box, Item, Items, Steps, measure
+from dive_fast.strategies.layout.residual import tightened
 
 SMALLEST_PART = 2  # lines of the grid; what a split leaves at least
 
@@ -47,16 +48,43 @@ def slide(board: Board, items: Items, i: int, loss: float, probe_ids: Tensor, st
 
 
 def split(
-    board: Board, items: Items, i: int, loss: float, probe_ids: Tensor, margin: float
+    board: Board,
+    items: Items,
+    i: int,
+    loss: float,
+    probe_ids: Tensor,
+    margin: float,
+    content: Tensor,
 ) -> Steps:
-    """Object i as two, cut where that lowers the loss most, if by more than ``margin`` of it."""
+    """Object i as two, cut where that lowers the loss most, if by more than ``margin`` of it.
+
+    Args:
+        content: bool [G - 1, G - 1], cells that hold something; both parts shrink to theirs.
+    """
     if len(items) >= board.format.max_objects:
         return items, loss
     layouts = [
         replaced(items, i, *(items[i]._replace(box=part) for part in parts))
-        for parts in halves(items[i].box)
+        for parts in halves(items[i].box, content)
     ]
     return (yield from _best(board, layouts, items, loss, probe_ids, margin))
+
+
+def recut(board: Board, items: Items, loss: float, probe_ids: Tensor, content: Tensor) -> Steps:
+    """Two objects that touch, cut elsewhere, while that lowers the loss; layout and loss."""
+    tried: set[tuple[Item, Item]] = set()
+    while True:
+        layouts = []
+        for i, j in touching(items):
+            if (items[i], items[j]) in tried:
+                continue
+            tried.add((items[i], items[j]))
+            for first, second in halves(union(items[i].box, items[j].box), content):
+                layouts.append(moved(moved(items, i, first), j, second))
+        found, better = yield from _best(board, layouts, items, loss, probe_ids, 0.0)
+        if found == items:
+            return items, loss
+        items, loss = found, better
 
 
 def join(board: Board, items: Items, loss: float, probe_ids: Tensor, margin: float) -> Steps:
@@ -66,11 +94,27 @@ def join(board: Board, items: Items, loss: float, probe_ids: Tensor, margin: flo
         for i, j in combinations(range(len(items)), 2):
             whole = items[i]._replace(box=union(items[i].box, items[j].box))
             layouts.append(replaced(replaced(items, j), i, whole))
-        items_, loss_ = yield from _best(board, layouts, items, loss, probe_ids, -margin)
-        if items_ == items:
+        found, better = yield from _best(board, layouts, items, loss, probe_ids, -margin)
+        if found == items:
             break
-        items, loss = items_, loss_
+        items, loss = found, better
     return items, loss
+
+
+def join_as_class(
+    board: Board, items: Items, loss: float, probe_ids: Tensor, margin: float
+) -> Steps:
+    """Two objects that touch as one of any class, while that costs no more than ``margin``."""
+    while True:
+        layouts = [
+            replaced(replaced(items, j), i, Item(c, union(items[i].box, items[j].box)))
+            for i, j in touching(items)
+            for c in range(len(board.format.names))
+        ]
+        found, better = yield from _best(board, layouts, items, loss, probe_ids, -margin)
+        if found == items:
+            return items, loss
+        items, loss = found, better
 
 
 def _best(
@@ -101,18 +145,35 @@ def neighbours(box: Box, step: int, grid: int) -> list[Box]:
     return [b for b in found if 0 <= b.left < b.right < grid and 0 <= b.top < b.bottom < grid]
 
 
-def halves(box: Box) -> list[tuple[Box, Box]]:
-    """All ways to cut a box in two along a line of the grid."""
-    least = SMALLEST_PART
+def halves(box: Box, content: Tensor) -> list[tuple[Box, Box]]:
+    """All ways to cut a box in two along a line of the grid, both parts shrunk to their content."""
     upright = [
-        (box._replace(right=x), box._replace(left=x))
-        for x in range(box.left + least, box.right - least + 1)
+        (box._replace(right=x), box._replace(left=x)) for x in range(box.left + 1, box.right)
     ]
-    level = [
-        (box._replace(bottom=y), box._replace(top=y))
-        for y in range(box.top + least, box.bottom - least + 1)
+    level = [(box._replace(bottom=y), box._replace(top=y)) for y in range(box.top + 1, box.bottom)]
+    found = {
+        (tightened(first, content), tightened(second, content)): None
+        for first, second in upright + level
+    }
+    return [parts for parts in found if all(part and _is_object(part) for part in parts)]
+
+
+def touching(items: Items) -> list[tuple[int, int]]:
+    """Pairs of objects with at most one line of the grid between them."""
+    return [
+        (i, j)
+        for i, j in combinations(range(len(items)), 2)
+        if _gap(items[i].box, items[j].box) <= 1
     ]
-    return upright + level
+
+
+def _gap(a: Box, b: Box) -> int:
+    across = max(a.left, b.left) - min(a.right, b.right)
+    return max(across, max(a.top, b.top) - min(a.bottom, b.bottom))
+
+
+def _is_object(box: Box) -> bool:
+    return min(box.right - box.left, box.bottom - box.top) >= SMALLEST_PART
 
 
 def union(a: Box, b: Box) -> Box:

@@ -1,0 +1,77 @@
+"""Where a layout does not explain the image: boxes read off an error map.
+
+    r(p) = mean over the probes of || eps - eps_hat(x_t, t, y) ||^2 at pixel p
+
+Of the layout without objects r is large where objects are, for nothing says that they are there.
+One map, of a few evaluations, shows the places of all objects at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dive_fast.requests import ErrorMaps
+from dive_fast.strategies.layout.board import Board, Box, Items, Steps
+
+PEAK = 0.98  # quantile of the cells that is the map's height; the maximum may be an outlier
+LEAST_MASS = 0.02  # share of the whole error that a region holds at least
+
+
+def residual(board: Board, items: Items, probe_ids: Tensor) -> Steps:
+    """The error of a layout in every cell between the grid's lines, float32 [G - 1, G - 1]."""
+    (found,) = yield ErrorMaps(board.conditions([items]).flatten(1), probe_ids)
+    return cells(found, board.format.grid)
+
+
+def cells(error_map: Tensor, grid: int) -> Tensor:
+    """An error map [h, w] as the means of a grid's cells, [G - 1, G - 1]."""
+    side = grid - 1
+    if min(error_map.shape) < side:
+        return F.interpolate(error_map[None, None], (side, side), mode="bilinear")[0, 0]
+    return F.adaptive_avg_pool2d(error_map[None], side)[0]
+
+
+def height(residuals: Tensor) -> float:
+    """What shares of a map refer to."""
+    return float(residuals.flatten().quantile(PEAK))
+
+
+def regions(residuals: Tensor, level: float) -> list[Box]:
+    """Boxes around connected cells above a level, the one with the largest error first.
+
+    Cells are connected that touch, if only at a corner.
+    """
+    mask = residuals > level
+    labels = _labels(mask)
+    masses = {
+        _around(labels == label): float(residuals[labels == label].sum())
+        for label in labels[mask].unique().tolist()
+    }
+    least = LEAST_MASS * float(residuals.sum())
+    return [box for box in sorted(masses, key=masses.__getitem__)[::-1] if masses[box] >= least]
+
+
+def tightened(box: Box, mask: Tensor) -> Box | None:
+    """The smallest box around the marked cells in a box; None if there are none."""
+    inside = torch.zeros_like(mask)
+    rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
+    inside[rows, columns] = mask[rows, columns]
+    return _around(inside) if inside.any() else None
+
+
+def _labels(mask: Tensor) -> Tensor:
+    """A number for every cell, the same for marked cells that are connected."""
+    labels = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
+    while True:
+        wider = F.max_pool2d(labels[None], 3, stride=1, padding=1)[0] * mask
+        if torch.equal(wider, labels):
+            return labels
+        labels = wider
+
+
+def _around(mask: Tensor) -> Box:
+    rows, columns = mask.nonzero().unbind(1)
+    left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
+    return Box(int(left), int(top), int(right), int(bottom))
