@@ -19,7 +19,7 @@ from dive_fast.layouts import LayoutFormat
 from dive_fast.strategies.layout import Guided, InvertLayout
 
 FAST = {
-    "guided": Guided(relaxed_steps=2, lines=2, step_probes=1, final_probes=1, rough_probes=1),
+    "guided": Guided(step_probes=1, final_probes=1, rough_probes=1),
     "invert": InvertLayout(starts=1, steps=2, step_probes=1, final_probes=1, finalists=1),
 }
 

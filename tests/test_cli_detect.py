@@ -13,7 +13,16 @@ from tiny_layout import make_layout_model, make_scenes_model
 from dive_fast import zoo
 from dive_fast.zoo.scenes import NAMES
 
-FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
+FAST = (
+    "--set",
+    "rough_probes=2",
+    "--set",
+    "step_probes=2",
+    "--set",
+    "final_probes=2",
+    "--probes",
+    "4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,7 @@ def test_bad_pictures_do_not_stop_the_rest(model, pictures, tmp_path, capsys) ->
     ("arguments", "expected"),
     [
         (("--strategy", "race"), "expected a strategy for layouts of guided, invert, got 'race'"),
-        (("--set", "lines=none"), "lines=none: not a value that the strategy takes"),
+        (("--set", "rounds=none"), "rounds=none: not a value that the strategy takes"),
         (("--set", "lines"), "expected --set NAME=VALUE, got 'lines'"),
     ],
 )

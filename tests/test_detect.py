@@ -39,7 +39,7 @@ def picture(detector) -> Image.Image:
 
 def test_boxes_are_in_pixels_of_the_image(detector, picture) -> None:
     wide = picture.resize((60, 30), Image.Resampling.NEAREST)
-    small, large = detector([picture, wide], lines=4)
+    small, large = detector([picture, wide])
     expected = {1: [1.0, 0.0, 3.0, 2.0], 2: [3.0, 3.0, 6.0, 6.0]}
     for found, scale in ((small, (1, 1)), (large, (10, 5))):
         assert found.names == ("class 0", "class 1", "class 2")
@@ -52,12 +52,12 @@ def test_boxes_are_in_pixels_of_the_image(detector, picture) -> None:
 
 
 def test_a_picture_without_objects(detector) -> None:
-    (found,) = detector(np.zeros((6, 6, 3), dtype=np.uint8), lines=4)
+    (found,) = detector(np.zeros((6, 6, 3), dtype=np.uint8))
     assert len(found) == 0 and found.xyxy.shape == (0, 4)
 
 
 def test_stream_reports_the_cost(detector, picture) -> None:
-    stream = detector.detect_stream([("a", picture)], strategy=Guided(lines=3))
+    stream = detector.detect_stream([("a", picture)], strategy=Guided())
     ((key, found, evaluations, seconds),) = stream
     assert key == "a" and len(found) == 2
     assert evaluations == detector.last_run.evaluations > 0 and seconds > 0
@@ -74,7 +74,7 @@ def test_a_surer_model_is_surer_of_its_objects(picture) -> None:
     for beta in (0.001, 1000.0):
         model = PictureModel()
         model.beta = beta
-        (found,) = LayoutDetector(model)(picture, lines=4)
+        (found,) = LayoutDetector(model)(picture)
         confidences.append(found.confidence.mean().item())
     assert confidences[0] < confidences[1]
 
@@ -97,7 +97,7 @@ def test_losses_that_are_no_numbers(picture) -> None:
     ("settings", "said"),
     [
         ({"strategy": "race"}, "expected a strategy for layouts of guided, invert, got 'race'"),
-        ({"lines": 1}, "lines must be at least 2"),
+        ({"rough_probes": 0}, "rough_probes must be at least 1"),
         ({"rows": 1}, "unknown setting 'rows'"),
         ({"probes": 0}, "number of probes must be at least 1"),
     ],

@@ -19,7 +19,16 @@ from dive_fast.models import load_model, prior_directory
 from dive_fast.priors import LayoutPrior
 from dive_fast.strategies.layout import Board
 
-FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
+FAST = (
+    "--set",
+    "rough_probes=2",
+    "--set",
+    "step_probes=2",
+    "--set",
+    "final_probes=2",
+    "--probes",
+    "4",
+)
 
 
 def save_prior(model: Path, out: Path) -> LayoutPrior:
@@ -80,7 +89,7 @@ def against_objects(toy) -> LayoutPrior:
 class TestOnAnalyticModel:
     @pytest.mark.parametrize("strategy", ["guided", "invert"])
     def test_a_heavy_prior_wins(self, toy, against_objects, scene, strategy: str) -> None:
-        settings = {"strategy": strategy, **({"lines": 4} if strategy == "guided" else {})}
+        settings = {"strategy": strategy}
         (alone,) = LayoutDetector(toy)(scene, **settings)
         (unweighted,) = LayoutDetector(toy, against_objects, prior_weight=0)(scene, **settings)
         (weighted,) = LayoutDetector(toy, against_objects, prior_weight=1e4)(scene, **settings)

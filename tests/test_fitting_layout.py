@@ -24,7 +24,7 @@ SCENES = (
     (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6))),
     (Item(2, Box(0, 0, 2, 2)), Item(0, Box(3, 1, 5, 3)), Item(1, Box(1, 4, 4, 6))),
 )
-SEARCH = {"starts": 0, "lines": 7}  # finds all of them
+SEARCH: dict = {}
 NAMES = tuple(f"class {c}" for c in range(3))
 
 
@@ -129,7 +129,16 @@ def model(tmp_path_factory) -> Path:
     return directory
 
 
-FAST = ("--set", "lines=2", "--set", "step_probes=2", "--set", "final_probes=2", "--probes", "4")
+FAST = (
+    "--set",
+    "rough_probes=2",
+    "--set",
+    "step_probes=2",
+    "--set",
+    "final_probes=2",
+    "--probes",
+    "4",
+)
 # Objects stay even where they explain nothing, so that there is something to fit.
 KEEP = ("--strategy", "invert", "--set", "starts=1", "--set", "steps=2", "--set", "settled=False")
 

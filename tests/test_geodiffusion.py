@@ -188,7 +188,7 @@ def test_a_mixture_is_as_long_as_most_of_it(model, directory) -> None:
 def test_end_to_end(directory) -> None:
     detector = LayoutDetector.from_pretrained(directory, device="cpu", classes=CLASSES)
     image = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))
-    (found,) = detector(image, lines=3, probes=6, proposals=2, patience=1, margin=0.0)
+    (found,) = detector(image, probes=6, margin=0.0)
     assert found.names == CLASSES and found.xyxy.shape == (len(found), 4)
     few = {"steps": 3, "step_probes": 2, "final_probes": 4, "margin": 0.0}
     (found,) = detector(image, strategy="invert", probes=6, **few)
@@ -203,7 +203,7 @@ def test_the_answer_does_not_depend_on_the_cache(directory) -> None:
         detector = LayoutDetector.from_pretrained(
             directory, device="cpu", classes=CLASSES, cache=cache
         )
-        answers += detector(image, lines=2, probes=4, margin=0.0, proposals=1, patience=1)
+        answers += detector(image, probes=4, margin=0.0)
     assert len(answers[0]) > 0
     torch.testing.assert_close(answers[0].xyxy, answers[1].xyxy)
     torch.testing.assert_close(answers[0].confidence, answers[1].confidence, rtol=1e-3, atol=1e-4)

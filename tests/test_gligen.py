@@ -204,7 +204,7 @@ def test_a_network_that_cannot_be_cut_runs_whole(tmp_path):
     model.predict(*noisy(model), condition).sum().backward()
     assert condition.grad[1, [2, 8, 9]].abs().min() > 0
     model.set_layout(grid=5, max_objects=2)
-    LayoutDetector(model)(Image.new("L", (16, 16)), lines=2, **FAST)
+    LayoutDetector(model)(Image.new("L", (16, 16)), **FAST)
 
 
 def test_the_published_network_can_be_cut():
@@ -339,7 +339,16 @@ def test_command_line(directory, tmp_path, capsys):
     small = change_extra(directory, tmp_path, {"grid": 5, "max_objects": 2})
     picture = tmp_path / "a.png"
     Image.effect_noise((16, 16), 90).save(picture)
-    fast = ("--probes", 2, "--set", "step_probes=2", "--set", "final_probes=2", "--set", "lines=3")
+    fast = (
+        "--probes",
+        2,
+        "--set",
+        "step_probes=2",
+        "--set",
+        "final_probes=2",
+        "--set",
+        "rough_probes=2",
+    )
     arguments = ("detect", picture, "--model", small, *fast)
     out = tmp_path / "run"
     said = call(
@@ -363,7 +372,7 @@ def test_evaluate_asks_about_the_categories(directory, tmp_path, capsys):
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     said = call(
         capsys, "evaluate", "--data", tmp_path / "boxes.json", "--images", tmp_path, "--model",
-        small, "--out", tmp_path / "run", "--probes", 2, "--set", "lines=2", "--json",
+        small, "--out", tmp_path / "run", "--probes", 2, "--set", "rough_probes=2", "--json",
     )  # fmt: skip
     assert said.code == 0 and "AP50" in json.loads(said.out)
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]

@@ -24,7 +24,7 @@ from dive_fast.strategies.layout.board import (
     measure,
 )
 from dive_fast.strategies.layout.invert import InvertLayout
-from dive_fast.strategies.layout.moves import join, join_as_class, recut, slide, split
+from dive_fast.strategies.layout.moves import join, join_as_class, recut, slide, split, unit
 from dive_fast.strategies.layout.residual import height, regions, residual
 from dive_fast.strategies.layout.settle import best_classes, drop_duplicates, settle
 
@@ -32,7 +32,7 @@ LEVELS = (0.05, 0.2, 0.4)  # shares of the map's height; where regions begin
 CONTENT = 0.1  # share of the map's height; what holds something
 FINALISTS = 8  # layouts of the relaxed search that are compared
 PROPOSALS = 6  # regions that are measured before an object is added
-NEAR = 2  # first steps of a new object's sides, in lines
+FAR = 2  # first steps of a new object's sides, in small steps
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,14 @@ class Guided(LayoutProbes):
         self, board: Board, items: Items, loss: float, rough: Tensor, content: Tensor
     ) -> Steps:
         """Objects split, joined, removed and moved, with all others in place; and the loss."""
+        step = unit(board.format.grid)
         for _ in range(self.rounds):
             before = items
             items, loss = yield from join(board, items, loss, rough, self.margin)
             items, loss = yield from self._split(board, items, loss, rough, content)
             items, loss = yield from join(board, items, loss, rough, self.margin)
             for i in range(len(items)):
-                items, loss = yield from slide(board, items, i, loss, rough, 1)
+                items, loss = yield from slide(board, items, i, loss, rough, step)
             if set(items) == set(before):
                 break
         return (yield from recut(board, items, loss, rough, content))
@@ -178,7 +179,12 @@ class Guided(LayoutProbes):
             losses = yield from measure(board, layouts, rough)
             best = int(losses.argmin())
             layout, better = yield from slide(
-                board, layouts[best], len(items), float(losses[best]), rough, NEAR
+                board,
+                layouts[best],
+                len(items),
+                float(losses[best]),
+                rough,
+                FAR * unit(board.format.grid),
             )
             if not better < loss * (1 - self.margin):
                 break

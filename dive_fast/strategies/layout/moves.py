@@ -10,7 +10,9 @@ from torch import Tensor
 from dive_fast.strategies.layout.board import Board, Box, Item, Items, Steps, measure
 from dive_fast.strategies.layout.residual import tightened
 
-SMALLEST_PART = 2  # lines of the grid; what a split leaves at least
+SMALLEST_PART = 2  # lines of the grid; what a cut leaves at least
+UNITS = 16  # small steps from one end of the grid to the other
+CUTS = 16  # of a box along an axis at most
 
 
 def replaced(items: Items, i: int, *new: Item) -> Items:
@@ -75,7 +77,7 @@ def recut(board: Board, items: Items, loss: float, probe_ids: Tensor, content: T
     tried: set[tuple[Item, Item]] = set()
     while True:
         layouts = []
-        for i, j in touching(items):
+        for i, j in touching(items, board.format.grid):
             if (items[i], items[j]) in tried:
                 continue
             tried.add((items[i], items[j]))
@@ -108,7 +110,7 @@ def join_as_class(
     while True:
         layouts = [
             replaced(replaced(items, j), i, Item(c, union(items[i].box, items[j].box)))
-            for i, j in touching(items)
+            for i, j in touching(items, board.format.grid)
             for c in range(len(board.format.names))
         ]
         found, better = yield from _best(board, layouts, items, loss, probe_ids, -margin)
@@ -146,25 +148,34 @@ def neighbours(box: Box, step: int, grid: int) -> list[Box]:
 
 
 def halves(box: Box, content: Tensor) -> list[tuple[Box, Box]]:
-    """All ways to cut a box in two along a line of the grid, both parts shrunk to their content."""
-    upright = [
-        (box._replace(right=x), box._replace(left=x)) for x in range(box.left + 1, box.right)
-    ]
-    level = [(box._replace(bottom=y), box._replace(top=y)) for y in range(box.top + 1, box.bottom)]
-    found = {
-        (tightened(first, content), tightened(second, content)): None
-        for first, second in upright + level
-    }
-    return [parts for parts in found if all(part and _is_object(part) for part in parts)]
+    """A box cut in two along lines of the grid, both parts shrunk to their content.
+
+    Args:
+        content: bool [G - 1, G - 1], cells that hold something.
+    """
+    upright = [(box._replace(right=x), box._replace(left=x)) for x in _cuts(box.left, box.right)]
+    level = [(box._replace(bottom=y), box._replace(top=y)) for y in _cuts(box.top, box.bottom)]
+    shrunk = dict.fromkeys(
+        (tightened(first, content), tightened(second, content)) for first, second in upright + level
+    )
+    return [parts for parts in shrunk if all(part and _is_object(part) for part in parts)]
 
 
-def touching(items: Items) -> list[tuple[int, int]]:
-    """Pairs of objects with at most one line of the grid between them."""
-    return [
-        (i, j)
-        for i, j in combinations(range(len(items)), 2)
-        if _gap(items[i].box, items[j].box) <= 1
-    ]
+def _cuts(low: int, high: int) -> range:
+    """Places between two sides, all of them or evenly spread ones."""
+    step = max(1, (high - low) // CUTS)
+    return range(low + step, high, step)
+
+
+def touching(items: Items, grid: int) -> list[tuple[int, int]]:
+    """Pairs of objects with nearly no space between them."""
+    pairs = combinations(range(len(items)), 2)
+    return [(i, j) for i, j in pairs if _gap(items[i].box, items[j].box) <= unit(grid)]
+
+
+def unit(grid: int) -> int:
+    """What counts as a small step on a grid, in lines."""
+    return max(1, (grid - 1) // UNITS)
 
 
 def _gap(a: Box, b: Box) -> int:
