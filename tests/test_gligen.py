@@ -162,7 +162,7 @@ def test_detects(directory, strategy, cache):
     detector = LayoutDetector(model, options=EngineOptions(cache=cache))
     image = Image.effect_noise((32, 16), 90)
     # Without a margin and without settling objects are kept that barely help.
-    settings = {"guided": {"lines": 3, "margin": 0.0}, "invert": {"steps": 4, "margin": 0.0}}
+    settings = {"guided": {"margin": 0.0}, "invert": {"steps": 4, "margin": 0.0}}
     (found,) = detector(image, strategy=strategy, seed=1, **FAST, **settings[strategy])
     assert found.names == CLASSES and len(found) > 0
     steps = found.xyxy / torch.tensor([32, 16, 32, 16]) * 8
