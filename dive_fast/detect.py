@@ -23,6 +23,8 @@ from dive_fast.objective import Objective
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
+from dive_fast.strategies.layout.board import DEFAULT_PROBES, LayoutProbes
+from dive_fast.timesteps import TimestepWeights
 
 PRIOR_WEIGHT = 0.05
 PRIOR_PROBES = 8
@@ -152,7 +154,8 @@ class LayoutDetector:
             images: PIL images, paths, arrays or tensors, one or many; see
                 ``dive_fast.images.as_images``.
             strategy: "guided" or "invert", or a strategy object.
-            probes: how many, or a list of your own.
+            probes: how many, or a list of your own. Without one they lie where the model's
+                ``dive_fast.json`` says ("timesteps"), and else in the middle of the schedule.
             seed: of the probes' noise and of the strategy's draws.
             settings: of the strategy, by name.
 
@@ -259,6 +262,8 @@ class LayoutDetector:
             "beta": self.model.beta,
             "seed": seed,
         }
+        if (weights := self._timesteps(chosen, probes)) is not None:
+            found["timesteps"] = weights.to_dict()
         if (penalty := self._penalty(seed)) is not None:
             found["prior"] = penalty.identity()
         # Only what changes answers: a run may go on under another cache.
@@ -305,10 +310,28 @@ class LayoutDetector:
         self, strategy: LayoutStrategy, probes: int | ProbeList | None, seed: int
     ) -> ProbeList:
         model = self.model
-        if not isinstance(probes, ProbeList):
+        if (weights := self._timesteps(strategy, probes)) is not None:
+            count = DEFAULT_PROBES if probes is None else probes
+            probes = weights.probes(count, model.latent_shape, seed)
+        elif not isinstance(probes, ProbeList):
             probes = strategy.probes(probes, len(model.schedule), model.latent_shape, seed)
         probes.check(model.latent_shape, len(model.schedule))
         return probes
+
+    def _timesteps(
+        self, strategy: LayoutStrategy, probes: int | ProbeList | None
+    ) -> TimestepWeights | None:
+        """The model's own timesteps, where the choice of probes is ours."""
+        ours = getattr(type(strategy), "probes", None) is LayoutProbes.probes
+        if not ours or isinstance(probes, ProbeList):
+            return None
+        weights = getattr(self.model, "timesteps", None)
+        if weights is not None and weights.n_timesteps != len(self.model.schedule):
+            raise ModelError(
+                f"expected timesteps for {len(self.model.schedule)} steps of the schedule, "
+                f"got {weights.n_timesteps}."
+            )
+        return weights
 
     def _confidence(self, answer: LayoutAnswer) -> torch.Tensor:
         """Of each object, its posterior among all that it could be, float32 [n].

@@ -19,6 +19,8 @@ from dive_fast.models.layout_transformer import (
     build_layout_transformer,
     denoise,
 )
+from dive_fast.schedule import Schedule
+from dive_fast.timesteps import BINS, TimestepWeights
 from dive_fast.zoo import scenes
 from dive_fast.zoo.scenes import SceneMaker, load_scenes
 from dive_fast.zoo.training_layout import (
@@ -85,8 +87,20 @@ def train_into(
     # Half precision halves the file; what is loaded again computes in float32.
     model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
     facts = {"command": command, "config": dataclasses.asdict(config), "expected": expected}
+    if config.max_weight is not None:
+        facts["timesteps"] = learned_timesteps(config, model.schedule).to_dict()
     (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
     return expected
+
+
+def learned_timesteps(config: LayoutTrainingConfig, schedule: Schedule) -> TimestepWeights:
+    """A detector's probes lie where the training looked, and count as they did there."""
+    n, (low, high) = len(schedule), config.t_range
+    of_t = (schedule.s / schedule.a).square().clamp(max=config.max_weight)
+    weights = of_t.view(BINS, n // BINS).mean(dim=1)
+    inside = [low <= (b + 0.5) / BINS < high for b in range(BINS)]
+    density = tuple(float(seen) for seen in inside)
+    return TimestepWeights(n, density, tuple(round(w, 6) for w in weights.tolist()))
 
 
 class Trained(nn.Module):

@@ -12,6 +12,7 @@ from toy_model import ToyModel
 from dive_fast.detect import LayoutDetector
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.strategies.layout import Board, Box, Guided, Item
+from dive_fast.timesteps import TimestepWeights
 
 SCENE = (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6)))
 
@@ -112,3 +113,17 @@ def test_bad_pictures(detector, picture) -> None:
         detector([picture, "nowhere.png"])
     with pytest.raises(ImageError, match="at least one picture"):
         detector([])
+
+
+def test_probes_lie_where_the_model_says(picture) -> None:
+    model = PictureModel()
+    model.timesteps = TimestepWeights(1000, (0.0, 1.0, 0.0, 0.0), (1.0, 2.0, 1.0, 1.0))
+    detector = LayoutDetector(model)
+    assert detector.identity()["timesteps"] == model.timesteps.to_dict()
+    (found,) = detector(picture)
+    assert sorted(found.class_id.tolist()) == [1, 2]
+    given = Guided().probes(12, 1000, model.latent_shape, 0)
+    assert "timesteps" not in detector.identity(probes=given)
+    model.timesteps = TimestepWeights(500, (1.0,), (1.0,))
+    with pytest.raises(ModelError, match="expected timesteps for 1000 steps .* got 500"):
+        detector(picture)

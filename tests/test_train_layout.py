@@ -21,6 +21,7 @@ from dive_fast.zoo.training_layout import (
     LayoutTrainingConfig,
     draw_timesteps,
     empty,
+    noise_loss,
     shuffle_objects,
     to_x0,
     train_layout_model,
@@ -170,3 +171,27 @@ class TestBadInput:
         (tmp_path / "training.pt").write_bytes(b"not a state")
         with pytest.raises(RunError, match=r"training\.pt is damaged and cannot be resumed from"):
             train(tmp_path)
+
+
+def test_weights_are_one_over_snr_and_bounded() -> None:
+    """With them the loss is that of the predicted x0."""
+    alpha_bar = torch.tensor([0.9, 0.5, 0.1, 0.001])
+    x0, eps = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    t = torch.arange(4)
+
+    class Zero(torch.nn.Module):
+        def forward(self, x_t, t, tokens):
+            return torch.zeros_like(x_t)
+
+    def loss(rows: list[int], max_weight: float | None) -> float:
+        parts = (x0[rows], t[rows], eps[rows])
+        return float(noise_loss(Zero(), *parts, torch.zeros(len(rows), 3), alpha_bar, max_weight))
+
+    for row, weight in enumerate((1 / 9, 1.0, 9.0, 50.0)):
+        assert loss([row], 50.0) == pytest.approx(weight * loss([row], None), rel=1e-5)
+    a, s = alpha_bar[2].sqrt(), (1 - alpha_bar[2]).sqrt()
+    predicted_x0 = (a * x0[2] + s * eps[2]) / a
+    assert loss([2], 50.0) == pytest.approx(float((predicted_x0 - x0[2]).square().mean()), rel=1e-5)
+    assert loss([0, 1, 2, 3], 50.0) == pytest.approx(
+        sum(loss([row], 50.0) for row in range(4)) / 4, rel=1e-5
+    )

@@ -12,9 +12,11 @@ import torch
 from command import Said, call
 from PIL import Image
 
+from dive_fast import LayoutDetector
 from dive_fast.errors import DataError
 from dive_fast.layouts import Layout, LayoutFormat
 from dive_fast.models import load_model
+from dive_fast.timesteps import TimestepWeights
 from dive_fast.train_pictures import PICTURES, draw_flipped, flip, train_pictures
 
 FORM = LayoutFormat.compact(("cat", "dog"), max_objects=3, grid=9)
@@ -115,6 +117,11 @@ def test_end_to_end(tmp_path: Path, capsys) -> None:
     assert model.layout.grid == 9 and model.image_shape == (3, 16, 16)
     facts = json.loads((out / "dive_fast.json").read_text())
     assert facts["config"]["steps"] == 2 and facts["expected"]["layout"] > 0
+    detector = LayoutDetector.from_pretrained(out)
+    identity = detector.identity()
+    assert identity["timesteps"] == facts["timesteps"]
+    t = TimestepWeights.from_dict(facts["timesteps"]).probes(40, (3, 16, 16)).timesteps
+    assert 200 <= t.min() and t.max() < 750
     assert_stopped(call(capsys, "train-layout", *arguments), "holds a model already")
 
 
