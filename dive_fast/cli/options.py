@@ -194,8 +194,8 @@ def add_layout_strategy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strategy",
         metavar="guided|invert",
-        help="guided: add, move, name and remove objects one by one (default); invert: optimise "
-        "a relaxed layout, as DIVE does",
+        help="guided: read places off an error map, then split, join, move and name (default); "
+        "invert: optimise a relaxed layout, as DIVE does",
     )
     group.add_argument(
         "--probes", type=count, metavar="K", help="(timestep, noise) pairs per image (default: 48)"
