@@ -197,11 +197,13 @@ class LayoutDetector:
         stream = self.search_stream(images, strategy=strategy, probes=probes, seed=seed, **settings)
         for finished, size in stream:
             answer: LayoutAnswer = finished.answer
+            classes, probabilities = _classes(answer), self._class_probabilities(answer)
             found = Detections(
                 self.boxes(answer, size),
-                _classes(answer),
-                self._confidence(answer),
+                classes,
+                probabilities.gather(1, classes[:, None])[:, 0],
                 self.names,
+                probabilities,
             )
             yield finished.key, found, finished.evaluations, finished.seconds
 
@@ -333,13 +335,15 @@ class LayoutDetector:
             )
         return weights
 
-    def _confidence(self, answer: LayoutAnswer) -> torch.Tensor:
-        """Of each object, its posterior among all that it could be, float32 [n].
+    def _class_probabilities(self, answer: LayoutAnswer) -> torch.Tensor:
+        """Of each object, the posterior of all classes that it could be, float32 [n, C].
 
         p(c | rest, x0) = softmax over classes and "not there" of -beta L
+
+        "Not there" has no column: it is what a row lacks to 1.
         """
         posterior = (-self.model.beta * answer.losses).softmax(dim=1)
-        return posterior.gather(1, _classes(answer)[:, None])[:, 0].float()
+        return posterior[:, : len(self.names)].float()
 
     def _check_answer(self, answer: LayoutAnswer) -> None:
         if answer.losses.isnan().any() or math.isnan(answer.loss):

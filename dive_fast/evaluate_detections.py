@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dive_fast.coco import CocoDataset, CocoImage, class_categories, unknown_classes
-from dive_fast.coco_scores import NAMES, pycocotools, score_boxes
+from dive_fast.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.detections import Detections
 from dive_fast.errors import ImageError
 from dive_fast.evaluate import machine
@@ -47,8 +47,10 @@ class DetectionSummary:
     """What an evaluation found; ``None`` stands for figures that no image supports.
 
     Attributes:
-        scores: the twelve COCO numbers by name, in [0, 1], over the images that were searched.
-        ap_per_class: AP by class name.
+        scores: the twelve COCO numbers by name, in [0, 1], over the images that were searched;
+            each object counts with all classes that it could be, by their probabilities.
+        ap_one_class: AP when every object counts with its most probable class only.
+        ap_per_class: AP by class name, of ``scores``.
         n: images searched.
         failed: images that could not be read; their boxes do not count.
         objects_per_image: detections, whatever their confidence.
@@ -57,6 +59,7 @@ class DetectionSummary:
     """
 
     scores: dict[str, float | None]
+    ap_one_class: float | None
     ap_per_class: dict[str, float | None]
     n: int
     failed: int
@@ -68,6 +71,7 @@ class DetectionSummary:
         """For JSON, the twelve numbers first."""
         return {
             **self.scores,
+            "AP_one_class": self.ap_one_class,
             "AP_per_class": self.ap_per_class,
             "n": self.n,
             "failed": self.failed,
@@ -133,6 +137,8 @@ def summarise_detections(
 ) -> DetectionSummary:
     """The figures over records of ``results.jsonl`` (by id, as ``read_records`` gives them).
 
+    Records without ``probabilities``, as older runs have them, are scored by their class alone.
+
     Args:
         records: a run's records, also of an unfinished one; images without a record do not count.
         dataset: the annotated boxes.
@@ -146,21 +152,39 @@ def summarise_detections(
     good = [(image_id, record) for image_id, record in there if "error" not in record]
     n, failed = len(good), len(there) - len(good)
     if not good:
-        nothing = dict.fromkeys(NAMES), dict.fromkeys(dataset.names)
-        return DetectionSummary(*nothing, 0, failed, None, None, None)
-    results = []
-    for image_id, record in good:
-        found = Detections(record["boxes"], record["classes"], record["confidences"], tuple(names))
-        results += found.to_coco(image_id, categories)
-    scores = score_boxes(dataset, results, [image_id for image_id, _ in good])
+        numbers, classes = dict.fromkeys(NAMES), dict.fromkeys(dataset.names)
+        return DetectionSummary(numbers, None, classes, 0, failed, None, None, None)
+    found = [(image_id, _detections(record, names)) for image_id, record in good]
+    image_ids = [image_id for image_id, _ in good]
+
+    def scored(every_class: bool) -> BoxScores:
+        results = [
+            entry
+            for image_id, detections in found
+            for entry in detections.to_coco(image_id, categories, every_class=every_class)
+        ]
+        return score_boxes(dataset, results, image_ids)
+
+    scores = scored(every_class=True)
     return DetectionSummary(
         scores=scores.numbers,
+        ap_one_class=scored(every_class=False).numbers["AP"],
         ap_per_class=scores.classes,
         n=n,
         failed=failed,
         objects_per_image=sum(len(record["boxes"]) for _, record in good) / n,
         evaluations_per_image=sum(record["evaluations"] for _, record in good) / n,
         seconds_per_image=sum(record["seconds"] for _, record in good) / n,
+    )
+
+
+def _detections(record: Mapping[str, Any], names: Sequence[str]) -> Detections:
+    return Detections(
+        record["boxes"],
+        record["classes"],
+        record["confidences"],
+        tuple(names),
+        record.get("probabilities"),
     )
 
 

@@ -151,7 +151,9 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
     assert summary["n"] == 2 and summary["failed"] == 1
     assert "box of some size" in said.err and "2.png" in said.err
     text = call(capsys, "evaluate", *arguments).out
-    assert text.startswith("AP ") and "images that failed     1" in text
+    assert (
+        text.startswith("AP ") and "\nAP_one_class " in text and "images that failed     1" in text
+    )
     assert len(records(tmp_path / "run")) == 3
 
 

@@ -55,6 +55,25 @@ def test_boxes_are_in_pixels_of_the_image(detector, picture) -> None:
 def test_a_picture_without_objects(detector) -> None:
     (found,) = detector(np.zeros((6, 6, 3), dtype=np.uint8))
     assert len(found) == 0 and found.xyxy.shape == (0, 4)
+    assert found.class_probabilities.shape == (0, 3)
+
+
+@pytest.mark.parametrize("beta", [0.001, 1.0])
+def test_the_posterior_of_every_class(picture, beta: float) -> None:
+    model = PictureModel()
+    model.beta = beta
+    detector = LayoutDetector(model)
+    ((_, found, _, _),) = detector.detect_stream([("a", picture)])
+    rows = found.class_probabilities
+    assert rows.shape == (2, 3) and rows.dtype == torch.float32
+    assert torch.equal(found.confidence, rows[range(2), found.class_id])
+    assert torch.equal(found.class_id, rows.argmax(dim=1))
+    ((finished, _),) = detector.search_stream([("a", picture)])
+    losses = finished.answer.losses
+    weights = (-beta * (losses - losses.min())).exp()
+    torch.testing.assert_close(
+        rows.double(), (weights / weights.sum(1, keepdim=True))[:, :3], rtol=1e-5, atol=1e-7
+    )
 
 
 def test_stream_reports_the_cost(detector, picture) -> None:

@@ -24,6 +24,18 @@ def found() -> Detections:
     )
 
 
+@pytest.fixture
+def unsure() -> Detections:
+    """The second object is more likely a dog than the cat that it is called."""
+    return Detections(
+        xyxy=[[0, 0.5, 8, 10.25], [3, 4, 5, 6]],
+        class_id=[2, 0],
+        confidence=[0.75, 0.0],
+        names=NAMES,
+        class_probabilities=[[0.0005, 0.125, 0.75], [0.0, 0.5, 0.001]],
+    )
+
+
 @pytest.fixture(params=["lists", "arrays", "tensors"])
 def nothing(request: pytest.FixtureRequest) -> Detections:
     empty = {
@@ -45,6 +57,31 @@ def test_fields(found: Detections) -> None:
         "labels": ["two words", "cat"],
         "confidences": [0.75, 1],
     }
+
+
+def test_class_probabilities(found: Detections, unsure: Detections) -> None:
+    assert found.class_probabilities is None
+    assert unsure.class_probabilities.dtype == torch.float32
+    assert unsure.class_probabilities.shape == (2, 3)
+    plain = unsure.to_dict()
+    assert plain.pop("probabilities") == unsure.class_probabilities.tolist()
+    assert list(plain) == ["boxes", "classes", "labels", "confidences"]
+
+
+@pytest.mark.parametrize("rows", [[], np.zeros((0, 3)), torch.zeros(0, 3)])
+def test_class_probabilities_of_nothing(rows: object) -> None:
+    empty = Detections([], [], [], NAMES, rows)
+    assert empty.class_probabilities.shape == (0, 3)
+    assert empty.to_dict()["probabilities"] == []
+    assert empty.to_coco(17, (1, 2, 3), every_class=True) == []
+
+
+def test_class_probabilities_are_rounded_sums() -> None:
+    """Of many classes in single precision."""
+    n = 5000
+    names = tuple(str(c) for c in range(n))
+    rows = torch.randn(3, n).softmax(dim=1)
+    Detections([[0, 0, 1, 1]] * 3, [0] * 3, [0.5] * 3, names, rows)
 
 
 def test_kept_off_the_graph() -> None:
@@ -71,6 +108,21 @@ def test_kept_off_the_graph() -> None:
         ({"confidence": [-0.1]}, "got -0.1"),
         ({"confidence": [float("nan")]}, "got nan"),
         ({"names": ()}, r"class_id must lie in \[0, 0\)"),
+        (
+            {"class_probabilities": [[0.5, 0.5]]},
+            r"class_probabilities must have shape \[1, 3\], one per box and name, got \[1, 2\]",
+        ),
+        ({"class_probabilities": [0.5, 0.2, 0.1]}, r"shape \[1, 3\], .*, got \[3\]"),
+        ({"class_probabilities": []}, r"shape \[1, 3\], one per box and name, got \[0, 3\]"),
+        ({"class_probabilities": [[0.5, 0.2, 0]] * 2}, r"got \[2, 3\]"),
+        (
+            {"class_probabilities": [[0.5, 1.5, 0]]},
+            r"class_probabilities must lie in \[0, 1\], got 1.5",
+        ),
+        ({"class_probabilities": [[0.5, -0.1, 0]]}, "got -0.1"),
+        ({"class_probabilities": [[0.5, float("nan"), 0]]}, "got nan"),
+        ({"class_probabilities": [[0.5, 0.5, 0.5]]}, "must sum to at most 1 for each box, got 1.5"),
+        ({"class_probabilities": "sure"}, "class_probabilities must hold numbers"),
     ],
 )
 def test_refused(changes: dict, message: str) -> None:
@@ -91,8 +143,30 @@ class TestCoco:
         (only,) = found.to_coco(17, (1, 18, None))
         assert only["category_id"] == 1
 
+    def test_every_class(self, unsure: Detections) -> None:
+        """Unlikely classes are left out, but never the object's own."""
+        entries = unsure.to_coco(17, (1, 18, 90), every_class=True)
+        first, second = [0, 0.5, 8, 9.75], [3, 4, 2, 2]
+        assert entries == [
+            {"image_id": 17, "category_id": 18, "bbox": first, "score": 0.125},
+            {"image_id": 17, "category_id": 90, "bbox": first, "score": 0.75},
+            {"image_id": 17, "category_id": 1, "bbox": second, "score": 0},
+            {"image_id": 17, "category_id": 18, "bbox": second, "score": 0.5},
+            {"image_id": 17, "category_id": 90, "bbox": second, "score": pytest.approx(0.001)},
+        ]
+        assert [e["category_id"] for e in unsure.to_coco(17, (1, 18, 90))] == [90, 1]
+
+    def test_every_class_without_category_is_left_out(self, unsure: Detections) -> None:
+        entries = unsure.to_coco(17, (None, 18, None), every_class=True)
+        assert [(e["category_id"], e["score"]) for e in entries] == [(18, 0.125), (18, 0.5)]
+
+    def test_every_class_without_probabilities(self, found: Detections) -> None:
+        entries = found.to_coco(17, (1, 18, 90), every_class=True)
+        assert entries == found.to_coco(17, (1, 18, 90))
+
     def test_empty(self, nothing: Detections) -> None:
         assert nothing.to_coco(17, (1, 2, 3)) == []
+        assert nothing.to_coco(17, (1, 2, 3), every_class=True) == []
 
     def test_refused(self, found: Detections) -> None:
         with pytest.raises(DiveFastError, match="a category for each of the 3 names, got 2"):

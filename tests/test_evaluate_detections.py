@@ -30,11 +30,15 @@ class GreyDetector:
     Args:
         names: the levels that it looks for.
         stop_after: is interrupted when it has answered so many images.
+        unsure: takes each level for the next one, and says that it may be the right one.
     """
 
-    def __init__(self, names: Iterable[str] = GREYS, stop_after: int | None = None) -> None:
+    def __init__(
+        self, names: Iterable[str] = GREYS, stop_after: int | None = None, unsure: bool = False
+    ) -> None:
         self.names = tuple(names)
         self.stop_after = stop_after
+        self.unsure = unsure
         self.searched: list[str] = []
 
     def detect_stream(
@@ -62,7 +66,14 @@ class GreyDetector:
             if len(rows):
                 boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
                 classes.append(c)
-        return Detections(np.array(boxes).reshape(-1, 4), classes, [0.9] * len(boxes), self.names)
+        xyxy = np.array(boxes).reshape(-1, 4)
+        if not self.unsure:
+            return Detections(xyxy, classes, [0.9] * len(boxes), self.names)
+        wrong = [(c + 1) % len(self.names) for c in classes]
+        rows = np.zeros((len(boxes), len(self.names)))
+        rows[range(len(boxes)), classes] = 0.3
+        rows[range(len(boxes)), wrong] = 0.6
+        return Detections(xyxy, wrong, [0.6] * len(boxes), self.names, rows)
 
 
 @pytest.fixture
@@ -109,7 +120,8 @@ def test_records_and_summary(data: CocoDataset, tmp_path: Path, capfd) -> None:
         assert record["labels"] == [data.names[c] for c in record["classes"]]
         assert record["confidences"] == pytest.approx([0.9] * len(image.boxes))
         assert (record["evaluations"], record["seconds"]) == (100 + image.id, 0.5)
-    assert list(summary)[:12] == list(NAMES)
+    assert list(summary)[:14] == [*NAMES, "AP_one_class", "AP_per_class"]
+    assert summary["AP_one_class"] == summary["AP"]  # without probabilities
     for name in ("AP", "AP50", "AP75", "AP_small", "AR1", "AR10", "AR100", "AR_small"):
         assert summary[name] == pytest.approx(1)
     for name in ("AP_medium", "AP_large", "AR_medium", "AR_large"):
@@ -125,6 +137,39 @@ def test_records_and_summary(data: CocoDataset, tmp_path: Path, capfd) -> None:
     assert {"dive_fast", "commit", "torch", "python"} <= set(run["environment"])
     again = summarise_detections(records, data, tuple(GREYS))
     assert again.to_dict() == summary
+
+
+def test_second_guesses_count(data: CocoDataset, tmp_path: Path) -> None:
+    """All boxes are right, and all classes but the second."""
+    out = tmp_path / "run"
+    summary = evaluate_detections(GreyDetector(unsure=True), data, out, config=CONFIG)
+    assert summary.ap_one_class == pytest.approx(0)
+    assert 0.3 < summary.scores["AP"] < 1
+    assert summary.scores["AR100"] == pytest.approx(1)
+    assert summary.objects_per_image == pytest.approx(7 / 6)
+    records = read_records(out)
+    assert records["13"]["classes"] == [1, 2, 0]
+    assert records["13"]["probabilities"][0] == pytest.approx([0.3, 0.6, 0])
+    assert records["10"]["probabilities"] == []
+    assert summarise_detections(records, data, tuple(GREYS)) == summary
+
+
+def test_records_of_older_runs(data: CocoDataset, tmp_path: Path) -> None:
+    """Without probabilities objects count with their class; runs may have both kinds."""
+    out = tmp_path / "run"
+    new = evaluate_detections(GreyDetector(unsure=True), data, out, config=CONFIG)
+    records = read_records(out)
+
+    def summary(older: Iterable[str]):
+        found = {
+            key: {k: v for k, v in record.items() if key not in older or k != "probabilities"}
+            for key, record in records.items()
+        }
+        return summarise_detections(found, data, tuple(GREYS))
+
+    old, mixed = summary(records), summary(["13"])
+    assert old.scores["AP"] == old.ap_one_class == mixed.ap_one_class == new.ap_one_class
+    assert old.scores["AP"] < mixed.scores["AP"] < new.scores["AP"]
 
 
 def test_resumed(data: CocoDataset, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def as_text(summary) -> str:
         return f"no image could be read ({summary.failed} failed)"
     lines = [
         f"{name:22} {'-' if value is None else f'{value:.3f}'}"
-        for name, value in summary.scores.items()
+        for name, value in {**summary.scores, "AP_one_class": summary.ap_one_class}.items()
     ]
     lines += [
         f"images                 {summary.n}",
