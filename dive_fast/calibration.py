@@ -19,6 +19,8 @@ BINS = 15
 # p(label) in a likelihood where the label's class was never measured: it has no loss to tell.
 UNMEASURED_PROBABILITY = 1e-6
 _LOWEST, _HIGHEST = 1e-3, 1e7
+_GRID = 231  # betas that ``fit_beta_with_lapses`` tries, a tenth apart
+_ENOUGH = 0.5  # nats below the highest likelihood of all labels together
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Calibration:
     Attributes:
         beta_before, beta_after: inverse temperature.
         ece_before, ece_after: expected calibration error over 15 bins, in [0, 1].
-        nll_before, nll_after: mean of -log p(label), in nats; a label whose class was not measured
-            counts as p = 1e-6.
+        nll_before, nll_after: mean of -log p(label), in nats, lapses included; a label whose class
+            was not measured counts as p = 1e-6.
         n: images, or what ``counted`` says.
         unmeasured: of these, images whose label was not among the classes that the strategy
             measured. They count in both figures, but no beta can mend them.
@@ -62,7 +64,11 @@ class Calibration:
 
 
 def calibrate(
-    losses: torch.Tensor, labels: Any, beta: float, answers: torch.Tensor | None = None
+    losses: torch.Tensor,
+    labels: Any,
+    beta: float,
+    answers: torch.Tensor | None = None,
+    lapse: float = 0.0,
 ) -> Calibration:
     """Fits beta and says what it changes.
 
@@ -71,15 +77,16 @@ def calibrate(
         labels: whole numbers [B].
         beta: the one in use.
         answers: int64 [B], the classes answered; those of the lowest loss if None.
+        lapse: above 0 ``fit_beta_with_lapses`` fits, else ``fit_beta``.
 
     Raises:
-        DiveFastError: as ``fit_beta``.
+        DiveFastError: as these two.
     """
     labels = as_labels(labels, *_shape(losses))
-    fitted = fit_beta(losses, labels)
+    fitted = fit_beta_with_lapses(losses, labels, lapse) if lapse else fit_beta(losses, labels)
     if answers is None:
         answers = losses.nan_to_num(math.inf).argmin(dim=1)
-    before, after = (_figures(losses, labels, answers, b) for b in (beta, fitted))
+    before, after = (_figures(losses, labels, answers, b, lapse) for b in (beta, fitted))
     unmeasured = int(losses.gather(1, labels[:, None]).isnan().sum())
     return Calibration(
         beta, fitted, before[0], after[0], before[1], after[1], len(labels), unmeasured
@@ -134,6 +141,39 @@ def fit_beta(losses: torch.Tensor, labels: Any) -> float:
         else:
             low = left
     return math.exp((low + high) / 2)
+
+
+def fit_beta_with_lapses(losses: torch.Tensor, labels: Any, lapse: float) -> float:
+    """The beta that explains labels of which a few have nothing to do with the losses.
+
+        p(label) = (1 - lapse) softmax(-beta L)_label + lapse / C
+
+    Where a search goes astray its losses may favour a wrong answer by far, and one such label would
+    decide beta. The smallest beta whose likelihood is within half a nat of the highest one is
+    taken, so it stays finite where every label is explained.
+
+    Args:
+        losses: finite float [B, C].
+        labels: whole numbers [B].
+        lapse: the share of such labels, in (0, 1).
+
+    Raises:
+        DiveFastError: shapes that do not fit, labels outside [0, C), losses that are not finite, or
+            a share out of range.
+    """
+    labels = as_labels(labels, *_shape(losses))
+    energy = losses.double().cpu()
+    if not energy.isfinite().all():
+        raise DiveFastError("losses must be finite where labels may be lapses.")
+    if not 0 < lapse < 1:
+        raise DiveFastError(f"lapse must lie in (0, 1), got {lapse}.")
+    betas = torch.logspace(math.log10(_LOWEST), math.log10(_HIGHEST), _GRID, dtype=torch.float64)
+    likelihoods = []
+    for beta in betas.tolist():
+        p = _log_softmax(energy, beta).gather(1, labels[:, None])[:, 0].exp()
+        likelihoods.append((p * (1 - lapse) + lapse / energy.shape[1]).log().sum())
+    found = torch.stack(likelihoods)
+    return float(betas[found >= found.max() - _ENOUGH][0])
 
 
 def expected_calibration_error(
@@ -219,11 +259,13 @@ def _log_softmax(energy: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def _figures(
-    losses: torch.Tensor, labels: torch.Tensor, answers: torch.Tensor, beta: float
+    losses: torch.Tensor, labels: torch.Tensor, answers: torch.Tensor, beta: float, lapse: float
 ) -> tuple[float, float]:
     """Expected calibration error and mean -log p(label) at one beta."""
     log_p = _log_softmax(losses.double().cpu(), beta)
     confidence = log_p.gather(1, answers[:, None])[:, 0].exp()
     of_label = log_p.gather(1, labels[:, None])[:, 0]
     of_label = of_label.masked_fill(of_label == -math.inf, math.log(UNMEASURED_PROBABILITY))
+    if lapse:
+        of_label = (of_label.exp() * (1 - lapse) + lapse / losses.shape[1]).log()
     return expected_calibration_error(confidence, answers == labels), -of_label.mean().item()

@@ -26,7 +26,8 @@ from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, res
 from dive_fast.strategies.layout.board import DEFAULT_PROBES, LayoutProbes
 from dive_fast.timesteps import TimestepWeights
 
-PRIOR_WEIGHT = 0.05
+# The pseudo-likelihood meets what two tokens have to do with each other twice.
+PRIOR_WEIGHT = 0.5
 PRIOR_PROBES = 8
 
 
@@ -37,9 +38,10 @@ class LayoutDetector:
         model: of the family "layout-to-image", or anything that follows
             ``dive_fast.models.protocol.Model`` and has a ``layout``.
         prior: over the layouts of this model; None for none.
-        prior_weight: lambda, what the prior's loss counts beside the model's; 0.05 if None. With 0
-            the prior is not asked.
-        prior_probes: (timestep, noise) pairs that the prior's loss is the mean of.
+        prior_weight: w, of the prior's log p(y) beside -beta L; 0.5 if None. With 0 the prior is
+            not asked.
+        prior_probes: (timestep, noise) pairs of the prior that a relaxed search takes its gradient
+            from.
         batch_size: rows per forward of the network at most; the model's default if None.
         options: how the engine computes; measured defaults if None.
 
@@ -267,7 +269,8 @@ class LayoutDetector:
         if (weights := self._timesteps(chosen, probes)) is not None:
             found["timesteps"] = weights.to_dict()
         if (penalty := self._penalty(seed)) is not None:
-            found["prior"] = penalty.identity()
+            # Its weight there is w / beta.
+            found["prior"] = {**penalty.identity(), "weight": self.prior_weight}
         # Only what changes answers: a run may go on under another cache.
         if engine := self.options.identity():
             found["engine"] = engine
@@ -301,12 +304,11 @@ class LayoutDetector:
         apply_fitted(self.model, read_fitted(Path(directory), required=True))
 
     def _penalty(self, seed: int) -> LayoutPenalty | None:
-        """lambda times the prior's loss, where there is a prior that counts."""
+        """The prior's part of the loss, where there is a prior that counts."""
         if self.prior is None or self.prior_weight == 0:
             return None
-        return LayoutPenalty(
-            self.prior, self.prior_weight, self.prior_probes, self.model.layout, seed
-        )
+        weight = self.prior_weight / self.model.beta
+        return LayoutPenalty(self.prior, weight, self.prior_probes, self.model.layout, seed)
 
     def _probe_list(
         self, strategy: LayoutStrategy, probes: int | ProbeList | None, seed: int
@@ -365,7 +367,7 @@ def _check_layout(model: Any) -> None:
 
 
 def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float:
-    """lambda; 0 without a prior."""
+    """w; 0 without a prior."""
     if weight is not None and not (math.isfinite(weight) and weight >= 0):
         raise ModelError(f"prior_weight must be a number of at least 0, got {weight}.")
     if prior is None:

@@ -19,6 +19,8 @@ from dive_fast.images import to_mode
 from dive_fast.matching import match
 from dive_fast.strategies.layout import LayoutAnswer
 
+LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
+
 
 def calibrate_detector(
     detector: LayoutDetector, data: CocoDataset, *, progress: bool = False, **search: Any
@@ -30,6 +32,8 @@ def calibrate_detector(
     gives these labels the highest likelihood under
 
         p(c | rest, x0) = softmax over classes and "not there" of -beta L
+
+    but for one in twenty that the losses need not explain (``fit_beta_with_lapses``).
 
     Objects that find a crowd, or an object of a class that the model lacks, take no part. Beta is
     set on the model; ``LayoutDetector.save_fitted`` keeps it. It suits the prior and the search
@@ -68,7 +72,7 @@ def calibrate_detector(
             f"beta needs objects that the detector found, got none in {data.source}."
         )
     beta = detector.model.beta
-    record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers))
+    record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers), LAPSE)
     detector.model.beta = record.beta_after
     return dataclasses.replace(record, counted="objects")
 

@@ -17,13 +17,11 @@ from dive_fast.errors import ModelError, RunError
 from dive_fast.models import load_model
 from dive_fast.priors import LayoutPrior, PriorTrainingConfig, layout_tokens, train_prior
 from dive_fast.priors.training import Draw
-from dive_fast.projection import SLOTS_PER_OBJECT
 from dive_fast.train_layout import SCENES_FORMAT, scene_tokens
 from dive_fast.zoo.scenes import SceneMaker, load_scenes
 
 SCENES = "scenes"
 N_HELD_OUT_SCENES = 512
-HEADS = 4
 
 
 class TrainedPrior(NamedTuple):
@@ -68,8 +66,7 @@ def train_layout_prior(
     if layout is None:
         raise ModelError(f"expected a layout-to-image model, got {model}, which has no layouts.")
     table = loaded.vocabulary.table
-    width = HEADS * 2 * -(-SLOTS_PER_OBJECT * table.shape[1] // (HEADS * 2))
-    config = PriorTrainingConfig(width=width, heads=HEADS, seed=seed)
+    config = PriorTrainingConfig(seed=seed)
     config = dataclasses.replace(config, steps=steps or config.steps)
     if str(annotations) == SCENES:
         if layout != SCENES_FORMAT:

@@ -14,7 +14,12 @@ from tiny import read_json, write_json, write_model
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError
-from dive_fast.calibration import calibrate, expected_calibration_error, fit_beta
+from dive_fast.calibration import (
+    calibrate,
+    expected_calibration_error,
+    fit_beta,
+    fit_beta_with_lapses,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -267,3 +272,40 @@ class TestCommand:
             (("--data", data, "--strategy", "guess"), "expected a strategy"),
         ]:
             assert_refused(call(capsys, "fit", *arguments), message)
+
+
+class TestLapses:
+    def test_one_wrong_answer_does_not_decide(self) -> None:
+        losses, labels = drawn(500, 150.0)
+        clean = fit_beta_with_lapses(losses, labels, 0.05)
+        assert clean == pytest.approx(fit_beta(losses, labels), rel=0.35)
+        # Of ten images the losses favour a wrong class by far.
+        losses, labels = losses.clone(), labels.clone()
+        losses[:10] = 10.0
+        losses[range(10), (labels[:10] + 1) % losses.shape[1]] = 0.0
+        assert fit_beta_with_lapses(losses, labels, 0.05) == pytest.approx(clean, rel=0.35)
+        assert fit_beta(losses, labels) < 0.2 * clean
+
+    def test_finite_where_all_is_explained(self) -> None:
+        found = fit_beta_with_lapses(torch.tensor([[0.0, 1.0]] * 9), [0] * 9, 0.05)
+        assert 1 < found < 10
+
+    def test_the_record_counts_them(self) -> None:
+        losses, labels = drawn(100, 150.0)
+        record = calibrate(losses, labels, 20.0, lapse=0.1)
+        p = (-20.0 * losses.double()).softmax(dim=1).gather(1, labels[:, None])
+        expected = -(0.9 * p + 0.1 / losses.shape[1]).log().mean().item()
+        assert record.nll_before == pytest.approx(expected)
+        assert record.beta_after == fit_beta_with_lapses(losses, labels, 0.1)
+
+    @pytest.mark.parametrize(
+        ("losses", "lapse", "said"),
+        [
+            (torch.tensor([[NAN, 1.0]]), 0.05, "losses must be finite"),
+            (torch.eye(2)[:1], 0.0, r"lapse must lie in \(0, 1\), got 0.0"),
+            (torch.eye(2)[:1], 1.0, r"lapse must lie in \(0, 1\), got 1.0"),
+        ],
+    )
+    def test_bad_input(self, losses: torch.Tensor, lapse: float, said: str) -> None:
+        with pytest.raises(DiveFastError, match=said):
+            fit_beta_with_lapses(losses, [0], lapse)

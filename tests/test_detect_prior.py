@@ -76,13 +76,14 @@ def scene(toy) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def against_objects(toy) -> LayoutPrior:
-    """The nearer a layout is to the one without objects, the smaller is its loss."""
+    """Whatever it sees, it expects no object."""
     table, form = toy.vocabulary.table, toy.layout
-    tokens = torch.full((1, form.n_slots), form.none)
-    prior = LayoutPrior.for_table(form, table, tokens, width=160, layers=1, heads=2)
+    tokens = torch.arange(form.n_slots)[None] % form.vocabulary_size
+    prior = LayoutPrior.for_table(form, table, tokens, width=16, layers=1, heads=2)
+    n_class, n_corner = len(form.names) + 1, 2 * form.grid + 1
+    none = torch.tensor([n_class, n_class + n_corner, n_class + 2 * n_corner]) - 1
     with torch.no_grad():
-        # eps_phi = s v_t - a c v(none), so eps - eps_phi = a^2 eps + a c (v(none) - s v).
-        prior.object_out.bias.copy_(-prior.config.scale * table[form.none].repeat(3))
+        prior.object_out.bias[none] = 20.0
     return prior.eval().requires_grad_(False)
 
 
@@ -112,7 +113,7 @@ class TestOnAnalyticModel:
         [
             ({"prior_weight": -1}, "prior_weight must be a number of at least 0, got -1"),
             ({"prior_weight": float("inf")}, "prior_weight must be a number of at least 0"),
-            ({"prior_probes": 0}, "1 probe at least, got 0.05 and 0 probes"),
+            ({"prior_probes": 0}, "1 probe at least, got .* and 0 probes"),
         ],
     )
     def test_bad_settings(self, toy, against_objects, settings, said: str) -> None:
@@ -131,7 +132,7 @@ class TestOnAnalyticModel:
 class TestFromPretrained:
     def test_the_models_own(self, model: Path, bare: Path) -> None:
         detector = LayoutDetector.from_pretrained(model)
-        assert detector.prior is not None and detector.prior_weight == 0.05
+        assert detector.prior is not None and detector.prior_weight == 0.5
         assert not any(p.requires_grad for p in detector.prior.parameters())
         assert "prior" in detector.identity()
         for without in (
@@ -186,7 +187,7 @@ class TestCommand:
         path = self.config(capsys, model, picture, tmp_path / "2", "--prior", model / "prior")
         heavy = self.config(capsys, model, picture, tmp_path / "3", "--prior-weight", 7)
         none = self.config(capsys, model, picture, tmp_path / "4", "--prior", "none")
-        assert own == path and own["prior"]["weight"] == 0.05
+        assert own == path and own["prior"]["weight"] == 0.5
         assert heavy["prior"]["weight"] == 7 and "prior" not in none
 
     @pytest.mark.parametrize(

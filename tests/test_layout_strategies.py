@@ -20,6 +20,7 @@ from dive_fast.strategies.layout.moves import (
     recut,
     slide,
     split,
+    split_as_classes,
     touching,
     union,
 )
@@ -96,6 +97,19 @@ def test_guided_with_a_relaxed_search(model) -> None:
         assert set(answer.items) == set(scene) and cost > less
 
 
+class Company:
+    """A prior that only counts objects; the toy's embeddings are one-hot."""
+
+    def __init__(self, price: float, none: int) -> None:
+        self.price, self.none = price, none
+
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        return self.price * (1 - v[:, ::3, self.none]).sum(dim=1)
+
+    def of_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.price * (tokens[:, ::3] != self.none).sum(dim=1).double()
+
+
 def drive(model: ToyLayoutModel, scene, steps, penalty=None) -> tuple:
     """What a generator of requests returns on the picture of a scene."""
 
@@ -153,9 +167,7 @@ def test_split_and_join(model) -> None:
 
         return steps
 
-    def company(v: torch.Tensor) -> torch.Tensor:
-        return 0.1 * v[:, ::3, model.layout.none].sum(dim=1)
-
+    company = Company(-0.1, model.layout.none)
     assert set(drive(model, two, splitting(around))[0]) == set(two)
     assert drive(model, one, splitting(one))[0] == one
     parts, _ = drive(model, one, splitting(one), company)
@@ -187,6 +199,26 @@ def test_join_as_class_names_the_whole(model) -> None:
         return (yield from join_as_class(board, parts, loss, IDS, 0.02))
 
     assert drive(model, scene, steps)[0] == scene
+
+
+def test_split_as_classes_names_both(model) -> None:
+    """One box around two; a box around one, and a layout without a free slot, stay."""
+    two = (Item(2, Box(0, 1, 3, 5)), Item(1, Box(3, 1, 6, 5)))
+    around, one = (Item(0, Box(0, 1, 6, 5)),), (Item(2, Box(1, 1, 5, 5)),)
+    full = (*around, *(Item(0, Box(0, 0, 1, 1)) for _ in range(model.layout.max_objects - 1)))
+
+    def splitting(items):
+        def steps(board: Board):
+            loss = yield from loss_of(board, items, IDS)
+            content = (yield from residual(board, (), IDS)) > 0.001
+            return (yield from split_as_classes(board, items, 0, loss, IDS, 0.02, content))
+
+        return steps
+
+    items, loss = drive(model, two, splitting(around))
+    assert set(items) == set(two) and loss == pytest.approx(0, abs=1e-6)
+    assert drive(model, one, splitting(one))[0] == one
+    assert drive(model, two, splitting(full))[0] == full
 
 
 def test_halves_and_union() -> None:
@@ -268,12 +300,7 @@ def test_alone_as_in_a_batch(model) -> None:
 
 def test_a_penalty_on_objects_removes_them(model) -> None:
     """A prior that finds every object far too unlikely leaves none."""
-    none = model.layout.none
-
-    def penalty(v: torch.Tensor) -> torch.Tensor:
-        return 100 * (1 - v[:, ::3, none]).sum(dim=1)
-
-    board = make_board(model, penalty)
+    board = make_board(model, Company(100, model.layout.none))
     for strategy in (Guided(), InvertLayout(steps=5)):
         assert all(answer.items == () for answer, _ in run(model, board, strategy))
 

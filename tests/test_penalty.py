@@ -12,6 +12,7 @@ from dive_fast.errors import ModelError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, penalty
 from dive_fast.strategies.layout import Board, Box, Item
+from dive_fast.strategies.layout.board import ANY
 from dive_fast.strategies.layout.settle import without
 
 CROPPED = LayoutFormat.compact(("a", "b"), max_objects=3, grid=4, crop=True)
@@ -32,37 +33,68 @@ def make_board(form: LayoutFormat = CROPPED) -> Board:
     return Board(table, form, None, penalty=make_penalty(form))
 
 
+def priced(board: Board, layouts: list) -> list[tuple[float, float]]:
+    """What the prior adds, by the pseudo-likelihood and by the bound."""
+    bound = board.penalty(board.conditions(layouts)).tolist()
+    return list(zip(board.price(layouts).tolist(), bound, strict=True))
+
+
 def test_objects_have_no_order() -> None:
     """In whichever slots they stand, also behind absent ones, layouts have one penalty."""
     board = make_board()
     orders = [items for n in range(4) for items in permutations(ITEMS, n)]
-    prices: dict[frozenset, list[float]] = {}
-    for items, price in zip(orders, board.price(board.conditions(orders)).tolist(), strict=True):
-        prices.setdefault(frozenset(items), []).append(price)
+    prices: dict[frozenset, list[tuple[float, float]]] = {}
+    for items, both in zip(orders, priced(board, orders), strict=True):
+        prices.setdefault(frozenset(items), []).append(both)
     assert sorted(map(len, prices.values())) == [1, 1, 1, 1, 2, 2, 2, 6]
     for same in prices.values():
-        assert max(same) - min(same) < 1e-6 * same[0]
-    distinct = sorted(same[0] for same in prices.values())
-    assert min(b - a for a, b in zip(distinct, distinct[1:], strict=False)) > 1e-5 * distinct[0]
+        for values in zip(*same, strict=True):
+            assert max(values) - min(values) < 1e-5 * abs(values[0])
+    for values in zip(*(same[0] for same in prices.values()), strict=True):
+        distinct = sorted(values)
+        assert min(b - a for a, b in zip(distinct, distinct[1:], strict=False)) > 1e-5
     two = board.conditions([ITEMS[:2]])
     order = [3, 4, 5, 6, 7, 8, 0, 1, 2, 9, 10]  # the absent object between them, the crop stays
-    torch.testing.assert_close(board.price(two[:, order]), board.price(two))
+    torch.testing.assert_close(board.penalty(two[:, order]), board.penalty(two))
 
 
 def test_removed_and_put_back() -> None:
     board = make_board()
-    (before,) = board.price(board.conditions([ITEMS]))
+    (before,) = priced(board, [ITEMS])
     for i in range(3):
         again = (*without(ITEMS, i), ITEMS[i])
-        (after,) = board.price(board.conditions([again]))
-        assert float(after) == pytest.approx(float(before), rel=1e-6)
+        (after,) = priced(board, [again])
+        assert after == pytest.approx(before, rel=1e-5)
 
 
-def test_weight_times_the_mean_loss() -> None:
-    found = make_penalty(FORMAT)
-    v = TABLE[pairs(1, 4)]
+def test_the_bound_by_hand() -> None:
+    """Every timestep once is the whole sum; each term from the schedule, layout by layout."""
+    found = make_penalty(FORMAT, probes=3)
+    v, schedule = TABLE[pairs(1, 4)], found.prior.schedule
+    snr = (schedule.a / schedule.s).double().square()
     losses = found.prior.losses(v, found.timesteps, found.noises)
-    torch.testing.assert_close(found(v), 0.5 * losses.mean(dim=1))
+    expected = torch.zeros(4)
+    for k, t in enumerate(found.timesteps.tolist()):
+        squares = losses[:, k] * found.noises[0].numel()
+        expected += 1000 / 3 * 0.5 * float(snr[t - 1] / snr[t] - 1) * squares
+    torch.testing.assert_close(found(v), 0.5 * expected, rtol=1e-4, atol=0)
+
+
+def test_the_weight_times_the_surprise() -> None:
+    found, tokens = make_penalty(FORMAT), pairs(1, 4)
+    expected = 0.5 * found.prior.surprise(tokens).double()
+    torch.testing.assert_close(found.of_tokens(tokens), expected)
+
+
+def test_an_object_of_any_class() -> None:
+    """Its class neither counts nor tells anything about the others; its box does."""
+    board = make_board()
+    any_class = (*ITEMS[:2], ITEMS[2]._replace(class_id=ANY))
+    (price,), (known,) = board.price([any_class]), board.price([ITEMS])
+    tokens = board.format.projection(board.table)(board.conditions([ITEMS]))[1]
+    tokens[0, 6] = -1
+    assert float(price) == pytest.approx(float(board.penalty.of_tokens(tokens)))
+    assert float(price) != pytest.approx(float(known))
 
 
 def test_probes() -> None:
@@ -84,6 +116,11 @@ def test_in_parts(monkeypatch) -> None:
     monkeypatch.setattr(penalty, "ROWS", 12)  # two layouts of five probes
     torch.testing.assert_close(board.penalty(v), whole)
     assert board.penalty(v[:0]).shape == (0,)
+    layouts = [ITEMS[:n] for n in range(4)] * 3
+    monkeypatch.setattr(penalty, "ROWS", 2048)
+    whole = board.price(layouts)
+    monkeypatch.setattr(penalty, "ROWS", 25)  # two layouts of eleven slots
+    torch.testing.assert_close(board.price(layouts), whole)
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
@@ -107,7 +144,7 @@ def test_fits() -> None:
     prior = make_prior()
     assert fits(prior, FORMAT, TABLE)
     assert not fits(prior, CROPPED, TABLE) and not fits(prior, FORMAT, TABLE + 0.1)
-    assert not fits(LayoutPrior(8, width=32, layers=1, heads=2), FORMAT, TABLE)
+    assert not fits(LayoutPrior(FORMAT.to_dict(), width=32, layers=1, heads=2), FORMAT, TABLE)
 
 
 @pytest.mark.parametrize(("weight", "probes"), [(0.0, 4), (-1.0, 4), (float("nan"), 4), (1.0, 0)])

@@ -95,6 +95,62 @@ def test_unusual_layouts_have_a_higher_loss(trained: LayoutPrior, spoil, margin:
     assert (mean_losses(trained, spoil(good)) - mean_losses(trained, good)).mean() > margin
 
 
+@pytest.mark.parametrize("spoil", [duplicate, sliver, swap_classes])
+def test_unusual_layouts_surprise(trained: LayoutPrior, spoil) -> None:
+    good = pairs(77)
+    assert (trained.surprise(spoil(good)) > trained.surprise(good)).double().mean() > 0.9
+
+
+def test_unlearned_it_takes_all_tokens_for_equally_likely() -> None:
+    """The noise of the mean over the tokens that a slot can hold, each as likely as v_t says."""
+    prior = LayoutPrior.for_table(FORMAT, TABLE, pairs(0), width=32, layers=1, heads=2).eval()
+    generator = torch.Generator().manual_seed(6)
+    v, t = TABLE[pairs(2, 4)].double(), torch.tensor([1, 300, 600, 999])
+    eps = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+    v_t = prior.noised(v, t, eps)
+    with torch.no_grad():
+        found = prior.double()(v_t, t)
+    for b, s in ((b, s) for b in range(4) for s in range(FORMAT.n_slots)):
+        start, stop = FORMAT.coordinate_range if s % 3 else FORMAT.class_range
+        rows = prior.config.scale * TABLE[[*range(start, stop), FORMAT.none]].double()
+        a, sigma = prior.schedule.a[t[b]].double(), prior.schedule.s[t[b]].double()
+        normal = torch.distributions.Normal(a * rows, sigma)
+        weights = normal.log_prob(v_t[b, s]).sum(dim=1).softmax(dim=0)
+        expected = (v_t[b, s] - a * (weights @ rows)) / sigma
+        torch.testing.assert_close(found[b, s], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_surprise_by_hand(trained: LayoutPrior) -> None:
+    """Slot by slot: nothing but noise there, none elsewhere, and what is predicted there."""
+    tokens = pairs(4, 3)
+    tokens[1, 3] = -1  # a class that is not known
+    last, v = len(trained.schedule) - 1, TABLE[tokens.clamp_min(0)]
+    expected = torch.zeros(3)
+    for s in range(FORMAT.n_slots):
+        hidden = tokens < 0
+        hidden[:, s] = True
+        t = torch.where(hidden, last, 0)
+        v_t = trained.noised(v, t, torch.zeros_like(v)).masked_fill(hidden[..., None], 0.0)
+        classes, corners = trained.log_posteriors(v_t, t)
+        of_class, of_corners = trained.positions(tokens)
+        logs = corners[:, s - s // 3 - 1] if s % 3 else classes[:, s // 3]
+        at = of_corners[:, s - s // 3 - 1] if s % 3 else of_class[:, s // 3]
+        found = logs.gather(1, at.clamp_min(0)[:, None])[:, 0]
+        expected -= torch.where(tokens[:, s] >= 0, found, 0.0)
+    # The last step of the schedule still says a little, and the first hides a little.
+    torch.testing.assert_close(trained.surprise(tokens), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_slot_times() -> None:
+    """About half of the layouts have one timestep; all are in the schedule."""
+    found = training.slot_times(1000, (400, 9), torch.Generator().manual_seed(0))
+    assert found.shape == (400, 9) and 0 <= int(found.min()) and int(found.max()) < 1000
+    same = (found == found[:, :1]).all(dim=1)
+    assert 150 < int(same.sum()) < 250
+    legible = (found[~same] < 250).double().mean(dim=1)
+    assert legible.min() < 0.5 and legible.max() == 1
+
+
 def test_objects_have_no_order() -> None:
     """Objects and their noises in another order give the same loss; noises alone do not."""
     prior, v = make_prior().double(), TABLE[pairs(1, 5)].double()
@@ -210,12 +266,24 @@ class TestBadInput:
                 torch.zeros(v), torch.zeros(timesteps, dtype=torch.int64), torch.zeros(noises)
             )
 
+    @pytest.mark.parametrize(
+        "tokens", [torch.zeros(2, 8, dtype=torch.int64), torch.zeros(9).long(), torch.zeros(2, 9)]
+    )
+    def test_tokens(self, tokens: Tensor) -> None:
+        with pytest.raises(ModelError, match=r"expected tokens int64 \[N, 9\], got"):
+            make_prior().surprise(tokens)
+
+    def test_without_its_table(self) -> None:
+        bare = LayoutPrior(FORMAT.to_dict(), width=32, layers=1, heads=2)
+        with pytest.raises(ModelError, match="expected a prior with its table"):
+            bare.losses(torch.zeros(1, 9, 8), torch.tensor([1]), torch.zeros(1, 9, 8))
+
     @pytest.mark.parametrize("t", [-1, 1000])
     def test_timesteps(self, t: int) -> None:
         with pytest.raises(ModelError, match=rf"timesteps in \[0, 1000\), got {t}"):
             make_prior().losses(torch.zeros(1, 9, 8), torch.tensor([t]), torch.zeros(1, 9, 8))
 
-    @pytest.mark.parametrize("width", [16, 33, 50])
+    @pytest.mark.parametrize("width", [0, 33, 50])
     def test_sizes(self, width: int) -> None:
-        with pytest.raises(ModelError, match=f"expected an even width of at least 24 .*{width}"):
-            LayoutPrior(8, width=width, heads=4)
+        with pytest.raises(ModelError, match=f"expected a width that 4 heads divide, got {width}"):
+            LayoutPrior(FORMAT.to_dict(), width=width, heads=4)

@@ -60,16 +60,13 @@ def test_the_true_layout_explains_a_scene_best(detector: LayoutDetector) -> None
 def test_the_prior_is_the_model_s_own(detector: LayoutDetector) -> None:
     """Scenes as they are made are more usual than a sliver, and than one digit twice."""
     assert detector.prior is not None
-    weight = detector.identity()["prior"]["weight"]
-    penalty = LayoutPenalty(detector.prior, weight, 8, detector.model.layout)
     model, made = detector.model, load_scenes("test", 40)
-    board = Board(model.vocabulary.table, model.layout, None)
+    penalty = LayoutPenalty(detector.prior, 1.0, 8, model.layout)
+    board = Board(model.vocabulary.table, model.layout, None, penalty=penalty)
     scenes = [s for s in (true_layout(made, i) for i in range(40)) if len(s) < 4]
     slivers = [(*s, Item(3, Box(2, 2, 3, 12))) for s in scenes]
     twice = [(*s, s[0]) for s in scenes]
-    usual, thin, double = (
-        penalty(board.conditions(layouts)) for layouts in (scenes, slivers, twice)
-    )
+    usual, thin, double = (board.price(layouts) for layouts in (scenes, slivers, twice))
     assert (usual < thin).double().mean() > 0.9 and (usual < double).double().mean() > 0.8
 
 

@@ -5,7 +5,18 @@
 
 with c the scalar that gives the embeddings unit variance. Source: DIVE (arXiv 2504.17253).
 
-Objects have no order: the three embeddings of an object are one element of a set, and the
+An embedding is a row of a frozen table, so the best guess of the noise is known up to what the
+other tokens say: with p over the tokens k that the slot can hold,
+
+    log p(k | v_t) = <a_t c e_k, v_t> / s_t^2 - |a_t c e_k|^2 / (2 s_t^2) + f_phi(v_t, t)_k + const
+    eps_phi(v_t, t) = (v_t - a_t c sum_k p(k | v_t) e_k) / s_t
+
+and only f, what is usual beside the others, is left to learn. The same form for words: continuous
+diffusion for categorical data (arXiv 2211.15089). Every slot may have a noise of its own (diffusion
+forcing, arXiv 2407.01392); how much it has shows in the p of its token alone, which is what the
+network reads, so it is told no timestep.
+
+Objects have no order: the three tokens of an object are one element of a set, and the
 transformer sees the elements without positions.
 """
 
@@ -17,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -24,25 +36,25 @@ from torch import Tensor, nn
 from dive_fast.errors import ModelError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.models.checkpoint import load_component
-from dive_fast.priors.blocks import Block, TimeEmbedding
 from dive_fast.projection import SLOTS_PER_OBJECT
 from dive_fast.schedule import Schedule, make_betas
 
 CROP_SLOTS = 2
+FEED_FORWARD = 4  # times the width
 
 
 class LayoutPrior(ModelMixin, ConfigMixin):
     """Predicts the noise in the token embeddings of a layout.
 
+    ``for_table`` and ``load_prior`` give it the table; without one it only holds weights.
+
     Args:
-        embedding_dim: D, of the tokens' table.
-        crop: the last two slots are the corners of a crop.
-        width: of the transformer; at least 3 D, so that the noise of an object passes through.
+        layout: ``LayoutFormat.to_dict()``, of the layouts that it learned.
+        width: of the transformer.
         layers: of the transformer.
         heads: of each self-attention.
         scale: c, what embeddings are multiplied by.
         num_train_timesteps: T, of the linear DDPM schedule.
-        layout: ``LayoutFormat.to_dict()``, of the layouts that it learned.
         table: ``table_digest`` of the tokens' table, whose embeddings it learned.
 
     Raises:
@@ -52,33 +64,39 @@ class LayoutPrior(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        embedding_dim: int,
-        crop: bool = False,
+        layout: dict[str, Any],
         width: int = 192,
-        layers: int = 4,
-        heads: int = 6,
+        layers: int = 2,
+        heads: int = 4,
         scale: float = 1.0,
         num_train_timesteps: int = 1000,
-        layout: dict[str, Any] | None = None,
         table: str | None = None,
     ) -> None:
         super().__init__()
-        object_dim = SLOTS_PER_OBJECT * embedding_dim
-        if width < object_dim or width % heads or width % 2:
-            raise ModelError(
-                f"expected an even width of at least {object_dim} that {heads} heads divide, "
-                f"got {width}."
-            )
+        if width < 1 or width % heads:
+            raise ModelError(f"expected a width that {heads} heads divide, got {width}.")
+        self.layout = LayoutFormat.from_dict(layout)
         self.schedule = Schedule.from_betas(make_betas("linear", num_train_timesteps))
-        self.time = TimeEmbedding(width)
-        self.object_in = nn.Linear(object_dim, width)
-        self.object_out = nn.Linear(width, object_dim)
-        if crop:
-            self.crop_in = nn.Linear(CROP_SLOTS * embedding_dim, width)
-            self.crop_out = nn.Linear(width, CROP_SLOTS * embedding_dim)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        for linear in (self.object_out, *([self.crop_out] if crop else [])):
+        self.table: Tensor | None = None
+        n_class, n_corner = len(self.layout.names) + 1, 2 * self.layout.grid + 1
+        self.object_in = nn.Linear(n_class + 2 * n_corner, width)
+        self.object_out = nn.Linear(width, n_class + 2 * n_corner)
+        if self.layout.crop:
+            self.crop_in = nn.Linear(CROP_SLOTS * n_corner, width)
+            self.crop_out = nn.Linear(width, CROP_SLOTS * n_corner)
+        layer = nn.TransformerEncoderLayer(
+            width,
+            heads,
+            FEED_FORWARD * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.blocks = nn.TransformerEncoder(
+            layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        for linear in (self.object_out, *([self.crop_out] if self.layout.crop else [])):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -97,43 +115,139 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         Raises:
             ModelError: sizes that do not fit together.
         """
-        return cls(
-            table.shape[1],
-            crop=layout.crop,
+        prior = cls(
+            layout.to_dict(),
             scale=1 / float(table[tokens].double().std()),
-            layout=layout.to_dict(),
             table=table_digest(table),
             **sizes,
         )
+        prior.table = table.detach().float().cpu()
+        return prior
 
     def forward(self, v_t: Tensor, t: Tensor) -> Tensor:
         """The noise in noised embeddings.
 
         Args:
             v_t: [B, S, D], of unit variance.
-            t: int64 [B].
+            t: int64 [B], or [B, S] for noises that differ from slot to slot.
 
         Returns:
             [B, S, D].
         """
-        end = v_t.shape[1] - (CROP_SLOTS if self.config.crop else 0)
-        h = self.object_in(v_t[:, :end].unflatten(1, (-1, SLOTS_PER_OBJECT)).flatten(2))
-        if self.config.crop:
-            h = torch.cat([h, self.crop_in(v_t[:, end:].flatten(1))[:, None]], dim=1)
-        time = self.time(t)
-        for block in self.blocks:
-            h = block(h, time)
-        h = self.norm(h)
-        objects = h[:, : end // SLOTS_PER_OBJECT]
-        parts = [self.object_out(objects).unflatten(2, (SLOTS_PER_OBJECT, -1)).flatten(1, 2)]
-        if self.config.crop:
-            parts.append(self.crop_out(h[:, -1]).unflatten(1, (CROP_SLOTS, -1)))
         a, s = self._factors(t, v_t)
-        # The network itself gives a eps - s v, which is of one size at every t.
-        return s * v_t + a * torch.cat(parts, dim=1)
+        classes, corners = self.log_posteriors(v_t, t)
+        class_rows, corner_rows = self._rows(v_t)
+        triples = corners.new_empty(*v_t.shape)
+        triples[:, self._class_slots(v_t)] = classes.exp() @ class_rows
+        triples[:, self._corner_slots(v_t)] = corners.exp() @ corner_rows
+        return (v_t - a * triples) / s
+
+    def log_posteriors(self, v_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(k | v_t), of the slots for classes and of those for corners, in their order.
+
+        Args:
+            v_t, t: as for ``forward``.
+
+        Returns:
+            [B, n, C + 1] and [B, 2 n (+ 2 with a crop), G G + 1]; the last token is none.
+        """
+        a, s = (each.expand(-1, v_t.shape[1], -1) for each in self._factors(t, v_t))
+        alone = []
+        for slots, rows in zip(
+            (self._class_slots(v_t), self._corner_slots(v_t)), self._rows(v_t), strict=True
+        ):
+            inner = v_t[:, slots] @ rows.t() - a[:, slots] / 2 * rows.square().sum(dim=1)
+            alone.append(a[:, slots] / s[:, slots].square() * inner)
+        classes, corners = (each.softmax(dim=2) for each in alone)
+        of_classes, of_sides = self._context(classes, self._sides(corners))
+        usual = (of_classes, self._corners(of_sides))
+        classes, corners = (
+            (one + other).log_softmax(dim=2) for one, other in zip(alone, usual, strict=True)
+        )
+        return classes, corners
+
+    def positions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tokens [B, S] stand in what ``log_posteriors`` returns, int64."""
+        found = []
+        slots = (self._class_slots(tokens), self._corner_slots(tokens))
+        for at, (start, stop) in zip(slots, self._ranges(), strict=True):
+            part = tokens[:, at]
+            found.append(torch.where(part == self.layout.none, stop - start, part - start))
+        return found[0], found[1]
+
+    def _context(self, classes: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """f: from what each slot says of its own token to what the others make of it.
+
+        Args:
+            classes: [B, n, C + 1], probabilities.
+            sides: [B, 2 n (+ 2), 2 G + 1], of columns, rows and none.
+
+        Returns:
+            Logits of the same shapes.
+        """
+        n, n_sides = classes.shape[1], sides.shape[2]
+        inputs = torch.cat([classes, sides[:, : 2 * n].unflatten(1, (n, 2)).flatten(2)], dim=2)
+        h = self.object_in(inputs)
+        if self.layout.crop:
+            h = torch.cat([h, self.crop_in(sides[:, 2 * n :].flatten(1))[:, None]], dim=1)
+        h = self.blocks(h)
+        out = self.object_out(h[:, :n])
+        of_classes, of_sides = out.split([classes.shape[2], 2 * n_sides], dim=2)
+        of_sides = of_sides.unflatten(2, (2, n_sides)).flatten(1, 2)
+        if self.layout.crop:
+            of_crop = self.crop_out(h[:, n]).unflatten(1, (CROP_SLOTS, n_sides))
+            of_sides = torch.cat([of_sides, of_crop], dim=1)
+        return of_classes, of_sides
+
+    def _sides(self, corners: Tensor) -> Tensor:
+        """Probabilities of corners [..., G G + 1] as those of columns, rows and none.
+
+        A corner is its column and its row: neighbours on the grid share what is learned.
+        """
+        grid = self.layout.grid
+        board = corners[..., :-1].unflatten(-1, (grid, grid))
+        return torch.cat([board.sum(dim=-2), board.sum(dim=-1), corners[..., -1:]], dim=-1)
+
+    def _corners(self, sides: Tensor) -> Tensor:
+        """The sum of a column's and a row's part for each corner [..., G G + 1]; and of none."""
+        columns, rows, none = sides.split([self.layout.grid, self.layout.grid, 1], dim=-1)
+        board = rows[..., :, None] + columns[..., None, :]
+        return torch.cat([board.flatten(-2), none], dim=-1)
+
+    def _rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """c times the embeddings that slots for classes and for corners can hold, none last."""
+        table = self.config.scale * self._attached().to(like)
+        none = table[self.layout.none : self.layout.none + 1]
+        classes, corners = (torch.cat([table[slice(*each)], none]) for each in self._ranges())
+        return classes, corners
+
+    def _attached(self) -> Tensor:
+        if self.table is None:
+            raise ModelError("expected a prior with its table: load_prior and for_table give one.")
+        return self.table
+
+    def _ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The tokens of classes and of corners, (start, stop)."""
+        return self.layout.class_range, self.layout.coordinate_range
+
+    def _class_slots(self, v: Tensor) -> Tensor:
+        return torch.arange(0, self._end(v), SLOTS_PER_OBJECT, device=v.device)
+
+    def _corner_slots(self, v: Tensor) -> Tensor:
+        slots = torch.arange(v.shape[1], device=v.device)
+        return slots[(slots >= self._end(v)) | (slots % SLOTS_PER_OBJECT > 0)]
+
+    def _end(self, v: Tensor) -> int:
+        """Where the slots of the objects end."""
+        return v.shape[1] - (CROP_SLOTS if self.layout.crop else 0)
+
+    @property
+    def dim(self) -> int:
+        """D, of an embedding."""
+        return self._attached().shape[1]
 
     def noised(self, v: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """v_t = a_t c v + s_t eps, what ``forward`` takes; v and eps [B, S, D], t int64 [B]."""
+        """v_t = a_t c v + s_t eps, what ``forward`` takes; v and eps [B, S, D], t as there."""
         a, s = self._factors(t, v)
         return a * self.config.scale * v + s * eps
 
@@ -164,12 +278,65 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         return squares.mean(dim=1).view(n, k).to(v.dtype)
 
     def _factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and s_t, [B, 1, 1]."""
-        a, s = self.schedule.a.to(like)[t], self.schedule.s.to(like)[t]
-        return a[:, None, None], s[:, None, None]
+        """a_t and s_t, [B, 1, 1] or [B, S, 1]."""
+        t = t[:, None, None] if t.dim() == 1 else t[..., None]
+        return self.schedule.a.to(like)[t], self.schedule.s.to(like)[t]
+
+    def surprise(self, tokens: Tensor) -> Tensor:
+        """How unusual layouts are: of each token, how badly the others foretell it, in nats.
+
+            sum_s -log p(k_s | k_r, r != s)
+
+        This is the prediction where slot s is nothing but noise and all others have none; no
+        noise is drawn for it. The sum is the layout's negative pseudo-log-likelihood.
+
+        Args:
+            tokens: int64 [N, S]; -1 for a token that is not known, which counts for nothing.
+
+        Returns:
+            [N], in the prior's dtype.
+
+        Raises:
+            ModelError: tokens of another shape or dtype.
+        """
+        if tokens.dtype != torch.int64 or tokens.shape[1:] != (self.layout.n_slots,):
+            raise ModelError(
+                f"expected tokens int64 [N, {self.layout.n_slots}], got {tokens.dtype} "
+                f"{list(tokens.shape)}."
+            )
+        n = len(tokens)
+        known = tokens >= 0
+        kinds = (self._class_slots(tokens), self._corner_slots(tokens))
+        like = self.object_in.weight
+        total = torch.zeros(n, dtype=like.dtype, device=like.device)
+        sizes = [stop - start + 1 for start, stop in self._ranges()]
+        at = self.positions(tokens)
+        # What is known is certain, what is hidden can be anything.
+        certain = [
+            torch.where(
+                known[:, slots, None],
+                F.one_hot(place.clamp_min(0), size).to(like),
+                torch.full((size,), 1 / size).to(like),
+            )
+            for slots, place, size in zip(kinds, at, sizes, strict=True)
+        ]
+        for kind, slots in enumerate(kinds):
+            m = len(slots)
+            # One layout for every slot of this kind, with that slot hidden.
+            parts = [each[:, None].repeat(1, m, 1, 1) for each in certain]
+            own = torch.arange(m, device=like.device)
+            parts[kind][:, own, own] = 1 / sizes[kind]
+            classes, corners = (part.flatten(0, 1) for part in parts)
+            of_slots = self._context(classes, self._sides(corners))[kind]
+            mine = of_slots.unflatten(0, (n, m))[:, own, own]
+            logs = (mine if kind == 0 else self._corners(mine)).log_softmax(dim=2)
+            picked = logs.gather(2, at[kind].clamp_min(0)[..., None])[..., 0]
+            total -= torch.where(known[:, slots], picked, 0.0).sum(dim=1)
+        return total
 
     def _check(self, v: Tensor, timesteps: Tensor, noises: Tensor) -> None:
-        crop, dim = CROP_SLOTS if self.config.crop else 0, self.config.embedding_dim
+        crop = CROP_SLOTS if self.layout.crop else 0
+        dim = self.dim
         good = v.dim() == 3 and v.shape[2] == dim and v.shape[1] > crop
         if not good or (v.shape[1] - crop) % SLOTS_PER_OBJECT:
             extra = f" + {CROP_SLOTS}" if crop else ""
@@ -222,6 +389,7 @@ def load_prior(directory: str | Path, layout: LayoutFormat, table: Tensor) -> La
             f"{directory} holds a prior of another model: expected the layouts and the token table "
             "of this one (dive-fast train-prior makes one)."
         )
+    prior.table = table.detach().float().cpu()
     return prior
 
 

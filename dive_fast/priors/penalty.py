@@ -1,9 +1,16 @@
-"""What a prior adds to the objective of a search for layouts.
+"""What a prior adds to the objective of a search for layouts: Bayes' rule.
 
-    L(v; x0) + lambda mean_k l(v; t_k, eps_k)
+    -log p(y | x0) / beta = L(y; x0) - (w / beta) log p(y) + const
 
-over K fixed probes (t_k, eps_k), the same for all images and all layouts. Source: DIVE (arXiv
-2504.17253).
+A search that compares layouts token by token takes the prior's pseudo-log-likelihood
+(``LayoutPrior.surprise``) for log p(y): it needs no noise, so neither the order of the objects nor
+chance plays a part. It counts what two tokens say of each other twice, which w = 1/2 makes good. A
+relaxed search, which needs a gradient, takes the bound of diffusion models,
+
+    -log p(v) <= 1/2 sum_t (SNR(t - 1) / SNR(t) - 1) E || eps - eps_phi(v_t, t) ||^2
+
+(SNR = a^2 / s^2), estimated from K fixed probes (t_k, eps_k). Sources: DIVE (arXiv 2504.17253);
+variational diffusion models (arXiv 2107.00630).
 
 All objects of a layout meet the same noise. Objects have no order, so a layout has one penalty in
 whichever slots they stand, and what stays when an object is added, removed, moved or renamed is
@@ -25,15 +32,15 @@ from dive_fast.priors.layout_prior import CROP_SLOTS, LayoutPrior
 from dive_fast.probes import van_der_corput
 from dive_fast.projection import SLOTS_PER_OBJECT
 
-ROWS = 2048  # (layout, probe) rows of one forward without gradient, at most
+ROWS = 2048  # (layout, probe) or (layout, slot) rows of one forward without gradient, at most
 
 
 class LayoutPenalty:
-    """lambda times the prior's loss of layouts.
+    """-(w / beta) log p of layouts, in units of the model's loss.
 
     Args:
         prior: frozen.
-        weight: lambda, above 0.
+        weight: w / beta, above 0.
         probes: K; their timesteps are low-discrepancy over all.
         layout: what the slots are.
         seed: of the noises.
@@ -53,26 +60,37 @@ class LayoutPenalty:
         self.prior, self.weight = prior, weight
         steps = len(prior.schedule)
         self.timesteps = torch.tensor(
-            [int(van_der_corput(i) * steps) for i in range(1, probes + 1)]
+            [1 + int(van_der_corput(i) * (steps - 1)) for i in range(1, probes + 1)]
         )
         generator = torch.Generator().manual_seed(seed)
-        dim = prior.config.embedding_dim
+        dim = prior.dim
         of_object = torch.randn(probes, SLOTS_PER_OBJECT, dim, generator=generator)
         of_crop = torch.randn(probes, CROP_SLOTS if layout.crop else 0, dim, generator=generator)
         # Equal for all objects.
         self.noises = torch.cat([of_object.repeat(1, layout.max_objects, 1), of_crop], dim=1)
+        snr = (prior.schedule.a / prior.schedule.s).double().square()
+        lost = snr[self.timesteps - 1] / snr[self.timesteps] - 1
+        # Of the probes' losses, which are means over all dimensions: their bound in nats.
+        self.nats = (lost / 2 * steps * self.noises[0].numel()).float()
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Token embeddings [N, S, D] to [N], differentiable, on ``v``'s device."""
+        """Token embeddings [N, S, D] to [N], differentiable, on ``v``'s device: by the bound."""
         k = len(self.timesteps)
         rows = len(v) if v.requires_grad else max(1, ROWS // k)
         device = self.prior.device
-        noises = self.noises.to(device)
+        noises, nats = self.noises.to(device), self.nats.to(device)
         losses = [
-            self.prior.losses(part.to(device), self.timesteps, noises).mean(dim=1)
+            (self.prior.losses(part.to(device), self.timesteps, noises) * nats).mean(dim=1)
             for part in v.split(max(1, rows))
         ]
         return self.weight * torch.cat(losses).to(v.device)
+
+    @torch.no_grad()
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [N, S], -1 where not known, to float64 [N]: by the pseudo-likelihood."""
+        rows = max(1, ROWS // tokens.shape[1])
+        parts = [self.prior.surprise(part.to(self.prior.device)) for part in tokens.split(rows)]
+        return self.weight * torch.cat(parts).double().cpu()
 
     def identity(self) -> dict[str, Any]:
         """Weight, probes and the prior's weights, for JSON."""

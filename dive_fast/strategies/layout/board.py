@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +49,18 @@ class LayoutStrategy(Strategy, Protocol):
         ...
 
 
+class Penalty(Protocol):
+    """What a search asks of a prior."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Token embeddings [N, S, D] to [N], differentiable."""
+        ...
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [N, S], -1 for one that is not known, to float64 [N]."""
+        ...
+
+
 class LayoutProbes:
     """Mixin: K probes (48 unless said), low-discrepancy in the middle of the schedule.
 
@@ -91,26 +103,25 @@ class Board:
         format: how layouts are written as tokens.
         probes: the probe list; requests name its rows.
         seed: for searches that draw at random.
-        penalty: token embeddings [N, S, D] to [N], lambda times the prior's loss, differentiable;
-            None for no prior.
+        penalty: the prior's part of the loss (``dive_fast.priors.LayoutPenalty``); None for no
+            prior.
     """
 
     table: Tensor
     format: LayoutFormat
     probes: ProbeList
     seed: int = 0
-    penalty: Callable[[Tensor], Tensor] | None = None
+    penalty: Penalty | None = None
 
     def conditions(self, layouts: Sequence[Items]) -> Tensor:
         """Token embeddings of layouts, float32 [N, S, D]."""
         return torch.stack([self._condition(items) for items in layouts])
 
-    def price(self, embeddings: Tensor) -> Tensor:
-        """What the prior adds to the mean loss, float64 [N]."""
+    def price(self, layouts: Sequence[Items]) -> Tensor:
+        """What the prior adds to the mean loss of layouts, float64 [N]."""
         if self.penalty is None:
-            return torch.zeros(len(embeddings), dtype=torch.float64)
-        with torch.no_grad():
-            return self.penalty(embeddings).double()
+            return torch.zeros(len(layouts), dtype=torch.float64)
+        return self.penalty.of_tokens(torch.stack([self._tokens(items) for items in layouts]))
 
     def items(self, tokens: Tensor) -> Items:
         """The objects that tokens [S] mean; triples that are no valid box are left out."""
@@ -127,6 +138,13 @@ class Board:
         return tuple(found)
 
     def _condition(self, items: Items) -> Tensor:
+        tokens = self._tokens(items)
+        found = self.table[tokens.clamp_min(0)]
+        found[tokens < 0] = self.table[slice(*self.format.class_range)].mean(dim=0)
+        return found
+
+    def _tokens(self, items: Items) -> Tensor:
+        """int64 [S]; -1 for the class of an object of ANY class."""
         form = self.format
         tokens = torch.full((form.n_slots,), form.none)
         if form.crop:
@@ -134,21 +152,16 @@ class Board:
             tokens[-2], tokens[-1] = start, stop - 1
         for i, (c, box) in enumerate(items):
             corners = (box.top * form.grid + box.left, box.bottom * form.grid + box.right)
-            triple = [form.class_start + max(c, 0)]
+            triple = [-1 if c == ANY else form.class_start + c]
             triple += [form.coordinate_start + corner for corner in corners]
             tokens[SLOTS_PER_OBJECT * i : SLOTS_PER_OBJECT * (i + 1)] = torch.tensor(triple)
-        found = self.table[tokens]
-        for i, item in enumerate(items):
-            if item.class_id == ANY:
-                found[SLOTS_PER_OBJECT * i] = self.table[slice(*form.class_range)].mean(dim=0)
-        return found
+        return tokens
 
 
 def measure(board: Board, layouts: Sequence[Items], probe_ids: Tensor) -> Steps:
     """The mean loss of each layout with the prior's part, float64 [N]."""
-    embeddings = board.conditions(layouts)
-    losses = yield Losses(embeddings.flatten(1), probe_ids)
-    return losses.double().mean(dim=1) + board.price(embeddings)
+    losses = yield Losses(board.conditions(layouts).flatten(1), probe_ids)
+    return losses.double().mean(dim=1) + board.price(layouts)
 
 
 def overlap(a: Box, b: Box) -> float:

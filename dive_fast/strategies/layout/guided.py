@@ -17,6 +17,7 @@ from dive_fast.errors import DiveFastError
 from dive_fast.strategies.layout.board import (
     ANY,
     Board,
+    Box,
     Item,
     Items,
     LayoutProbes,
@@ -24,7 +25,15 @@ from dive_fast.strategies.layout.board import (
     measure,
 )
 from dive_fast.strategies.layout.invert import InvertLayout
-from dive_fast.strategies.layout.moves import join, join_as_class, recut, slide, split, unit
+from dive_fast.strategies.layout.moves import (
+    join,
+    join_as_class,
+    recut,
+    slide,
+    split,
+    split_as_classes,
+    unit,
+)
 from dive_fast.strategies.layout.residual import height, regions, residual
 from dive_fast.strategies.layout.settle import best_classes, drop_duplicates, settle
 
@@ -32,6 +41,7 @@ LEVELS = (0.05, 0.2, 0.4)  # shares of the map's height; where regions begin
 CONTENT = 0.1  # share of the map's height; what holds something
 FINALISTS = 8  # layouts of the relaxed search that are compared
 PROPOSALS = 6  # regions that are measured before an object is added
+DOUBTFUL = 0.1  # share of the error in an object's place that it leaves, if it may be two
 FAR = 2  # first steps of a new object's sides, in small steps
 
 
@@ -48,7 +58,8 @@ class Guided(LayoutProbes):
     3. While a slot is free, the error map of the layout so far gives regions that are not explained
        yet; the best one is added if the loss falls by more than ``margin`` of it. Then 2 again.
     4. On more probes every object gets a class, two that touch become one of any class where that
-       costs no more than ``margin``, sides are moved once more, and every object is decided: of
+       costs no more than ``margin``, one that leaves much of its place unexplained two of any
+       classes where that helps by more; sides are moved once more, and every object is decided: of
        another class, or not there (``settle``).
 
     Attributes:
@@ -102,6 +113,7 @@ class Guided(LayoutProbes):
         items = yield from best_classes(board, placed, steps)
         loss = float((yield from measure(board, [items], steps))[0])
         items, loss = yield from join_as_class(board, items, loss, steps, self.margin)
+        items, loss = yield from self._divide(board, items, loss, steps, unexplained)
         for i in range(len(items)):
             items, loss = yield from slide(board, items, i, loss, steps, 1)
         answer = yield from settle(board, items, final, self.margin)
@@ -168,6 +180,27 @@ class Guided(LayoutProbes):
                 todo = [j + 1 if j > i else j for j in todo] + [i, i + 1]
         return items, loss
 
+    def _divide(
+        self, board: Board, items: Items, loss: float, probe_ids: Tensor, unexplained: Tensor
+    ) -> Steps:
+        """Objects that leave much of their place unexplained, as two with classes."""
+        content = unexplained > CONTENT * height(unexplained)
+        tried: set[Item] = set()
+        while True:
+            left = (yield from residual(board, items, probe_ids)) if items else unexplained
+            todo = [
+                i
+                for i, item in enumerate(items)
+                if item not in tried and _share(left, unexplained, item.box) > DOUBTFUL
+            ]
+            if not todo:
+                return items, loss
+            i = max(todo, key=lambda i: _share(left, unexplained, items[i].box))
+            tried.add(items[i])
+            items, loss = yield from split_as_classes(
+                board, items, i, loss, probe_ids, self.margin, content
+            )
+
     def _add(self, board: Board, items: Items, loss: float, rough: Tensor, peak: float) -> Steps:
         """Objects where the layout does not explain the image yet; layout and loss."""
         while len(items) < board.format.max_objects:
@@ -190,3 +223,9 @@ class Guided(LayoutProbes):
                 break
             items, loss = layout, better
         return items, loss
+
+
+def _share(left: Tensor, unexplained: Tensor, box: Box) -> float:
+    """The part of the error in a box that is left."""
+    inside = slice(box.top, box.bottom), slice(box.left, box.right)
+    return float(left[inside].sum() / unexplained[inside].sum())

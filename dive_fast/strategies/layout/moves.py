@@ -7,12 +7,21 @@ from itertools import combinations
 
 from torch import Tensor
 
-from dive_fast.strategies.layout.board import Board, Box, Item, Items, Steps, measure
+from dive_fast.strategies.layout.board import (
+    ANY,
+    Board,
+    Box,
+    Item,
+    Items,
+    Steps,
+    measure,
+)
 from dive_fast.strategies.layout.residual import tightened
 
 SMALLEST_PART = 2  # lines of the grid; what a cut leaves at least
 UNITS = 16  # small steps from one end of the grid to the other
 CUTS = 16  # of a box along an axis at most
+FINAL_CUTS = 2  # that are measured with classes
 
 
 def replaced(items: Items, i: int, *new: Item) -> Items:
@@ -117,6 +126,42 @@ def join_as_class(
         if found == items:
             return items, loss
         items, loss = found, better
+
+
+def split_as_classes(
+    board: Board,
+    items: Items,
+    i: int,
+    loss: float,
+    probe_ids: Tensor,
+    margin: float,
+    content: Tensor,
+) -> Steps:
+    """Object i as two of any classes, if that lowers the loss by more than ``margin`` of it.
+
+    The best ``FINAL_CUTS``, of two objects of no known class, get classes: the first part beside
+    such a second one, then the second.
+    """
+    if len(items) >= board.format.max_objects:
+        return items, loss
+    cuts = [
+        replaced(items, i, *(Item(ANY, part) for part in parts))
+        for parts in halves(items[i].box, content)
+    ]
+    if not cuts:
+        return items, loss
+    losses = yield from measure(board, cuts, probe_ids[: max(1, len(probe_ids) // 2)])
+    best: list[Items] = [cuts[k] for k in losses.argsort()[:FINAL_CUTS].tolist()]
+    for part in (i, i + 1):
+        layouts = [
+            replaced(cut, part, cut[part]._replace(class_id=c))
+            for cut in best
+            for c in range(len(board.format.names))
+        ]
+        losses = (yield from measure(board, layouts, probe_ids)).view(len(best), -1)
+        n = losses.shape[1]
+        best = [layouts[r * n + k] for r, k in enumerate(losses.argmin(dim=1).tolist())]
+    return (yield from _best(board, best, items, loss, probe_ids, margin))
 
 
 def _best(
