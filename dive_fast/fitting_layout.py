@@ -36,8 +36,8 @@ def calibrate_detector(
     but for one in twenty that the losses need not explain (``fit_beta_with_lapses``).
 
     Objects that find a crowd, or an object of a class that the model lacks, take no part. Beta is
-    set on the model; ``LayoutDetector.save_fitted`` keeps it. It suits the prior and the search
-    that it was fitted with.
+    set on the model; ``LayoutDetector.save_fitted`` keeps it. It suits the search that it was
+    fitted with. That search goes without the prior, whose weight depends on beta.
 
     Args:
         data: pictures and annotated boxes; classes are matched by name. Pictures that cannot be
@@ -57,8 +57,9 @@ def calibrate_detector(
     renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
     images = {image.id: image for image in data.images}
     losses, labels, answers = [], [], []
+    alone = _without_prior(detector)
     with tqdm(total=len(images), unit="image", disable=not progress) as bar:
-        stream = detector.search_stream(_pictures(data, bar), **search)
+        stream = alone.search_stream(_pictures(data, bar), **search)
         for finished, size in stream:
             bar.update()
             answer: LayoutAnswer = finished.answer
@@ -75,6 +76,10 @@ def calibrate_detector(
     record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers), LAPSE)
     detector.model.beta = record.beta_after
     return dataclasses.replace(record, counted="objects")
+
+
+def _without_prior(detector: LayoutDetector) -> LayoutDetector:
+    return LayoutDetector(detector.model, batch_size=detector.batch_size, options=detector.options)
 
 
 def _labels(

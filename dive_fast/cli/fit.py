@@ -30,7 +30,8 @@ and shortlist can be fitted without data, to images that the model generates its
 A shortlist measures every class of up to 60 images; --limit takes fewer.
 
 Of a detector (--data scenes, or a COCO annotation file with --images) beta is fitted: to the first
-100 training scenes, or to annotated images, with the prior and the search that the options name."""
+100 training scenes, or to annotated images, by the search that the options name. A prior is left
+out."""
 
 PARTS = ("timesteps", "shortlist", "beta")
 SHORTLIST_IMAGES = 60
