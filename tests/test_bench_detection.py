@@ -53,7 +53,7 @@ def test_records(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     arguments += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.jsonl")]
     detection.main(arguments)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    names = ["guided", "guided-prior-0.05", "invert-independent", "invert-independent-prior-0.05"]
+    names = ["guided", "guided-prior-0.5", "invert-independent", "invert-independent-prior-0.5"]
     assert [row["variant"] for row in rows] == names
     assert [row["prior"] is None for row in rows] == [True, False, True, False]
     for row in rows:
