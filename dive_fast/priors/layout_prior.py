@@ -48,6 +48,9 @@ class LayoutPrior(ModelMixin, ConfigMixin):
 
     ``for_table`` and ``load_prior`` give it the table; without one it only holds weights.
 
+    Attributes:
+        embeddings: [V, D], of the tokens, or None.
+
     Args:
         layout: ``LayoutFormat.to_dict()``, of the layouts that it learned.
         width: of the transformer.
@@ -77,7 +80,8 @@ class LayoutPrior(ModelMixin, ConfigMixin):
             raise ModelError(f"expected a width that {heads} heads divide, got {width}.")
         self.layout = LayoutFormat.from_dict(layout)
         self.schedule = Schedule.from_betas(make_betas("linear", num_train_timesteps))
-        self.table: Tensor | None = None
+        # Not stored: it is the model's.
+        self.register_buffer("embeddings", None, persistent=False)
         n_class, n_corner = len(self.layout.names) + 1, 2 * self.layout.grid + 1
         self.object_in = nn.Linear(n_class + 2 * n_corner, width)
         self.object_out = nn.Linear(width, n_class + 2 * n_corner)
@@ -121,7 +125,7 @@ class LayoutPrior(ModelMixin, ConfigMixin):
             table=table_digest(table),
             **sizes,
         )
-        prior.table = table.detach().float().cpu()
+        prior.embeddings = table.detach().float().cpu()
         return prior
 
     def forward(self, v_t: Tensor, t: Tensor) -> Tensor:
@@ -137,10 +141,10 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         a, s = self._factors(t, v_t)
         classes, corners = self.log_posteriors(v_t, t)
         class_rows, corner_rows = self._rows(v_t)
-        triples = corners.new_empty(*v_t.shape)
-        triples[:, self._class_slots(v_t)] = classes.exp() @ class_rows
-        triples[:, self._corner_slots(v_t)] = corners.exp() @ corner_rows
-        return (v_t - a * triples) / s
+        mean = torch.empty_like(v_t)
+        mean[:, self._class_slots(v_t)] = classes.exp() @ class_rows
+        mean[:, self._corner_slots(v_t)] = corners.exp() @ corner_rows
+        return (v_t - a * mean) / s
 
     def log_posteriors(self, v_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """log p(k | v_t), of the slots for classes and of those for corners, in their order.
@@ -222,9 +226,9 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         return classes, corners
 
     def _attached(self) -> Tensor:
-        if self.table is None:
+        if self.embeddings is None:
             raise ModelError("expected a prior with its table: load_prior and for_table give one.")
-        return self.table
+        return self.embeddings
 
     def _ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The tokens of classes and of corners, (start, stop)."""
@@ -389,7 +393,7 @@ def load_prior(directory: str | Path, layout: LayoutFormat, table: Tensor) -> La
             f"{directory} holds a prior of another model: expected the layouts and the token table "
             "of this one (dive-fast train-prior makes one)."
         )
-    prior.table = table.detach().float().cpu()
+    prior.embeddings = table.detach().float().cpu()
     return prior
 
 
