@@ -29,7 +29,7 @@ def add_prior_options(group: argparse._ArgumentGroup) -> None:
         "--prior-weight",
         type=weight,
         metavar="X",
-        help="what the prior's loss counts beside the model's (default: 0.05)",
+        help="what log p(layout) counts beside -beta times the loss (default: 0.5)",
     )
 
 

@@ -1,6 +1,6 @@
 """``invert`` for layouts: DIVE's relaxed search (arXiv 2504.17253).
 
-    v' = v + stopgrad(P(v) - v),    v <- AdamW(v, d/dv [L(v'; x0) + lambda L_prior(v')])
+    v' = v + stopgrad(P(v) - v),    v <- AdamW(v, d/dv [L(v'; x0) - (w / beta) log p(v')])
 
 P projects every slot on the rows that it may take, the corners of an object jointly on the valid
 boxes, and an object as a whole on "none" where that is nearer. The paper's settings for detection
