@@ -137,6 +137,12 @@ class LayoutDetector:
         return self.model.layout.names
 
     @property
+    def prior_out_of_proportion(self) -> bool:
+        """Whether a prior counts though beta, which sets its weight, was not fitted."""
+        unfitted = math.prod(self.model.latent_shape) / 2  # what models begin with
+        return self.prior is not None and self.prior_weight > 0 and self.model.beta == unfitted
+
+    @property
     def last_run(self) -> EngineRecord:
         """Batches, rows, evaluations, fill rate and cache of the last call."""
         return self._engine.record

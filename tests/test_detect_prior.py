@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,22 @@ class TestCommand:
         found = call(capsys, "detect", picture, "--model", model, "--out", out, *arguments)
         assert_refused(found, said)
         assert not out.exists()
+
+    def test_a_prior_out_of_proportion(self, model, picture, tmp_path, capsys) -> None:
+        """Said where a prior counts beside a beta that nobody fitted, and only there."""
+        sentence = "is not fitted, so its prior may be far too heavy"
+        fitted = tmp_path / "model"
+        shutil.copytree(model, fitted)
+        detector = LayoutDetector.from_pretrained(fitted)
+        assert detector.prior_out_of_proportion
+        detector.model.beta = 77.0
+        detector.save_fitted()
+        for number, (source, more, said_so) in enumerate(
+            [(model, (), True), (model, ("--prior", "none"), False), (fitted, (), False)]
+        ):
+            out = ("--out", tmp_path / str(number))
+            said = call(capsys, "detect", picture, "--model", source, *out, *FAST, *more)
+            assert said.code == 0 and (sentence in said.err) == said_so
 
     @pytest.mark.parametrize("option", [("--prior", "none"), ("--prior-weight", "1")])
     def test_classifiers_have_none(self, tmp_path, capsys, option) -> None:

@@ -17,6 +17,7 @@ from dive_fast.cli.options import (
     chosen_layout_strategy,
     load_detector,
 )
+from dive_fast.cli.prior_options import tell_of_proportion
 
 DESCRIPTION = """\
 Finds the objects of images: the layout that best explains each under a layout-to-image model.
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
             paths.append(argument)
     paths = list(dict.fromkeys(paths))
     detector = load_detector(options)
+    tell_of_proportion(detector)
     chosen = {"strategy": strategy, "probes": options.probes, "seed": options.seed}
     with RunDirectory.open(options.out, detector.identity(**chosen)) as results:
         todo = [path for path in paths if path not in results.done()]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dive_fast.cli.options import SCENES, chosen_layout_strategy, load_detector
+from dive_fast.cli.prior_options import tell_of_proportion
 
 if TYPE_CHECKING:  # torch is not loaded for the help
     from dive_fast.coco import CocoDataset
@@ -82,6 +83,7 @@ def _evaluate(options: argparse.Namespace, strategy: LayoutStrategy, data: CocoD
     from dive_fast.evaluate_detections import evaluate_detections
 
     detector = load_detector(options, data.names)
+    tell_of_proportion(detector)
     for problem in data.problems:
         print(f"dive-fast: {problem}", file=sys.stderr)
     chosen = {"strategy": strategy, "probes": options.probes, "seed": options.seed}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dive_fast.detect import LayoutDetector
 
 
 def weight(text: str) -> float:
@@ -31,6 +36,16 @@ def add_prior_options(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="what log p(layout) counts beside -beta times the loss (default: 0.5)",
     )
+
+
+def tell_of_proportion(detector: LayoutDetector) -> None:
+    """Says on stderr that the prior may be far too heavy."""
+    if detector.prior_out_of_proportion:
+        print(
+            f"dive-fast: the beta of {detector.model.name} is not fitted, so its prior may be far "
+            "too heavy: dive-fast fit, --prior none or a smaller --prior-weight mends that.",
+            file=sys.stderr,
+        )
 
 
 def refuse_detector_options(options: argparse.Namespace) -> None:
