@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,8 @@ def train_scenes(
         return made.images, scene_tokens(made.boxes, made.class_ids)
 
     shown = (held_out.images, scene_tokens(held_out.boxes, held_out.class_ids))
-    return train_into(out, SCENES_FORMAT, config, draw, shown, "dive-fast train scenes", progress)
+    command, data = "dive-fast train scenes", {"source": "scenes"}
+    return train_into(out, SCENES_FORMAT, config, draw, shown, command, progress, data)
 
 
 def train_into(
@@ -73,15 +76,22 @@ def train_into(
     held_out: tuple[np.ndarray, Tensor],
     command: str,
     progress: bool,
+    data: Mapping[str, Any],
 ) -> dict[str, float]:
     """Trains a new model and writes its directory; returns what is expected of it.
+
+    Args:
+        data: what tells the pictures and layouts that are learned from others.
 
     Raises:
         RunError: the directory cannot be written, or holds another training's state.
     """
     torch.manual_seed(config.seed)
     trained = build(layout, config)
-    expected = train_layout_model(trained, draw, held_out, layout.none, config, out, progress)
+    whole = {"layout": layout.to_dict(), **data}
+    expected = train_layout_model(
+        trained, draw, held_out, layout.none, config, out, progress, whole
+    )
     scheduler = DDPMScheduler(beta_schedule="linear")
     model = LayoutTransformerModel(trained.transformer, trained.encoder, scheduler)
     # Half precision halves the file; what is loaded again computes in float32.

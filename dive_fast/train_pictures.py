@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dive_fast.coco import CocoDataset, held_out_split, read_coco, read_pictures
+from dive_fast.errors import DataError, ImageError
 from dive_fast.layouts import LayoutFormat
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.projection import SLOTS_PER_OBJECT
 from dive_fast.train_layout import train_into
 from dive_fast.zoo.training_layout import SCENES, Draw, LayoutTrainingConfig
-from dive_fast.zoo.training_state import prepare_directory
+from dive_fast.zoo.training_state import check_unfinished, prepare_directory
 
 MOST_HELD_OUT = 256
 PIXELS_PER_STEP = 2
@@ -54,14 +55,16 @@ def train_pictures(
         images: the folder of its pictures.
         max_objects: slots of the model; of a picture with more objects the smallest are left out.
         config: sizes and course; ``sample_size`` is the side of the pictures.
-        tell: takes one sentence on everything that was left out.
+        tell: takes one sentence on everything that was left out, pictures that cannot be read too.
 
     Raises:
-        DataError: the annotations cannot be used, or hold fewer than two pictures that fit.
-        ImageError: a picture cannot be read.
+        DataError: the annotations cannot be used, hold fewer than two pictures that fit and can be
+            read, or ``config`` has pictures of an odd side.
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
     out = Path(out)
+    if config.sample_size % PIXELS_PER_STEP:
+        raise DataError(f"expected an even number of pixels as size, got {config.sample_size}.")
     dataset = read_coco(annotations, images)
     present = tuple(image for image in dataset.images if image.path is not None)
     dataset = dataclasses.replace(dataset, images=present)
@@ -71,13 +74,16 @@ def train_pictures(
     fitting = fitting_layouts(dataset, layout)
     for sentence in (*dataset.problems, *fitting.left_out):
         tell(sentence)
-    train, held_out = held_out_split(len(fitting.tokens), dataset.source, MOST_HELD_OUT)
-    prepare_directory(out)
+    check_unfinished(out)
     chosen = tuple(dataset.images[i] for i in fitting.images.tolist())
-    pictures = _pictures(dataclasses.replace(dataset, images=chosen), config)
-    draw = draw_flipped(pictures, fitting.tokens, train, layout, config)
-    shown = (pictures[held_out.numpy()], fitting.tokens[held_out])
-    expected = train_into(out, layout, config, draw, shown, "dive-fast train-layout", progress)
+    pictures, read = _pictures(dataclasses.replace(dataset, images=chosen), config, tell)
+    tokens = fitting.tokens[read]
+    train, held_out = held_out_split(len(tokens), dataset.source, MOST_HELD_OUT)
+    prepare_directory(out)
+    draw = draw_flipped(pictures, tokens, train, layout, config)
+    shown = (pictures[held_out.numpy()], tokens[held_out])
+    command, data = "dive-fast train-layout", {**dataset.identity(), "read": read.tolist()}
+    expected = train_into(out, layout, config, draw, shown, command, progress, data)
     return TrainedModel(expected, len(train), len(held_out))
 
 
@@ -125,7 +131,24 @@ def flip(tokens: Tensor, layout: LayoutFormat, axis: int) -> Tensor:
     return torch.cat([objects[..., :1], turned], dim=2).flatten(1)
 
 
-def _pictures(dataset: CocoDataset, config: LayoutTrainingConfig) -> np.ndarray:
-    """uint8 [N, side, side, channels], what ``training_layout.Draw`` gives."""
-    pictures = read_pictures(dataset, config.sample_size, config.in_channels)
-    return np.ascontiguousarray(pictures.transpose(0, 2, 3, 1))
+def _pictures(
+    dataset: CocoDataset, config: LayoutTrainingConfig, tell: Callable[[str], object]
+) -> tuple[np.ndarray, Tensor]:
+    """Those that can be read.
+
+    Returns:
+        uint8 [N, side, side, channels], what ``training_layout.Draw`` gives, and their positions
+        in the data set, int64 [N].
+    """
+    size, channels = config.sample_size, config.in_channels
+    pictures, read = [np.empty((0, channels, size, size), dtype=np.uint8)], []
+    for i, image in enumerate(dataset.images):
+        try:
+            pictures.append(
+                read_pictures(dataclasses.replace(dataset, images=(image,)), size, channels)
+            )
+        except ImageError as error:
+            tell(f"left out: {error}")
+            continue
+        read.append(i)
+    return np.concatenate(pictures).transpose(0, 2, 3, 1).copy(), torch.tensor(read).long()

@@ -43,7 +43,9 @@ TINY = LayoutTrainingConfig(
 )
 
 
-def train(out: Path, config: LayoutTrainingConfig = TINY) -> tuple[dict, dict[str, float]]:
+def train(
+    out: Path, config: LayoutTrainingConfig = TINY, data: dict | None = None
+) -> tuple[dict, dict[str, float]]:
     """All weights after training, and the losses of the held-out scenes."""
     out.mkdir(exist_ok=True)
     make = SceneMaker("train")
@@ -55,7 +57,7 @@ def train(out: Path, config: LayoutTrainingConfig = TINY) -> tuple[dict, dict[st
     torch.manual_seed(config.seed)
     model = build(SCENES_FORMAT, config)
     losses = train_layout_model(
-        model, draw, draw(10**6), SCENES_FORMAT.none, config, out, progress=False
+        model, draw, draw(10**6), SCENES_FORMAT.none, config, out, False, data
     )
     return model.state_dict(), losses
 
@@ -72,6 +74,8 @@ def test_training_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch) -> None:
         assert torch.equal(found[name], weight), name
     with pytest.raises(RunError, match="training run with another configuration"):
         train(tmp_path / "cut", dataclasses.replace(TINY, seed=1))
+    with pytest.raises(RunError, match="or other data"):
+        train(tmp_path / "cut", data={"source": "others.json"})
 
 
 def test_training_learns(tmp_path: Path) -> None:

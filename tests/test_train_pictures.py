@@ -13,11 +13,12 @@ from command import Said, call
 from PIL import Image
 
 from dive_fast import LayoutDetector
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, RunError
 from dive_fast.layouts import Layout, LayoutFormat
 from dive_fast.models import load_model
 from dive_fast.timesteps import TimestepWeights
 from dive_fast.train_pictures import PICTURES, draw_flipped, flip, train_pictures
+from dive_fast.zoo import training_layout
 
 FORM = LayoutFormat.compact(("cat", "dog"), max_objects=3, grid=9)
 TINY = dataclasses.replace(
@@ -134,6 +135,65 @@ def test_too_few_pictures(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    """As if they were missing; the rest is learned with its own layouts."""
+    annotations, said = write_data(tmp_path, n=6), []
+    (tmp_path / "pictures" / "3.png").write_bytes(b"no picture")
+    Image.new("RGB", (3, 3)).save(tmp_path / "pictures" / "4.png")
+    trained = train_pictures(
+        annotations,
+        tmp_path / "pictures",
+        tmp_path / "out",
+        max_objects=2,
+        config=TINY,
+        progress=False,
+        tell=said.append,
+    )
+    assert (trained.n_train, trained.n_held_out) == (2, 1)
+    assert sum("left out: " in sentence for sentence in said) == 2
+    for name in ("0", "2", "5"):
+        (tmp_path / "pictures" / f"{name}.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="expected at least 2 images to learn from, got 0"):
+        train_pictures(
+            annotations,
+            tmp_path / "pictures",
+            tmp_path / "none",
+            max_objects=2,
+            config=TINY,
+            tell=said.append,
+        )
+
+
+def test_other_data_are_not_resumed(tmp_path: Path, monkeypatch) -> None:
+    """Another number of slots, another box, a class of another name."""
+    monkeypatch.setattr(training_layout, "STATE_EVERY", 2)
+    annotations, out = write_data(tmp_path), tmp_path / "out"
+
+    def train(most: int) -> None:
+        train_pictures(
+            annotations,
+            tmp_path / "pictures",
+            out,
+            max_objects=most,
+            config=TINY,
+            progress=False,
+            tell=lambda sentence: None,
+        )
+
+    train(2)
+    for name in ("dive_fast.json", "model_index.json"):  # as if it had been cut off
+        (out / name).unlink()
+    with pytest.raises(RunError, match="or other data"):
+        train(3)
+    text = annotations.read_text()
+    annotations.write_text(text.replace("[2, 4, 12, 10]", "[2, 4, 12, 8]"))
+    with pytest.raises(RunError, match="or other data"):
+        train(2)
+    annotations.write_text(text.replace('"cat"', '"horse"'))
+    with pytest.raises(RunError, match="or other data"):
+        train(2)
+
+
 def test_bad_input(tmp_path: Path, capsys) -> None:
     annotations = write_data(tmp_path)
     call_with = {"--annotations": annotations, "--images": tmp_path / "pictures"}
@@ -143,6 +203,7 @@ def test_bad_input(tmp_path: Path, capsys) -> None:
         ({"--patch-size": 5}, "a sample_size that 5 divides, got 32"),
         ({"--channels": 18}, "channels that 4 and 4 heads divide, got 18"),
         ({"--size": 0}, "--size"),
+        ({"--size": 7}, "expected an even number of pixels as size, got 7"),
     ):
         options = {**call_with, "--out": tmp_path / "out", **changes}
         arguments = [part for pair in options.items() for part in pair]

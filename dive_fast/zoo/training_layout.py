@@ -15,9 +15,10 @@ of it, so that the model generates, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,26 +98,29 @@ def train_layout_model(
     config: LayoutTrainingConfig,
     out: Path,
     progress: bool = True,
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Trains it in place; at the end it holds its averaged (EMA) weights.
 
     Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
-    started again with the same configuration goes on from there. Every 250 steps the losses are
-    appended to ``out/training.jsonl``: of the training, and of the held-out pictures with their
-    layout (``layout``) and with that of an empty picture (``empty``), at the weights of that step.
+    started again with the same configuration and data goes on from there. Every 250 steps the
+    losses are appended to ``out/training.jsonl``: of the training, and of the held-out pictures
+    with their layout (``layout``) and with that of an empty picture (``empty``), at the weights of
+    that step.
 
     Args:
         model: takes x_t [B, C, h, w], t [B] and tokens [B, S], and gives the noise.
         draw: the batch of every step.
         held_out: pictures and tokens that are never trained on.
         none: the token of all slots of an absent object.
+        data: what tells the pictures and layouts that are learned from others.
 
     Returns:
         The final losses of the held-out pictures, "layout" and "empty".
 
     Raises:
-        RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
-            or cannot be written.
+        RunError: ``out`` holds the state of a run with another configuration or other data, or a
+            damaged one, or cannot be written.
     """
     from diffusers import DDPMScheduler
 
@@ -127,7 +131,8 @@ def train_layout_model(
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
     alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
 
-    first, state = 0, read_state(out, asdict(config))
+    whole = {**asdict(config), "data": data}
+    first, state = 0, read_state(out, whole)
     if state is not None:
         first = state["step"]
         model.load_state_dict(state["model"])
@@ -161,7 +166,7 @@ def train_layout_model(
             bar.set_postfix({name: f"{loss:.4f}" for name, loss in losses.items()})
         if (step + 1) % STATE_EVERY == 0:
             state = {
-                "config": asdict(config),
+                "config": whole,
                 "step": step + 1,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),

@@ -34,6 +34,15 @@ def prepare_directory(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
+    check_unfinished(out)
+
+
+def check_unfinished(out: Path) -> None:
+    """That a model can be trained there; for those who have to read much before.
+
+    Raises:
+        RunError: it holds a finished model.
+    """
     # dive_fast.json comes last: a model of ours without it was cut off while it was measured.
     unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
     if (out / "model_index.json").exists() and not unfinished:
@@ -92,7 +101,8 @@ def read_state(out: Path, config: dict) -> dict | None:
         ) from error
     if state["config"] != config:
         raise RunError(
-            f"{out} holds a training run with another configuration; choose another --out."
+            f"{out} holds a training run with another configuration or other data; choose another "
+            "--out."
         )
     return state
 
