@@ -84,6 +84,16 @@ def test_guided_moves_far_on_a_fine_grid() -> None:
     assert answer.items == scene and evaluations < 5000
 
 
+@pytest.mark.parametrize("grid", [2, 3, 4, 5])
+def test_guided_on_grids_without_room(grid: int) -> None:
+    """Where no side can be moved there is nothing to try."""
+    model = ToyLayoutModel(grid=grid)
+    whole = Box(0, 0, grid - 1, grid - 1)
+    scenes = [(Item(c, whole),) for c in range(3)] + [(Item(1, Box(0, 0, 1, 1)),)]
+    answers = run(model, make_board(model), Guided(), scenes)
+    assert [answer.items for answer, _ in answers] == scenes
+
+
 def test_guided_separates_objects_that_touch(model) -> None:
     scene = (Item(0, Box(0, 0, 2, 2)), Item(2, Box(2, 2, 4, 5)), Item(1, Box(4, 0, 6, 2)))
     ((answer, _),) = run(model, make_board(model), Guided(), (scene,))

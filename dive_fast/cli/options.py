@@ -12,6 +12,7 @@ from dive_fast.cli.prior_options import add_prior_options
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
 SCENES = "scenes"  # its annotated pictures
+WORDS = {"true": "True", "false": "False", "none": "None"}  # as they are written elsewhere
 
 
 def count(text: str) -> int:
@@ -243,7 +244,7 @@ def chosen_layout_strategy(options: argparse.Namespace):
 
 
 def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What ``--set`` says, values read as Python literals where they are such.
+    """What ``--set`` says, values read as Python literals where they are such, in any case.
 
     Raises:
         DiveFastError: no NAME=VALUE.
@@ -256,7 +257,7 @@ def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise DiveFastError(f"expected --set NAME=VALUE, got {text!r}.")
         try:
-            settings[name] = ast.literal_eval(value)
+            settings[name] = ast.literal_eval(WORDS.get(value.lower(), value))
         except (ValueError, SyntaxError):
             settings[name] = value
     return settings

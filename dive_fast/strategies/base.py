@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -13,6 +14,13 @@ from dive_fast.requests import Answer, Search
 from dive_fast.vocabulary import Vocabulary
 
 DEFAULT_PROBES = 100
+# What settings of these annotations take.
+_KINDS: dict[str, tuple[str, type]] = {
+    "bool": ("true or false", bool),
+    "int": ("a whole number", Integral),
+    "float": ("a number", Real),
+    "str": ("a word", str),
+}
 
 
 @dataclass(frozen=True)
@@ -113,13 +121,25 @@ def with_settings(chosen: Any, settings: dict[str, Any]) -> Any:
     """
     if not settings:
         return chosen
-    known = [field.name for field in fields(chosen)] if is_dataclass(chosen) else []
-    for key in settings:
+    known = {field.name: field for field in fields(chosen)} if is_dataclass(chosen) else {}
+    for key, value in settings.items():
         if key not in known:
             raise DiveFastError(
                 f"unknown setting {key!r}: {type(chosen).__name__} has {', '.join(known)}."
             )
+        _check_kind(known[key], value)
     return replace(chosen, **settings)
+
+
+def _check_kind(field: Field, value: Any) -> None:
+    """That the value is a number, a word, or true or false, where the field is annotated so."""
+    annotated = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+    kinds = [kind.strip() for kind in annotated.split("|")]
+    if kinds[0] not in _KINDS or (value is None and "None" in kinds):
+        return
+    what, kind = _KINDS[kinds[0]]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise DiveFastError(f"{field.name} must be {what}, got {value!r}.")
 
 
 def _by_name(strategy: str | None, preset: str | None) -> Strategy:

@@ -43,6 +43,9 @@ def slide(board: Board, items: Items, i: int, loss: float, probe_ids: Tensor, st
     while step >= 1:
         box = items[i].box
         boxes = neighbours(box, step, board.format.grid)
+        if not boxes:  # no room on a small grid
+            step //= 2
+            continue
         losses = yield from measure(board, [moved(items, i, b) for b in boxes], probe_ids)
         best = int(losses.argmin())
         if not losses[best] < loss:  # NaN ends it too
