@@ -158,8 +158,8 @@ def fit_beta_with_lapses(losses: torch.Tensor, labels: Any, lapse: float) -> flo
         lapse: the share of such labels, in (0, 1).
 
     Raises:
-        DiveFastError: shapes that do not fit, labels outside [0, C), losses that are not finite, or
-            a share out of range.
+        DiveFastError: shapes that do not fit, labels outside [0, C), losses that are not finite, a
+            share out of range, or losses that explain the labels no better than chance does.
     """
     labels = as_labels(labels, *_shape(losses))
     energy = losses.double().cpu()
@@ -173,7 +173,13 @@ def fit_beta_with_lapses(losses: torch.Tensor, labels: Any, lapse: float) -> flo
         p = _log_softmax(energy, beta).gather(1, labels[:, None])[:, 0].exp()
         likelihoods.append((p * (1 - lapse) + lapse / energy.shape[1]).log().sum())
     found = torch.stack(likelihoods)
-    return float(betas[found >= found.max() - _ENOUGH][0])
+    enough = found >= found.max() - _ENOUGH
+    if enough[0]:
+        raise DiveFastError(
+            f"beta needs losses that tell right answers from wrong ones, got {len(labels)} labels "
+            "that chance explains as well."
+        )
+    return float(betas[enough][0])
 
 
 def expected_calibration_error(

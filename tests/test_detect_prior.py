@@ -77,6 +77,10 @@ def scene(toy) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def against_objects(toy) -> LayoutPrior:
+    return make_prior_against_objects(toy)
+
+
+def make_prior_against_objects(toy: PictureModel) -> LayoutPrior:
     """Whatever it sees, it expects no object."""
     table, form = toy.vocabulary.table, toy.layout
     tokens = torch.arange(form.n_slots)[None] % form.vocabulary_size

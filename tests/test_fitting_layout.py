@@ -11,6 +11,7 @@ import torch
 from command import assert_refused, call
 from PIL import Image
 from test_detect import PictureModel
+from test_detect_prior import make_prior_against_objects
 from tiny_layout import make_scenes_model
 
 from dive_fast import LayoutDetector
@@ -70,11 +71,23 @@ def test_objects_that_are_right_are_sure(detector, data) -> None:
     assert found.confidence.item() > 0.7
 
 
-def test_objects_that_are_wrong_are_not(detector, data) -> None:
-    """Right names first: the same objects with wrong labels give a lower beta."""
-    right = calibrate_detector(detector, data, **SEARCH).beta_after
-    wrong = calibrate_detector(detector, renamed(data), **SEARCH).beta_after
-    assert wrong < right / 10
+def test_labels_that_losses_do_not_tell_are_refused(detector, data) -> None:
+    """Of wrong labels the likelihood is highest at beta = 0: that would be no detector."""
+    detector.model.beta = 7.0
+    with pytest.raises(DiveFastError, match="got 6 labels that chance explains as well"):
+        calibrate_detector(detector, renamed(data), **SEARCH)
+    assert detector.model.beta == 7.0
+
+
+def test_the_prior_is_left_out(detector, data) -> None:
+    """One that would let no object be found."""
+    expected = calibrate_detector(detector, data, **SEARCH)
+    model = PictureModel()
+    prior = make_prior_against_objects(model)
+    with_prior = LayoutDetector(model, prior, prior_weight=1e4)
+    assert not any(map(len, with_prior([image.path for image in data.images], **SEARCH)))
+    found = calibrate_detector(with_prior, data, **SEARCH)
+    assert found.n == 6 and model.beta == found.beta_after == expected.beta_after
 
 
 def test_what_finds_nothing_is_labelled_absent(detector, data) -> None:
@@ -178,6 +191,7 @@ class TestCommand:
         assert_refused(call(capsys, "fit", *given), said)
         assert not out.exists()
 
-    def test_prior_is_for_detectors(self, capsys) -> None:
-        said = call(capsys, "fit", "--data", "digits", "--prior", "none")
+    def test_prior_is_for_detectors(self, tmp_path: Path, capsys) -> None:
+        given = ("--data", "digits", "--out", tmp_path / "run", "--prior", "none")
+        said = call(capsys, "evaluate", *given)
         assert_refused(said, "--prior is for detectors; digits is for classifiers")

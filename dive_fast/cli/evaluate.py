@@ -20,8 +20,8 @@ from dive_fast.cli.prior_options import add_prior_options, refuse_detector_optio
 
 DESCRIPTION = """\
 Classifies labelled images and reports accuracy, evaluations and seconds per image; or detects in
-the held-out scenes or the images of a COCO annotation file and reports the twelve COCO numbers; the
-default model is then scenes.
+the held-out scenes or the images of a COCO annotation file and reports the twelve COCO numbers;
+--model is then scenes unless said, --strategy guided (default) or invert, and --probes 48.
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
 Interrupted and run again with the same options it goes on where it stopped. An image that cannot

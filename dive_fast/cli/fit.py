@@ -16,7 +16,6 @@ from dive_fast.cli.options import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.prior_options import add_prior_options, refuse_detector_options
 
 DESCRIPTION = """\
 Fits to labelled images, prints what it changes, and writes it into dive_fast.json beside the model:
@@ -27,11 +26,13 @@ Fits to labelled images, prints what it changes, and writes it into dive_fast.js
 
 Best use images that the model was not trained on: of those it is surer than of others. Timesteps
 and shortlist can be fitted without data, to images that the model generates itself (--generate N).
-A shortlist measures every class of up to 60 images; --limit takes fewer.
+A shortlist measures every class of up to 60 images; --limit takes fewer. Beta is fitted to the
+answers of --strategy enumerate unless said.
 
 Of a detector (--data scenes, or a COCO annotation file with --images) beta is fitted: to the first
-100 training scenes, or to annotated images, by the search that the options name. A prior is left
-out."""
+100 training scenes (--limit takes others, up to 1,000), or to annotated images, by the search that
+the options name. --model is then scenes unless said, --strategy guided (default) or invert, and
+--probes 48. A prior is left out."""
 
 PARTS = ("timesteps", "shortlist", "beta")
 SHORTLIST_IMAGES = 60
@@ -76,9 +77,8 @@ def add_parser(commands) -> None:
         help="a random subset of N images; of scenes the first N",
     )
     add_model_options(parser)
-    add_prior_options(parser.add_argument_group("layouts (detection)"))
     add_strategy_options(parser)
-    parser.set_defaults(run=run, model=None)
+    parser.set_defaults(run=run, model=None, prior="none", prior_weight=None)
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -95,7 +95,6 @@ def run(options: argparse.Namespace) -> int:
     if evaluate_detections.is_detection(options):
         options.model = options.model or DETECTOR
         return run_detection(options)
-    refuse_detector_options(options)
     options.model = options.model or CLASSIFIER
     options.strategy = options.strategy or "enumerate"
     strategy = chosen_strategy(options)
