@@ -22,7 +22,7 @@ from dive_fast.classify import DiffusionClassifier
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
 from dive_fast.fitting import choose_timesteps
-from dive_fast.rundir import RunDirectory
+from dive_fast.rundir import RunDirectory, is_open
 from dive_fast.shortlist import Shortlist, digest
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.timesteps import TimestepWeights
@@ -100,7 +100,7 @@ def evaluate(
     if engine := classifier.options.identity():
         config["engine"] = engine
     with RunDirectory.open(out, config, environment(classifier)) as run:
-        todo = [example for example in data.examples if example.id not in run.done()]
+        todo = [example for example in data.examples if not run.finished(example.id)]
         with tqdm(
             total=len(data.examples),
             initial=len(data.examples) - len(todo),
@@ -152,7 +152,8 @@ def read_records(out: str | Path) -> dict[str, dict[str, Any]]:
     for line in (Path(out) / "results.jsonl").read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             record = json.loads(line)
-            records.setdefault(record["id"], record)
+            if is_open(records, record["id"]):
+                records[record["id"]] = record
     return records
 
 

@@ -117,7 +117,7 @@ def evaluate_detections(
         _tell(unknown)
     full_config = {**config, "data": dataset.identity(), "names": list(detector.names)}
     with RunDirectory.open(out, full_config, {**machine(), **(environment or {})}) as run:
-        todo = [image for image in dataset.images if str(image.id) not in run.done()]
+        todo = [image for image in dataset.images if not run.finished(str(image.id))]
         with tqdm(
             total=len(dataset.images),
             initial=len(dataset.images) - len(todo),

@@ -26,6 +26,11 @@ except ImportError:  # not a POSIX system: runs are not locked there
 _RUN, _TEMPORARY, _RESULTS, _LOCK = "run.json", "run.json.tmp", "results.jsonl", ".lock"
 
 
+def is_open(done: Mapping[str, Mapping], record_id: str) -> bool:
+    """Whether an id still wants a record: it has none, or one with an "error"."""
+    return record_id not in done or "error" in done[record_id]
+
+
 class RunDirectory:
     """One run's directory, open for appending; use ``RunDirectory.open`` in a ``with`` block.
 
@@ -76,9 +81,13 @@ class RunDirectory:
     def done(self) -> Mapping[str, dict]:
         """The records so far by id, a read-only view that grows with ``append``.
 
-        Of records with the same id the first counts.
+        Of records with the same id the first one without an "error" counts, else the last.
         """
         return MappingProxyType(self._done)
+
+    def finished(self, record_id: str) -> bool:
+        """Whether there is a record of that id without an "error", which may be mended."""
+        return not is_open(self._done, record_id)
 
     def append(self, record: Mapping) -> None:
         """Write one record as one line; it is with the operating system when this returns.
@@ -86,7 +95,8 @@ class RunDirectory:
         Non-finite numbers are written as null; numpy and torch values as numbers or lists.
 
         Args:
-            record: for JSON, with a string ``"id"`` that was not recorded before.
+            record: for JSON, with a string ``"id"`` that was not recorded before but with an
+                ``"error"``; the same error again is not written twice.
 
         Raises:
             RunError: the record cannot be written. Whatever was written of it is cut off again,
@@ -95,10 +105,12 @@ class RunDirectory:
         record = _for_json(record)
         if not _is_record(record):
             raise RunError(f"{self.path}: expected a record with a string 'id', got {record!r}.")
-        if record["id"] in self._done:
+        if not is_open(self._done, record["id"]):
             raise RunError(f"{self.path}: the record {record['id']!r} is already there.")
         if self._file is None:
             raise RunError(f"{self.path}: the run directory is closed.")
+        if self._done.get(record["id"]) == record:
+            return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             _write_all(self._file, line)
@@ -268,7 +280,8 @@ def _read_results(path: Path) -> tuple[dict[str, dict], int]:
                     f"{path}: expected one JSON record with an 'id' per line, got a damaged line "
                     f"{number}."
                 )
-            done.setdefault(record["id"], record)
+            if is_open(done, record["id"]):
+                done[record["id"]] = record
             end += len(line)
     return done, end
 

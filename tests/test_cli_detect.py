@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,25 @@ def test_bad_pictures_do_not_stop_the_rest(model, pictures, tmp_path, capsys) ->
     assert said.code == 2
     assert said.out.startswith(str(pictures[1]))
     assert len(said.err.splitlines()) == 2 and "Traceback" not in said.err
+    for path in arguments[:2]:  # mended: the next run reads them
+        shutil.copy(pictures[0], path)
+    said = call(capsys, "detect", *arguments, "--model", model, "--out", tmp_path / "run", *FAST)
+    assert said.code == 0 and len(said.out.splitlines()) == 3
+    assert len(records(tmp_path / "run")) == 5  # two errors, three answers
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("--strategy", "race"), "expected a strategy for layouts of guided, invert, got 'race'"),
-        (("--set", "rounds=none"), "rounds=none: not a value that the strategy takes"),
+        (("--set", "rounds=none"), "rounds must be a whole number, got None"),
+        (("--set", "starts=1.5"), "starts must be a whole number, got 1.5"),
+        (("--set", "starts=TRUE"), "starts must be a whole number, got True"),
+        (("--set", "margin=wide"), "margin must be a number, got 'wide'"),
+        (
+            ("--strategy", "invert", "--set", "settled=no"),
+            "settled must be true or false, got 'no'",
+        ),
         (("--set", "lines"), "expected --set NAME=VALUE, got 'lines'"),
     ],
 )

@@ -187,6 +187,24 @@ class TestAppend:
                 run.append(record(0))
         assert lines(tmp_path) == [record(0)]
 
+    def test_errors_may_be_mended(self, tmp_path: Path) -> None:
+        """The same error is written once; what comes after an error takes its place."""
+        broken, other = {"id": "image-0", "error": "lost"}, {"id": "image-0", "error": "damaged"}
+        with RunDirectory.open(tmp_path, CONFIG) as run:
+            run.append(broken)
+            run.append(broken)
+            run.append(other)
+            assert not run.finished("image-0") and not run.finished("image-1")
+        with RunDirectory.open(tmp_path, CONFIG) as run:
+            assert dict(run.done()) == {"image-0": other}
+            run.append(record(0))
+            assert run.finished("image-0")
+            with pytest.raises(RunError, match="already there"):
+                run.append(broken)
+        assert lines(tmp_path) == [broken, other, record(0)]
+        with RunDirectory.open(tmp_path, CONFIG) as run:
+            assert dict(run.done()) == {"image-0": record(0)}
+
     def test_closed(self, tmp_path: Path) -> None:
         run = RunDirectory.open(tmp_path, CONFIG)
         run.close()

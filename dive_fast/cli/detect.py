@@ -24,8 +24,8 @@ Finds the objects of images: the layout that best explains each under a layout-t
 
 DIR/run.json holds the configuration, DIR/results.jsonl one line per image, appended as they come,
 DIR/drawn/ the pictures with their boxes. Interrupted and run again with the same options it goes on
-where it stopped. An image that cannot be read is recorded with its error and the rest go on; the
-exit code is then 2."""
+where it stopped. An image that cannot be read is recorded with its error, is read again next time,
+and the rest go on; the exit code is then 2."""
 
 
 def add_parser(commands) -> None:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     tell_of_proportion(detector)
     chosen = {"strategy": strategy, "probes": options.probes, "seed": options.seed}
     with RunDirectory.open(options.out, detector.identity(**chosen)) as results:
-        todo = [path for path in paths if path not in results.done()]
+        todo = [path for path in paths if not results.finished(path)]
         pictures = _Pictures(todo, errors, results)
         with tqdm(total=len(todo), unit="image", disable=not sys.stderr.isatty()) as bar:
             for path, found, evaluations, seconds in detector.detect_stream(pictures, **chosen):
