@@ -70,6 +70,11 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.a)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this schedule from another, for JSON; rounded, to be the same everywhere."""
+        a, s = (round(float(factor.double().mean()), 6) for factor in (self.a, self.s))
+        return {"target": self.target, "timesteps": len(self), "mean_a": a, "mean_s": s}
+
     @classmethod
     def from_betas(cls, betas: torch.Tensor, target: str = "epsilon") -> Schedule:
         """From beta_t [T]: alpha_bar_t = prod_{i <= t} (1 - beta_i), in float64."""

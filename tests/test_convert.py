@@ -66,6 +66,16 @@ def test_the_same_output_as_before(tmp_path, capsys, ema):
     torch.testing.assert_close(model.encode(images), latents, **ROUNDING)
 
 
+def test_another_model_is_not_written_over(tmp_path, capsys):
+    """What was fitted to it would be taken for the new one's."""
+    torch.save(make_state(SMALL), tmp_path / "model.ckpt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model_index.json").write_text("{}")
+    said = call(capsys, "convert", tmp_path / "model.ckpt", "--out", tmp_path / "out")
+    assert_refused(said, "holds a model already; choose another --out")
+    assert (tmp_path / "out" / "model_index.json").read_text() == "{}"
+
+
 def test_the_average_is_preferred_and_must_be_whole():
     state = make_state(SMALL, ema=True)
     unet, *_ = convert_state_dict(state)
@@ -188,10 +198,17 @@ def test_files_that_hold_something_else(tmp_path, capsys, content, message):
         (f"{FIRST}.encoder.down.1.attn.0.q.weight", torch.zeros(1), "attention in the middle"),
         (f"{UNET}.input_blocks.1.0.in_layers.2.bias", torch.zeros(3), r"shape \[32\], got \[3\]"),
         (f"{UNET}.out.2.bias", torch.full((3,), float("nan")), "conv_out.bias holds NaN"),
+        (f"{UNET}.input_blocks.2.0.op.bias", None, "expected a whole latent-diffusion"),
+        (f"{FIRST}.decoder.up.1.upsample.conv.bias", None, "expected a whole latent-diffusion"),
+        ("scale_factor", torch.ones(2), "expected a whole latent-diffusion"),
+        ("scale_factor", torch.tensor(float("nan")), "a scale_factor above 0, got nan"),
     ],
 )
 def test_other_architectures(tmp_path, name, value, message):
-    torch.save(make_state(SMALL) | {name: value}, tmp_path / "model.ckpt")
+    changed = make_state(SMALL) | {name: value}
+    if value is None:
+        del changed[name]
+    torch.save(changed, tmp_path / "model.ckpt")
     with pytest.raises(ModelError, match=message):
         convert_layout_checkpoint(tmp_path / "model.ckpt", NAMES, latent_size=8)
 

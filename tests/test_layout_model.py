@@ -103,6 +103,24 @@ def test_directory_round_trip(tmp_path, options, shape):
     assert load_model(tmp_path / "again").identity() == model.identity()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction_type": "v_prediction"},
+        {"beta_end": 0.021},
+        {"num_train_timesteps": 999},
+        {"beta_schedule": "scaled_linear"},
+    ],
+)
+def test_another_schedule_is_another_model(tmp_path, change):
+    """A run must not go on under it: its losses are others."""
+    model = make_layout_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert load_model(tmp_path).identity() != model.identity()
+
+
 def test_encode_without_quantisation():
     model, images = make_layout_model(vae="vq"), torch.rand(1, 3, 8, 8)
     vae = model.vae

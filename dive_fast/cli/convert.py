@@ -30,8 +30,12 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from dive_fast.errors import RunError
     from dive_fast.models.convert import convert_layout_checkpoint
 
+    # What was fitted to a model there, and its prior, would be taken for this one's.
+    if (Path(options.out) / "model_index.json").exists():
+        raise RunError(f"{options.out} holds a model already; choose another --out.")
     model = convert_layout_checkpoint(
         options.checkpoint,
         None if options.names is None else _read_names(Path(options.names)),

@@ -8,6 +8,7 @@ Source: latent diffusion (arXiv 2112.10752).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -62,9 +63,17 @@ def convert_layout_checkpoint(
         ModelError: the file is missing, cannot be read, or holds another architecture.
     """
     path = Path(checkpoint)
-    unet, encoder, vae, scheduler = convert_state_dict(
-        read_checkpoint(path), names, latent_size=latent_size, head_channels=head_channels
-    )
+    state = read_checkpoint(path)
+    try:
+        unet, encoder, vae, scheduler = convert_state_dict(
+            state, names, latent_size=latent_size, head_channels=head_channels
+        )
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        # diffusers' converters take the published names and shapes for granted.
+        raise ModelError(
+            f"expected a whole latent-diffusion layout-to-image model in {path}, got another one "
+            f"({type(error).__name__}: {error})."
+        ) from error
     for module in (unet, encoder, vae):
         for name, weight in module.named_parameters():
             if not torch.isfinite(weight).all():
@@ -94,6 +103,8 @@ def convert_state_dict(
     unet = _convert_unet(state, parts[UNET], latent_size, head_channels)
     encoder = _convert_encoder(parts[ENCODER], names)
     scale = float(state["scale_factor"]) if "scale_factor" in state else 1.0
+    if not 0 < scale < math.inf:
+        raise ModelError(f"expected a scale_factor above 0, got {scale}.")
     vae = _convert_vae(parts[FIRST_STAGE], scale, latent_size)
     return unet, encoder, vae, _scheduler(state.get("betas"))
 

@@ -125,6 +125,8 @@ class DiT:
             "dtype": str(self.dtype).removeprefix("torch."),
             "timestep_embedding": self.timestep_embedding,
             "weights": fingerprint(self.transformer),
+            "vae_weights": None if self.vae is None else fingerprint(self.vae),
+            "schedule": self.schedule.identity(),
         }
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,8 @@ class GeoDiffusion(LayoutStages):
             "image_size": self.image_shape[1],
             "weights": fingerprint(self.unet),
             "text_weights": fingerprint(self.layout_encoder.text_encoder),
+            "vae_weights": fingerprint(self.vae),
+            "schedule": self.schedule.identity(),
         }
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,11 @@ class GivenUNet:
         self.beta = math.prod(latent_shape) / 2
 
     def identity(self) -> dict[str, Any]:
-        return {"family": "given", "dtype": str(self.dtype).removeprefix("torch.")}
+        return {
+            "family": "given",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "schedule": self.schedule.identity(),
+        }
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         raise ModelError("a given unet has no VAE: expected latents, got pictures.")

@@ -153,6 +153,8 @@ class LayoutModel(LayoutConditioned, ABC):
             "space_to_depth": self.space_to_depth,
             "weights": fingerprint(self.network),
             "layout_weights": fingerprint(self.layout_encoder),
+            "vae_weights": None if self.vae is None else fingerprint(self.vae),
+            "schedule": self.schedule.identity(),
         }
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -129,6 +129,8 @@ class StableDiffusion:
             **self.classes.to_dict(),
             "weights": fingerprint(self.unet),
             "text_weights": [fingerprint(tower.encoder) for tower in self.text.towers],
+            "vae_weights": fingerprint(self.vae),
+            "schedule": self.schedule.identity(),
         }
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
