@@ -13,7 +13,7 @@ from PIL import Image
 
 from dive_fast.detections import Detections
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
-from dive_fast.errors import ModelError
+from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.images import as_pictures, squashed_tensor
 from dive_fast.models import load_model, own_directory, prior_directory
 from dive_fast.models.batch_size import rows_per_batch
@@ -239,6 +239,8 @@ class LayoutDetector:
         def jobs() -> Iterator[Job]:
             channels, side, _ = model.image_shape
             for key, image in images:
+                if key in sizes:
+                    raise DiveFastError(f"expected a key for each image, got {key!r} twice.")
                 sizes[key] = image.size
                 x0 = model.encode(squashed_tensor(image, side, channels)[None])[0]
                 # Cloned: a tensor made in inference mode cannot take part in a backward.

@@ -150,6 +150,7 @@ class TestProblems:
             ("none", "entry 3 of images: expected a whole number as id, got None; left out."),
             ({"id": "9", "width": 2, "height": 2}, "a whole number as id, got '9'; left out."),
             ({"id": 9, "width": 0, "height": 2}, "a width and a height in pixels, got 0 and 2; "),
+            ({"id": 9, "width": 10**400, "height": 2}, "a width and a height in pixels, got 1000"),
             ({"id": 9, "width": 2}, "a width and a height in pixels, got 2 and None; "),
             ({"id": 5, "width": 2, "height": 2}, "image 5: this id occurs again; the first "),
         ],
@@ -304,6 +305,8 @@ def test_made_data_set() -> None:
 
 def test_classes_of_a_detector() -> None:
     assert class_categories(made(), ["Dog ", "bird"]) == (9, None)
+    twins = made(names=("Dog", "dog"))  # told apart where names say so
+    assert class_categories(twins, ["dog", "Dog", "DOG"]) == (9, 4, 4)
     assert unknown_classes(made(), ["dog"]) is None  # there is no annotated cat to be missed
     assert unknown_classes(made(), ["cat"]) == (
         "x: the model does not know the classes 'dog'; their boxes (1) count as missed."

@@ -134,6 +134,11 @@ def test_bad_pictures(detector, picture) -> None:
         detector([])
 
 
+def test_keys_of_a_stream_tell_pictures_apart(detector, picture) -> None:
+    with pytest.raises(DiveFastError, match="expected a key for each image, got 'a' twice"):
+        list(detector.detect_stream([("a", picture), ("a", picture)]))
+
+
 def test_probes_lie_where_the_model_says(picture) -> None:
     model = PictureModel()
     model.timesteps = TimestepWeights(1000, (0.0, 1.0, 0.0, 0.0), (1.0, 2.0, 1.0, 1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -246,6 +247,22 @@ class TestDirectory:
         make_prior().save_pretrained(tmp_path)
         (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
         with pytest.raises(ModelError, match=r"expected weights .*\.safetensors"):
+            load_prior(tmp_path, FORMAT, TABLE)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"scale": None}, "expected a positive scale in .*config.json, got None"),
+            ({"scale": "abc"}, "expected a positive scale"),
+            ({"scale": 0}, "expected a positive scale"),
+            ({"num_train_timesteps": 1}, "expected at least 2 timesteps, got 1"),
+        ],
+    )
+    def test_a_damaged_configuration(self, tmp_path: Path, change: dict, message: str) -> None:
+        make_prior().save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ModelError, match=message):
             load_prior(tmp_path, FORMAT, TABLE)
 
 

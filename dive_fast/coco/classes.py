@@ -12,16 +12,16 @@ from dive_fast.errors import DataError
 def class_categories(dataset: CocoDataset, names: Sequence[str]) -> tuple[int | None, ...]:
     """The COCO category of each of a detector's classes, None where the data set has none.
 
-    Names are compared without regard to case and outer blanks.
+    Names that are not there to the letter are compared without regard to case and outer blanks.
 
     Raises:
         DataError: they have no class in common.
     """
-    known = {
-        name.casefold().strip(): number
-        for name, number in zip(dataset.names, dataset.category_ids, strict=True)
-    }
-    found = tuple(known.get(name.casefold().strip()) for name in names)
+    exact = dict(zip(dataset.names, dataset.category_ids, strict=True))
+    known: dict[str, int] = {}
+    for name, number in exact.items():
+        known.setdefault(_plain(name), number)
+    found = tuple(exact.get(name, known.get(_plain(name))) for name in names)
     if not any(number is not None for number in found):
         raise DataError(
             f"{dataset.source}: expected classes that the model knows, such as "
@@ -32,9 +32,9 @@ def class_categories(dataset: CocoDataset, names: Sequence[str]) -> tuple[int | 
 
 def unknown_classes(dataset: CocoDataset, names: Sequence[str]) -> str | None:
     """One sentence on annotated classes that a detector does not know, None if it knows all."""
-    known = {name.casefold().strip() for name in names}
+    known = set(map(_plain, names))
     boxes = Counter(c for image in dataset.images for c in image.class_ids[~image.crowd].tolist())
-    missing = [c for c in sorted(boxes) if dataset.names[c].casefold().strip() not in known]
+    missing = [c for c in sorted(boxes) if _plain(dataset.names[c]) not in known]
     if not missing:
         return None
     return (
@@ -42,6 +42,10 @@ def unknown_classes(dataset: CocoDataset, names: Sequence[str]) -> str | None:
         f"{_some([dataset.names[c] for c in missing])}; their boxes "
         f"({sum(boxes[c] for c in missing)}) count as missed."
     )
+
+
+def _plain(name: str) -> str:
+    return name.casefold().strip()
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -16,6 +16,7 @@ from dive_fast.coco.dataset import CocoDataset, CocoImage
 from dive_fast.errors import DataError
 
 _THIN = 1e-6  # of the image's side: less is no size, and could vanish in float32
+_LONGEST = 2**31 - 1  # pixels of a side that a file may state
 _ROUNDING = 1.0  # pixels that a box may reach over the border unmentioned: annotation tools round
 
 
@@ -131,7 +132,7 @@ def _image_entries(entries: list, problems: list[str]) -> dict[int, _Entry]:
             )
             continue
         size = entry.get("width"), entry.get("height")
-        if not all(_is_id(side) and side > 0 for side in size):
+        if not all(_is_id(side) and 0 < side <= _LONGEST for side in size):
             problems.append(
                 f"image {number}: expected a width and a height in pixels, got {_short(size[0])} "
                 f"and {_short(size[1])}; left out with its boxes"
@@ -197,7 +198,7 @@ def _objects(
                 _Object(
                     box=box,
                     class_id=classes[category],
-                    crowd=bool(annotation.get("iscrowd", 0)),
+                    crowd=annotation.get("iscrowd") in (1, "1"),
                     bbox=bbox,
                     area=float(area) if _is_number(area) and area >= 0 else width * height,
                 )

@@ -78,6 +78,8 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         super().__init__()
         if width < 1 or width % heads:
             raise ModelError(f"expected a width that {heads} heads divide, got {width}.")
+        if num_train_timesteps < 2:
+            raise ModelError(f"expected at least 2 timesteps, got {num_train_timesteps}.")
         self.layout = LayoutFormat.from_dict(layout)
         self.schedule = Schedule.from_betas(make_betas("linear", num_train_timesteps))
         # Not stored: it is the model's.
@@ -384,10 +386,9 @@ def load_prior(directory: str | Path, layout: LayoutFormat, table: Tensor) -> La
     """
     directory = Path(directory)
     prior = load_component(LayoutPrior, directory, allow_pickle=False)
-    if not (math.isfinite(prior.config.scale) and prior.config.scale > 0):
-        raise ModelError(
-            f"expected a positive scale in {directory / 'config.json'}, got {prior.config.scale}."
-        )
+    config, scale = directory / "config.json", prior.config.scale
+    if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise ModelError(f"expected a positive scale in {config}, got {scale!r}.")
     if not fits(prior, layout, table):
         raise ModelError(
             f"{directory} holds a prior of another model: expected the layouts and the token table "
