@@ -174,7 +174,7 @@ def test_settings_on_the_command_line(tmp_path: Path, capsys) -> None:
     for setting, message in (
         ("min_agreement", "expected --set NAME=VALUE, got 'min_agreement'"),
         ("min_agreement=2", "min_agreement must lie between 0 and 1, got 2"),
-        ("min_agreement=high", "not a value that the strategy takes"),
+        ("min_agreement=high", "min_agreement must be a number, got 'high'"),
         ("speed=9", "unknown setting 'speed'"),
     ):
         assert_refused(call(capsys, *common, "--set", setting), message)
