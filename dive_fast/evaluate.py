@@ -22,7 +22,7 @@ from dive_fast.classify import DiffusionClassifier
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
 from dive_fast.fitting import choose_timesteps
-from dive_fast.rundir import RunDirectory, is_open
+from dive_fast.rundir import RunDirectory, is_finished
 from dive_fast.shortlist import Shortlist, digest
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.timesteps import TimestepWeights
@@ -152,7 +152,7 @@ def read_records(out: str | Path) -> dict[str, dict[str, Any]]:
     for line in (Path(out) / "results.jsonl").read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             record = json.loads(line)
-            if is_open(records, record["id"]):
+            if not is_finished(records, record["id"]):
                 records[record["id"]] = record
     return records
 

@@ -26,9 +26,9 @@ except ImportError:  # not a POSIX system: runs are not locked there
 _RUN, _TEMPORARY, _RESULTS, _LOCK = "run.json", "run.json.tmp", "results.jsonl", ".lock"
 
 
-def is_open(done: Mapping[str, Mapping], record_id: str) -> bool:
-    """Whether an id still wants a record: it has none, or one with an "error"."""
-    return record_id not in done or "error" in done[record_id]
+def is_finished(records: Mapping[str, Mapping], record_id: str) -> bool:
+    """Whether there is a record of that id without an "error"."""
+    return record_id in records and "error" not in records[record_id]
 
 
 class RunDirectory:
@@ -87,7 +87,7 @@ class RunDirectory:
 
     def finished(self, record_id: str) -> bool:
         """Whether there is a record of that id without an "error", which may be mended."""
-        return not is_open(self._done, record_id)
+        return is_finished(self._done, record_id)
 
     def append(self, record: Mapping) -> None:
         """Write one record as one line; it is with the operating system when this returns.
@@ -105,7 +105,7 @@ class RunDirectory:
         record = _for_json(record)
         if not _is_record(record):
             raise RunError(f"{self.path}: expected a record with a string 'id', got {record!r}.")
-        if not is_open(self._done, record["id"]):
+        if self.finished(record["id"]):
             raise RunError(f"{self.path}: the record {record['id']!r} is already there.")
         if self._file is None:
             raise RunError(f"{self.path}: the run directory is closed.")
@@ -280,7 +280,7 @@ def _read_results(path: Path) -> tuple[dict[str, dict], int]:
                     f"{path}: expected one JSON record with an 'id' per line, got a damaged line "
                     f"{number}."
                 )
-            if is_open(done, record["id"]):
+            if not is_finished(done, record["id"]):
                 done[record["id"]] = record
             end += len(line)
     return done, end

@@ -82,7 +82,8 @@ def train_pictures(
     prepare_directory(out)
     draw = draw_flipped(pictures, tokens, train, layout, config)
     shown = (pictures[held_out.numpy()], tokens[held_out])
-    command, data = "dive-fast train-layout", {**dataset.identity(), "read": read.tolist()}
+    learned = dataclasses.replace(dataset, images=tuple(chosen[i] for i in read.tolist()))
+    command, data = "dive-fast train-layout", learned.identity()
     expected = train_into(out, layout, config, draw, shown, command, progress, data)
     return TrainedModel(expected, len(train), len(held_out))
 

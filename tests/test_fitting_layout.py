@@ -191,7 +191,5 @@ class TestCommand:
         assert_refused(call(capsys, "fit", *given), said)
         assert not out.exists()
 
-    def test_prior_is_for_detectors(self, tmp_path: Path, capsys) -> None:
-        given = ("--data", "digits", "--out", tmp_path / "run", "--prior", "none")
-        said = call(capsys, "evaluate", *given)
-        assert_refused(said, "--prior is for detectors; digits is for classifiers")
+    def test_a_prior_is_no_option(self, capsys) -> None:
+        assert call(capsys, "fit", "--data", "scenes", "--prior", "none").code == 2

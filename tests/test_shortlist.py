@@ -175,6 +175,9 @@ def test_settings_on_the_command_line(tmp_path: Path, capsys) -> None:
         ("min_agreement", "expected --set NAME=VALUE, got 'min_agreement'"),
         ("min_agreement=2", "min_agreement must lie between 0 and 1, got 2"),
         ("min_agreement=high", "min_agreement must be a number, got 'high'"),
+        ("growth=true", "growth must be a number, got True"),
         ("speed=9", "unknown setting 'speed'"),
     ):
         assert_refused(call(capsys, *common, "--set", setting), message)
+    said = call(capsys, *common, "--preset", "diffusion-classifier", "--set", "n_samples=3")
+    assert_refused(said, "n_samples=3: not a value that the strategy takes")

@@ -222,7 +222,7 @@ def chosen_strategy(options: argparse.Namespace):
 
     try:
         return resolve_strategy(options.strategy, options.preset, strategy_settings(options))
-    except TypeError as error:  # a word where a number belongs
+    except TypeError as error:  # a number where several belong
         given = ", ".join(options.set)
         raise DiveFastError(f"{given}: not a value that the strategy takes ({error}).") from error
 
@@ -233,14 +233,9 @@ def chosen_layout_strategy(options: argparse.Namespace):
     Raises:
         DiveFastError: as ``chosen_strategy``.
     """
-    from dive_fast.errors import DiveFastError
     from dive_fast.strategies.layout import resolve_layout_strategy
 
-    try:
-        return resolve_layout_strategy(options.strategy, strategy_settings(options))
-    except TypeError as error:  # a word where a number belongs
-        given = ", ".join(options.set)
-        raise DiveFastError(f"{given}: not a value that the strategy takes ({error}).") from error
+    return resolve_layout_strategy(options.strategy, strategy_settings(options))
 
 
 def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
