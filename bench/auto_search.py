@@ -24,11 +24,11 @@ import torch
 from bench.pictures import MODELS, moved_pictures
 from bench.records import append
 from dive_fast import DiffusionClassifier
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import Answer, Gradients, Losses, Search
+from dive_fast.core.shortlist import estimate_shortlist
 from dive_fast.engine import Engine, Job
-from dive_fast.objective import Objective
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import Answer, Gradients, Losses, Search
-from dive_fast.shortlist import estimate_shortlist
+from dive_fast.engine.objective import Objective
 from dive_fast.strategies import Auto
 from dive_fast.strategies.base import Task
 

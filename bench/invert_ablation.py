@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 
 from dive_fast import DiffusionClassifier
+from dive_fast.core.requests import Gradients
 from dive_fast.evaluate import environment
-from dive_fast.requests import Gradients
 from dive_fast.strategies import DefaultProbes, DivePaper, Invert, Ledger
 from dive_fast.zoo.digits import load_digits
 

@@ -16,9 +16,9 @@ import torch
 
 from bench.records import append
 from dive_fast import DiffusionClassifier
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.data import load_all, open_dataset, select
 from dive_fast.strategies import Auto, Enumerate, Race
-from dive_fast.vocabulary import Vocabulary
 
 K = 250
 CLASSES = (2, 5, 10, 20, 40, 80, 160, 242)

@@ -20,10 +20,10 @@ import torch
 from bench.accelerate_loop import SIZES, TOKENS, make_unet
 from bench.records import append
 from dive_fast import DiffusionClassifier
+from dive_fast.core.requests import Answer, Gradients
+from dive_fast.core.schedule import Schedule, make_betas
+from dive_fast.engine.options import EngineOptions
 from dive_fast.models.given import wrap_unet
-from dive_fast.options import EngineOptions
-from dive_fast.requests import Answer, Gradients
-from dive_fast.schedule import Schedule, make_betas
 from dive_fast.strategies import DefaultProbes
 
 LEVELS = {

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from dive_fast import DiffusionClassifier
+from dive_fast.core.probes import van_der_corput
+from dive_fast.core.timesteps import BINS, estimate
 from dive_fast.evaluate import environment
-from dive_fast.probes import van_der_corput
-from dive_fast.timesteps import BINS, estimate
 from dive_fast.zoo.digits import load_digits
 from dive_fast.zoo.training import DIGITS, augment_images
 

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
     from dive_fast.calibration import Calibration
     from dive_fast.classify import DiffusionClassifier
+    from dive_fast.core.probes import ProbeList
+    from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.detect import LayoutDetector
     from dive_fast.detections import Detections
+    from dive_fast.engine.options import EngineOptions
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
-    from dive_fast.options import EngineOptions
-    from dive_fast.probes import ProbeList
     from dive_fast.results import Classification
     from dive_fast.strategies import register_preset, register_strategy
-    from dive_fast.timesteps import TimestepWeights
 
 __version__ = "0.1.0"
 
@@ -35,14 +35,14 @@ _HOMES = {
     "Detections": "dive_fast.detections",
     "DiffusionClassifier": "dive_fast.classify",
     "DiveFastError": "dive_fast.errors",
-    "EngineOptions": "dive_fast.options",
+    "EngineOptions": "dive_fast.engine.options",
     "ImageError": "dive_fast.errors",
     "LayoutDetector": "dive_fast.detect",
     "ModelError": "dive_fast.errors",
-    "ProbeList": "dive_fast.probes",
+    "ProbeList": "dive_fast.core.probes",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
-    "TimestepWeights": "dive_fast.timesteps",
+    "TimestepWeights": "dive_fast.core.timesteps",
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
     "register_strategy": "dive_fast.strategies",

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from dive_fast.requests import LossesAndGradients, Request, Search
+from dive_fast.core.requests import LossesAndGradients, Request, Search
 
 
 def averaged(search: Search, parts: int) -> Search:

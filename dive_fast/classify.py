@@ -11,21 +11,21 @@ import torch
 from tqdm import tqdm
 
 from dive_fast.averaging import averaged
+from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.requests import Answer, Losses, Search
+from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
+from dive_fast.engine.batch_size import rows_per_batch
+from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.fitting import Fitting, choose_timesteps
 from dive_fast.images import as_images
 from dive_fast.models import load_model, own_directory
-from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.models.prompts import Classes
 from dive_fast.models.protocol import Model
-from dive_fast.objective import Objective
-from dive_fast.probes import ProbeList, low_discrepancy_probes
-from dive_fast.requests import Answer, Losses, Search
 from dive_fast.results import Classification, log_odds_bound, log_posterior
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
-from dive_fast.timesteps import TimestepWeights
 
 
 class DiffusionClassifier(Fitting):

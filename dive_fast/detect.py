@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dive_fast.core.probes import ProbeList
+from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.detections import Detections
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
+from dive_fast.engine.batch_size import rows_per_batch
+from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.images import as_pictures, squashed_tensor
 from dive_fast.models import load_model, own_directory, prior_directory
-from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.models.fitted import Fitted, apply_fitted, read_fitted, write_fitted
 from dive_fast.models.prompts import Classes
-from dive_fast.objective import Objective
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
-from dive_fast.probes import ProbeList
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
 from dive_fast.strategies.layout.board import DEFAULT_PROBES, LayoutProbes
-from dive_fast.timesteps import TimestepWeights
 
 # The pseudo-likelihood meets what two tokens have to do with each other twice.
 PRIOR_WEIGHT = 0.5

@@ -19,13 +19,13 @@ from tqdm import tqdm
 import dive_fast
 from dive_fast.calibration import expected_calibration_error
 from dive_fast.classify import DiffusionClassifier
+from dive_fast.core.shortlist import Shortlist, digest
+from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
 from dive_fast.fitting import choose_timesteps
 from dive_fast.rundir import RunDirectory, is_finished
-from dive_fast.shortlist import Shortlist, digest
 from dive_fast.strategies import Strategy, Task, resolve_strategy
-from dive_fast.timesteps import TimestepWeights
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ from tqdm import tqdm
 
 from dive_fast.averaging import averaged
 from dive_fast.calibration import Calibration, as_labels, calibrate
+from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.requests import Answer, Gradients, Losses, Search
+from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
+from dive_fast.core.timesteps import TimestepWeights, estimate
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine import Engine, Job
+from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.fitted import Fitted, apply_fitted, read_fitted, write_fitted
 from dive_fast.models.protocol import Model
-from dive_fast.objective import Objective
-from dive_fast.probes import ProbeList, low_discrepancy_probes
-from dive_fast.requests import Answer, Gradients, Losses, Search
 from dive_fast.sampling import sample
-from dive_fast.shortlist import Shortlist, digest, estimate_shortlist
 from dive_fast.strategies import DefaultProbes, Strategy
-from dive_fast.timesteps import TimestepWeights, estimate
-from dive_fast.vocabulary import Vocabulary
 
 # Rivals of the right class are found on this many probes, where there are more than are wanted.
 SCREEN_PROBES = 20
@@ -191,7 +191,7 @@ class Fitting:
         seed: int = 0,
         progress: bool = False,
     ) -> Shortlist:
-        """Learns to rank the classes from one gradient, for ``auto``; see ``dive_fast.shortlist``.
+        """Learns to rank the classes from one gradient, for ``auto``; see ``dive_fast.core.shortlist``.
 
         Costs probes x (C + 2) evaluations an image, once; a few dozen images do, labels are not
         needed. ``save_fitted`` keeps the result.

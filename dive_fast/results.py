@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.requests import Answer
 from dive_fast.errors import DiveFastError
-from dive_fast.requests import Answer
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dive_fast.core.vocabulary import Vocabulary
+from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.models.protocol import Model
-from dive_fast.vocabulary import Vocabulary
 
 
 def sample(

@@ -9,8 +9,8 @@ import torch
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import Gradients, Losses, LossesAndGradients
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import Gradients, Losses, LossesAndGradients
 from dive_fast.strategies import Auto, Task
 from dive_fast.strategies.auto import growing_looks
 

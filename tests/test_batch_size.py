@@ -8,8 +8,8 @@ from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier
 from dive_fast.engine import Engine
+from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.errors import DiveFastError
-from dive_fast.models.batch_size import rows_per_batch
 from dive_fast.sampling import sample
 
 

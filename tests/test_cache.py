@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dive_fast.cache import ActivationCache, Key, is_out_of_memory, merge, take
+from dive_fast.engine.cache import ActivationCache, Key, is_out_of_memory, merge, take
 
 ROW_BYTES = 3 * 4 + 2 * 4  # float32 [3] and int32 [2]
 

@@ -22,11 +22,11 @@ from ldm_reference import (
 )
 from safetensors.torch import save_file
 
+from dive_fast.core.layouts import Layout, LayoutFormat
+from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.errors import ModelError
-from dive_fast.layouts import Layout, LayoutFormat
 from dive_fast.models import load_model
 from dive_fast.models.convert import convert_layout_checkpoint, convert_state_dict
-from dive_fast.schedule import Schedule, make_betas
 
 # The same fp32 operations, other attention kernels and another order of sums.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}

@@ -9,13 +9,13 @@ import torch
 from tiny_transformer import make_transformer
 from toy_model import ToyModel
 
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import Answer, Gradients, Losses
+from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.engine import Engine, EngineOptions, Job
+from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError
 from dive_fast.models.dit import DiT
-from dive_fast.objective import Objective
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import Answer, Gradients, Losses
-from dive_fast.schedule import Schedule, make_betas
 from dive_fast.strategies import (
     AdaptiveEnumerate,
     Auto,

@@ -16,11 +16,11 @@ from tiny import NAMES, write_model
 from tiny_transformer import make_transformer
 
 from dive_fast import DiffusionClassifier, DiveFastError, RunError
+from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.data import open_dataset
 from dive_fast.engine import EngineOptions
 from dive_fast.evaluate import evaluate
 from dive_fast.models.dit import DiT
-from dive_fast.schedule import Schedule, make_betas
 
 LEVELS = ("off", "exact", "encoder")
 

@@ -12,8 +12,8 @@ from tiny_geodiffusion import GRID, LENGTH, PUBLISHED, write_geodiffusion
 from tiny_sd import write_sd, write_sdxl
 
 from dive_fast import LayoutDetector
+from dive_fast.core.layouts import Layout
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.layouts import Layout
 from dive_fast.models import load_model
 from dive_fast.models.geodiffusion import GeoDiffusion
 from dive_fast.models.location_encoder import LocationPromptEncoder

@@ -16,9 +16,9 @@ from tiny_gligen import make_pipeline, write_gligen
 from tiny_sd import make_unet, write_sd
 
 from dive_fast import LayoutDetector
+from dive_fast.core.layouts import Layout
 from dive_fast.engine import EngineOptions
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.layouts import Layout
 from dive_fast.models import load_model, needs_classes
 from dive_fast.models import unet as stages
 from dive_fast.models.gligen import Gligen, StagedGligen

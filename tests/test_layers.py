@@ -108,7 +108,7 @@ def test_imports_point_downwards(module: str, path: Path) -> None:
         ("dive_fast.engine", "from .classify import DiffusionClassifier", True),
         ("dive_fast.models.dit", "from ..engine import Engine", True),
         ("dive_fast.models.dit", "from .. import classify", True),
-        ("dive_fast.schedule", "from dive_fast.probes import ProbeList", True),
+        ("dive_fast.core.schedule", "from dive_fast.core.probes import ProbeList", True),
         ("dive_fast.engine", "from bench.baselines import dive", True),
         ("dive_fast.engine", "from dive_fast.errors import ImageError", False),
         ("dive_fast.models.dit", "from .checkpoint import read_json", False),

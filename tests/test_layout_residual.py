@@ -6,10 +6,10 @@ import pytest
 import torch
 from toy_layout import ToyLayoutModel
 
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import ErrorMaps, Losses
 from dive_fast.engine import Engine, Job
-from dive_fast.objective import Objective
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import ErrorMaps, Losses
+from dive_fast.engine.objective import Objective
 from dive_fast.strategies.layout import Board, Box, Item, LayoutAnswer
 from dive_fast.strategies.layout.residual import cells, height, regions, residual, tightened
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from toy_layout import ToyLayoutModel
 
+from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.engine import Engine, Job
+from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError
-from dive_fast.objective import Objective
-from dive_fast.probes import low_discrepancy_probes
 from dive_fast.strategies.layout import ANY, Board, Box, Guided, InvertLayout, Item
 from dive_fast.strategies.layout.board import measure, overlap
 from dive_fast.strategies.layout.moves import (

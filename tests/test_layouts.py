@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
+from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.errors import DiveFastError
-from dive_fast.layouts import Layout, LayoutFormat
 
 PUBLISHED = LayoutFormat.latent_diffusion([f"thing {i}" for i in range(600)])
 

@@ -13,8 +13,8 @@ from tiny_transformer import CHANNELS, N_CLASSES, SIZE, make_transformer
 from bench.baselines import diffusion_classifier as published_dc
 from bench.baselines import dive as published_dive
 from dive_fast import DiffusionClassifier, DiveFastError, ProbeList, zoo
+from dive_fast.core.schedule import Schedule
 from dive_fast.models.dit import DiT
-from dive_fast.schedule import Schedule
 from dive_fast.strategies import AdaptiveEnumerate, DivePaper
 
 SCHEDULER = DDPMScheduler(beta_schedule="linear")

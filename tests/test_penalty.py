@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_priors import FORMAT, TABLE, make_prior, pairs
 
+from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, penalty
 from dive_fast.strategies.layout import Board, Box, Item
 from dive_fast.strategies.layout.board import ANY

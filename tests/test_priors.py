@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.errors import ModelError, RunError
-from dive_fast.layouts import Layout, LayoutFormat
 from dive_fast.priors import LayoutPrior, PriorTrainingConfig, load_prior, train_prior, training
 from dive_fast.priors.layout_prior import table_digest
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dive_fast.core.projection import DiscreteProjection
 from dive_fast.errors import DiveFastError
-from dive_fast.projection import DiscreteProjection
 
 CLASSES, COORDINATES, NONE = (0, 3), (3, 12), 12  # one table of 13 rows, a 3 x 3 grid
 

@@ -12,14 +12,14 @@ from tiny_sd import LENGTH, write_sd, write_sdxl
 
 from dive_fast import DiffusionClassifier, ModelError
 from dive_fast.averaging import averaged
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import Answer, Gradients, Losses
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine import Engine, Job
+from dive_fast.engine.objective import Objective
 from dive_fast.models import load_model, needs_classes
 from dive_fast.models.prompts import ClassPrompts
-from dive_fast.objective import Objective
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import Answer, Gradients, Losses
 from dive_fast.sampling import sample
-from dive_fast.vocabulary import Vocabulary
 
 TEMPLATES = ("a photo of a {}.", "{}!", "a bad {}")
 

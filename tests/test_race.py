@@ -10,8 +10,8 @@ import torch
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import Losses
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import Losses
 from dive_fast.strategies import Race, Task
 from dive_fast.strategies.elimination import student_t_quantile
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dive_fast.core.layouts import Layout
 from dive_fast.errors import DataError
-from dive_fast.layouts import Layout
 from dive_fast.train_layout import SCENES_FORMAT, scene_tokens
 from dive_fast.zoo import scenes
 from dive_fast.zoo.scenes import SceneMaker, Scenes, load_scenes

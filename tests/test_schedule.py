@@ -17,8 +17,8 @@ from diffusers import (
 )
 
 from dive_fast import DiveFastError, ModelError, ProbeList
-from dive_fast.schedule import _DEFAULT_BETAS, Schedule
-from dive_fast.vocabulary import Vocabulary
+from dive_fast.core.schedule import _DEFAULT_BETAS, Schedule
+from dive_fast.core.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])

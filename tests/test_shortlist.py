@@ -12,10 +12,10 @@ from tiny import write_model
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError
-from dive_fast.requests import Gradients
-from dive_fast.shortlist import Shortlist, digest, estimate_shortlist
+from dive_fast.core.requests import Gradients
+from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.strategies import Auto
-from dive_fast.vocabulary import Vocabulary
 
 C = 40
 
@@ -68,10 +68,10 @@ def test_the_correction_is_exact_for_a_network_linear_in_its_condition(toy) -> N
 
 
 def gradient_at_mean(classifier: DiffusionClassifier, x0: torch.Tensor):
+    from dive_fast.core.probes import low_discrepancy_probes
+    from dive_fast.core.requests import Answer
     from dive_fast.engine import Engine, Job
-    from dive_fast.objective import Objective
-    from dive_fast.probes import low_discrepancy_probes
-    from dive_fast.requests import Answer
+    from dive_fast.engine.objective import Objective
 
     model = classifier.model
 

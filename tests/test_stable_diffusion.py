@@ -12,16 +12,16 @@ from tiny_sd import LENGTH, make_text_encoder, write_sd, write_sdxl, write_token
 from transformers import CLIPTokenizer
 
 from dive_fast import DiffusionClassifier
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import Answer, Gradients
+from dive_fast.core.schedule import Schedule
 from dive_fast.engine import Engine, Job
+from dive_fast.engine.objective import Objective
 from dive_fast.models import load_model
 from dive_fast.models.prompts import ClassPrompts
 from dive_fast.models.protocol import Model, StagedModel
 from dive_fast.models.stable_diffusion import StagedStableDiffusion, check_unet
 from dive_fast.models.text import PromptEncoder, TextTower
-from dive_fast.objective import Objective
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import Answer, Gradients
-from dive_fast.schedule import Schedule
 
 CLASSES = ("cat", "dog", "a zebra", "ship")
 KINDS = ("sd", "v", "sdxl")

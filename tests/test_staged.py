@@ -7,10 +7,10 @@ import torch
 from tiny_transformer import CHANNELS, N_CLASSES, SIZE, make_transformer
 from toy_model import ToyModel
 
+from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.models import load_model
 from dive_fast.models.dit import DiT
 from dive_fast.models.protocol import StagedModel
-from dive_fast.schedule import Schedule, make_betas
 
 SCHEDULE = Schedule.from_betas(make_betas("linear", 1000))
 # The same fp32 operations; a gathered row of a linear layer may be summed in another order.

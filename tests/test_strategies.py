@@ -10,8 +10,8 @@ import torch
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, register_preset, register_strategy
-from dive_fast.probes import low_discrepancy_probes, published_probes
-from dive_fast.requests import Gradients, Losses
+from dive_fast.core.probes import low_discrepancy_probes, published_probes
+from dive_fast.core.requests import Gradients, Losses
 from dive_fast.strategies import (
     DefaultProbes,
     Enumerate,
@@ -77,7 +77,7 @@ def drive(search, losses_of, gradient_of):
         requests.append(request)
         losses = losses_of(request.conditions, request.probe_ids)
         if isinstance(request, Gradients):
-            from dive_fast.requests import LossesAndGradients
+            from dive_fast.core.requests import LossesAndGradients
 
             reply = LossesAndGradients(losses, gradient_of(request.conditions))
         else:

@@ -14,12 +14,12 @@ from tiny import read_json, write_json, write_model
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError, ProbeList
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.requests import Answer, Gradients
+from dive_fast.core.timesteps import BINS, TimestepWeights, estimate
 from dive_fast.engine import Engine, Job
-from dive_fast.objective import Objective
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.requests import Answer, Gradients
+from dive_fast.engine.objective import Objective
 from dive_fast.strategies import DivePaper, Enumerate
-from dive_fast.timesteps import BINS, TimestepWeights, estimate
 
 SHAPE = (1, 2, 2)
 UNIFORM = TimestepWeights(1000, (1.0,) * BINS, (1.0,) * BINS)

@@ -13,10 +13,10 @@ from command import Said, call
 from PIL import Image
 
 from dive_fast import LayoutDetector
+from dive_fast.core.layouts import Layout, LayoutFormat
+from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DataError, RunError
-from dive_fast.layouts import Layout, LayoutFormat
 from dive_fast.models import load_model
-from dive_fast.timesteps import TimestepWeights
 from dive_fast.train_pictures import PICTURES, draw_flipped, flip, train_pictures
 from dive_fast.zoo import training_layout
 

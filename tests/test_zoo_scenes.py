@@ -10,8 +10,8 @@ import torch
 from dive_fast import LayoutDetector, zoo
 from dive_fast.demo_detection import as_line, run_detection_demo
 from dive_fast.engine import Engine, Job
+from dive_fast.engine.objective import Objective
 from dive_fast.matching import match
-from dive_fast.objective import Objective
 from dive_fast.priors import LayoutPenalty
 from dive_fast.strategies.layout import Board, Box, Guided, Item
 from dive_fast.strategies.layout.board import measure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, VQModel
 
-from dive_fast.layouts import Layout, LayoutFormat
+from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.models.layout import LayoutToImageModel, build_layout_model
 from dive_fast.models.layout_transformer import LayoutTransformerModel, build_layout_transformer
 from dive_fast.train_layout import SCENES_FORMAT

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dive_fast.layouts import LayoutFormat
-from dive_fast.schedule import Schedule, make_betas
-from dive_fast.vocabulary import Vocabulary
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.schedule import Schedule, make_betas
+from dive_fast.core.vocabulary import Vocabulary
 
 
 class ToyLayoutModel:

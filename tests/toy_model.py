@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from gaussian_mixture import GaussianMixture
 
-from dive_fast.schedule import Schedule, make_betas
-from dive_fast.vocabulary import Vocabulary
+from dive_fast.core.schedule import Schedule, make_betas
+from dive_fast.core.vocabulary import Vocabulary
 
 
 class ToyModel:

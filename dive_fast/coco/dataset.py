@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dive_fast.core.layouts import Layout
 from dive_fast.errors import DataError, ImageError
 from dive_fast.images import read_image
-from dive_fast.layouts import Layout
 
 HELD_OUT_SHARE, HELD_OUT_SEED = 0.1, 0
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from dive_fast.compat.capped_race import CappedRace
+from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.schedule import TARGETS
+from dive_fast.engine.objective import NORMS
 from dive_fast.errors import DiveFastError
 from dive_fast.models import DTYPES
-from dive_fast.objective import NORMS
-from dive_fast.probes import low_discrepancy_probes
-from dive_fast.schedule import TARGETS
 from dive_fast.strategies import AdaptiveEnumerate
 
 # The published script takes T from a table of its own: 1000 for each of these.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dive_fast.requests import Search
+from dive_fast.core.requests import Search
 from dive_fast.strategies import Race, Task
 from dive_fast.strategies.elimination import Contest, PairedTest
 from dive_fast.strategies.race import looks_every

@@ -28,14 +28,14 @@ from dive_fast.compat.arguments import (
     read_indices,
     read_scheduler,
 )
+from dive_fast.core.probes import ProbeList
+from dive_fast.core.requests import Answer, Losses, Search
+from dive_fast.core.schedule import Schedule
 from dive_fast.engine import Engine, Finished, Job
+from dive_fast.engine.objective import NORMS, Objective
 from dive_fast.errors import DiveFastError
 from dive_fast.models import DTYPES
 from dive_fast.models.given import GivenUNet, wrap_unet
-from dive_fast.objective import NORMS, Objective
-from dive_fast.probes import ProbeList
-from dive_fast.requests import Answer, Losses, Search
-from dive_fast.schedule import Schedule
 from dive_fast.strategies import Task
 
 MODES = ("race", "paper")

@@ -20,8 +20,10 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor, nn
 
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.core.schedule import make_betas
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.convert_read import (
     EMA,
     ENCODER,
@@ -34,8 +36,6 @@ from dive_fast.models.convert_read import (
 )
 from dive_fast.models.layout import HEAD_CHANNELS, LayoutToImageModel
 from dive_fast.models.layout_encoder import LayoutEncoder
-from dive_fast.projection import SLOTS_PER_OBJECT
-from dive_fast.schedule import make_betas
 
 PUBLISHED_BETAS = (0.0015, 0.0205)
 LATENT_SIZE = 64

@@ -16,6 +16,9 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
 from dive_fast.models.checkpoint import (
@@ -26,9 +29,6 @@ from dive_fast.models.checkpoint import (
     read_json,
 )
 from dive_fast.models.protocol import State
-from dive_fast.schedule import Schedule
-from dive_fast.timesteps import TimestepWeights
-from dive_fast.vocabulary import Vocabulary
 
 # The frequencies are max_period^(-i / (half - shift)): diffusers builds the DiT with shift 1,
 # the original code (and so every checkpoint converted from it) was trained with shift 0.

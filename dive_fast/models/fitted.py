@@ -9,11 +9,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dive_fast.core.shortlist import Shortlist
+from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.checkpoint import read_json
 from dive_fast.models.protocol import Model
-from dive_fast.shortlist import Shortlist
-from dive_fast.timesteps import TimestepWeights
 
 FILE = "dive_fast.json"
 

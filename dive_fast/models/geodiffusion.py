@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from dive_fast.core.layouts import Layout
+from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.layouts import Layout
 from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
 from dive_fast.models.checkpoint import fingerprint, load_component, read_json
 from dive_fast.models.layout_stages import LayoutStages
@@ -26,9 +29,6 @@ from dive_fast.models.prompts import Classes
 from dive_fast.models.stable_diffusion import TEXT_ENCODERS, check_parts, check_unet
 from dive_fast.models.text import PromptEncoder, load_tower
 from dive_fast.models.unet_support import check_supported, sample_side
-from dive_fast.projection import SLOTS_PER_OBJECT
-from dive_fast.schedule import Schedule
-from dive_fast.vocabulary import Vocabulary
 
 
 class GeoDiffusion(LayoutStages):

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
 from dive_fast.models import unet as stages
 from dive_fast.models.protocol import State
-from dive_fast.schedule import Schedule
-from dive_fast.vocabulary import Vocabulary
 
 
 class GivenUNet:

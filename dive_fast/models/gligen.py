@@ -28,8 +28,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import GatedSelfAttentionDense
 
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models import unet as stages
 from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
 from dive_fast.models.checkpoint import fingerprint, load_component, read_extra, read_json
@@ -40,9 +43,6 @@ from dive_fast.models.protocol import State
 from dive_fast.models.stable_diffusion import check_parts, check_unet
 from dive_fast.models.text import PromptEncoder, load_tower
 from dive_fast.models.unet_support import sample_side
-from dive_fast.projection import SLOTS_PER_OBJECT
-from dive_fast.schedule import Schedule
-from dive_fast.vocabulary import Vocabulary
 
 MAX_OBJECTS = 30  # grounding tokens in training, absent ones included
 GRID = 33

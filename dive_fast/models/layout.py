@@ -13,8 +13,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.autoencoder import AUTOENCODERS, load_vae
 from dive_fast.models.checkpoint import load_component, read_json
 from dive_fast.models.layout_base import LayoutModel, build_encoder
@@ -22,7 +23,6 @@ from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.models.layout_stages import LayoutStages
 from dive_fast.models.layout_support import check_unet
 from dive_fast.models.layout_transformer import LayoutTransformerModel
-from dive_fast.schedule import Schedule
 
 HEAD_CHANNELS = 32
 

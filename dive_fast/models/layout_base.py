@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.autoencoder import Autoencoder, encode_latents, image_shape
 from dive_fast.models.checkpoint import fingerprint
 from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.models.layout_support import check_pictures, embed_tokens, read_format
 from dive_fast.models.unet_support import sample_side
-from dive_fast.schedule import Schedule
-from dive_fast.vocabulary import Vocabulary
 
 PIPELINE = "LayoutToImagePipeline"
 

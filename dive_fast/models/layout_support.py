@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 
+from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.autoencoder import Autoencoder, latent_channels
 from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.models.unet_support import check_supported, sample_side

@@ -12,8 +12,8 @@ import torch
 from diffusers import ModelMixin, SD3Transformer2DModel
 from torch import nn
 
+from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.layout_base import LayoutModel, build_encoder
 from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.models.layout_support import check_sizes

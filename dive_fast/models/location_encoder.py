@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.location_prompts import OBJECTS, LocationPrompts, location_token
 from dive_fast.models.text import TextTower
-from dive_fast.projection import SLOTS_PER_OBJECT
 
 CORNERS = SLOTS_PER_OBJECT - 1
 

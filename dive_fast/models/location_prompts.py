@@ -3,7 +3,7 @@
     An image with cat <l514> <l33410> traffic light <l0> <l1285>
 
 An object is the phrase of its class, then the tokens of its top-left and its bottom-right corner on
-a G x G grid, in the order of ``dive_fast.layouts``:
+a G x G grid, in the order of ``dive_fast.core.layouts``:
 
     <l{i}>,     i = round(y (G - 1)) G + round(x (G - 1)),     x, y in [0, 1]
 

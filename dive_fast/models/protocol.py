@@ -6,8 +6,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-from dive_fast.schedule import Schedule
-from dive_fast.vocabulary import Vocabulary
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.vocabulary import Vocabulary
 
 # Activations between two parts of a network. Every tensor is batch-first, so that rows are taken by
 # tuple(x[index] for x in state).

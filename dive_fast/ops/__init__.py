@@ -6,7 +6,7 @@ fake tensors know them; the functions here check their arguments and call them.
 
 from __future__ import annotations
 
-from dive_fast import _native
+from dive_fast.ops import _native
 from dive_fast.ops._library import OpStatus, native_status
 from dive_fast.ops._nearest_box import nearest_box, snap_boxes
 from dive_fast.ops._nearest_row import METRICS, nearest_row, projection

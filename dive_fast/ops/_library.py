@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dive_fast import _native
+from dive_fast.ops import _native
 
 NAMESPACE = "dive_fast"
 KERNELS = "dive_fast.kernels"

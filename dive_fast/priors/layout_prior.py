@@ -33,11 +33,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.checkpoint import load_component
-from dive_fast.projection import SLOTS_PER_OBJECT
-from dive_fast.schedule import Schedule, make_betas
 
 CROP_SLOTS = 2
 FEED_FORWARD = 4  # times the width

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.probes import van_der_corput
+from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.errors import ModelError
-from dive_fast.layouts import LayoutFormat
 from dive_fast.models.checkpoint import fingerprint
 from dive_fast.priors.layout_prior import CROP_SLOTS, LayoutPrior
-from dive_fast.probes import van_der_corput
-from dive_fast.projection import SLOTS_PER_OBJECT
 
 ROWS = 2048  # (layout, probe) or (layout, slot) rows of one forward without gradient, at most
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dive_fast.coco import CocoDataset
 from dive_fast.coco.classes import class_categories
+from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.errors import DataError
-from dive_fast.layouts import Layout, LayoutFormat
 
 
 class FittingLayouts(NamedTuple):

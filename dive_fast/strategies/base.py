@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.requests import Answer, Search
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
-from dive_fast.probes import ProbeList, low_discrepancy_probes
-from dive_fast.requests import Answer, Search
-from dive_fast.vocabulary import Vocabulary
 
 DEFAULT_PROBES = 100
 # What settings of these annotations take.

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from dive_fast.core.probes import ProbeList, published_probes
+from dive_fast.core.requests import Gradients, Losses, Search
 from dive_fast.errors import DiveFastError
-from dive_fast.probes import ProbeList, published_probes
-from dive_fast.requests import Gradients, Losses, Search
 from dive_fast.strategies.base import Ledger, Task
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from dive_fast.requests import Answer, Losses
+from dive_fast.core.requests import Answer, Losses
 from dive_fast.strategies.base import Ledger, Task
 
 

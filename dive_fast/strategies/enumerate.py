@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from dive_fast.core.probes import ProbeList
+from dive_fast.core.requests import Losses, Search
 from dive_fast.errors import DiveFastError
-from dive_fast.probes import ProbeList
-from dive_fast.requests import Losses, Search
 from dive_fast.strategies.base import DefaultProbes, Ledger, Task
 
 

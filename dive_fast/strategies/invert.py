@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
+from dive_fast.core.requests import Gradients, Losses, Search
 from dive_fast.errors import DiveFastError
-from dive_fast.requests import Gradients, Losses, Search
 from dive_fast.strategies.base import DefaultProbes, Ledger, Task
 
 

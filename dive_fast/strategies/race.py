@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from dive_fast.core.requests import Search
 from dive_fast.errors import DiveFastError
-from dive_fast.requests import Search
 from dive_fast.strategies.base import DefaultProbes, Task
 from dive_fast.strategies.elimination import Contest, PairedTest
 

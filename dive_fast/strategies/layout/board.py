@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dive_fast.layouts import LayoutFormat
-from dive_fast.probes import ProbeList, low_discrepancy_probes
-from dive_fast.projection import SLOTS_PER_OBJECT
-from dive_fast.requests import Losses, Request
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.core.requests import Losses, Request
 from dive_fast.strategies.base import Strategy
 
 DEFAULT_PROBES = 48

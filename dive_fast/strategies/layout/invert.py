@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dive_fast.core.requests import Gradients
 from dive_fast.errors import DiveFastError
-from dive_fast.requests import Gradients
 from dive_fast.strategies.layout.board import Board, Items, LayoutProbes, Steps, measure
 from dive_fast.strategies.layout.settle import settle
 

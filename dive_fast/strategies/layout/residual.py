@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dive_fast.requests import ErrorMaps
+from dive_fast.core.requests import ErrorMaps
 from dive_fast.strategies.layout.board import Board, Box, Items, Steps
 
 PEAK = 0.98  # quantile of the cells that is the map's height; the maximum may be an outlier

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dive_fast.core.requests import Answer, ErrorMaps, Gradients, Losses, Request, Search
 from dive_fast.errors import DiveFastError
-from dive_fast.requests import Answer, ErrorMaps, Gradients, Losses, Request, Search
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
-from dive_fast.vocabulary import Vocabulary
 
 SLOPES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 _FIELDS = ("slope", "curvature", "classes")

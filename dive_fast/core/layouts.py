@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dive_fast.core.projection import SLOTS_PER_OBJECT, DiscreteProjection
 from dive_fast.errors import DiveFastError
-from dive_fast.projection import SLOTS_PER_OBJECT, DiscreteProjection
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-LIBRARY_PATH = Path(__file__).with_name("_C.so")
+LIBRARY_PATH = Path(__file__).parent.with_name("_C.so")
 # Written by setup.py on every build, whether the extension was compiled or not.
-BUILD_RECORD_PATH = Path(__file__).with_name("_build_record.json")
+BUILD_RECORD_PATH = Path(__file__).parent.with_name("_build_record.json")
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.probes import ProbeList, low_discrepancy_probes, van_der_corput
 from dive_fast.errors import DiveFastError
-from dive_fast.probes import ProbeList, low_discrepancy_probes, van_der_corput
 
 BINS = 20
 _FIELDS = ("n_timesteps", "density", "weights")

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from dive_fast.cache import ActivationCache, Key, merge, take
+from dive_fast.engine.cache import ActivationCache, Key, merge, take
+from dive_fast.engine.objective import DeviceProbes, Objective
+from dive_fast.engine.options import EngineOptions
+from dive_fast.engine.packing import Batch
 from dive_fast.errors import DiveFastError
 from dive_fast.models.protocol import Model, StagedModel, State
-from dive_fast.objective import DeviceProbes, Objective
-from dive_fast.options import EngineOptions
-from dive_fast.packing import Batch
 
 
 class Forward:

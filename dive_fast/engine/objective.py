@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from dive_fast import ops
+from dive_fast.core.probes import ProbeList
 from dive_fast.errors import DiveFastError
 from dive_fast.models.protocol import Model
-from dive_fast.probes import ProbeList
 
 NORMS = ("l2", "l1", "huber")
 

@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dive_fast.cache import is_out_of_memory
-from dive_fast.forward import Forward, check_options
-from dive_fast.models.batch_size import rows_per_batch
+from dive_fast.core.probes import ProbeList
+from dive_fast.core.requests import Answer, ErrorMaps, Gradients, LossesAndGradients
+from dive_fast.engine.batch_size import rows_per_batch
+from dive_fast.engine.cache import is_out_of_memory
+from dive_fast.engine.forward import Forward, check_options
+from dive_fast.engine.objective import Objective
+from dive_fast.engine.options import EngineOptions
+from dive_fast.engine.packing import Chunk, Job, Running, fullest, pack, to_batch
 from dive_fast.models.protocol import Model
-from dive_fast.objective import Objective
-from dive_fast.options import EngineOptions
-from dive_fast.packing import Chunk, Job, Running, fullest, pack, to_batch
-from dive_fast.probes import ProbeList
-from dive_fast.requests import Answer, ErrorMaps, Gradients, LossesAndGradients
-
-__all__ = ["Engine", "EngineOptions", "EngineRecord", "Finished", "Job"]
 
 
 class Finished(NamedTuple):

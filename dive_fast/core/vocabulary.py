@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from dive_fast.core.projection import DiscreteProjection
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.projection import DiscreteProjection
 
 
 class Vocabulary:
@@ -25,7 +25,7 @@ class Vocabulary:
             the mean of theirs (see ``averaging``); 1 unless said.
         slope, curvature: a number and float32 [V], or 1 and None. They correct the first-order
             estimate L(y_c) ~ L(v0) + slope g . (v_c - v0) + curvature_c at v0, the mean of the
-            rows; see ``dive_fast.shortlist``.
+            rows; see ``dive_fast.core.shortlist``.
     """
 
     def __init__(
