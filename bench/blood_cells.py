@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from dive_fast.coco import CocoDataset, CocoImage, write_coco
-from dive_fast.zoo.bccd import PARTS, load_bccd
+from bench.bccd import PARTS, load_bccd
+from dive_fast.data.coco import CocoDataset, CocoImage, write_coco
 
 SIDE = 240
 LEFTS, TOPS = (0, 200, 400), (0, 240)

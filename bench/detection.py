@@ -29,15 +29,15 @@ import torch
 
 from bench.records import RESULTS, append_line
 from dive_fast import LayoutDetector
-from dive_fast.coco import CocoDataset, class_categories, read_coco
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.data.coco import CocoDataset, class_categories, read_coco
+from dive_fast.data.scenes_coco import write_scenes
 from dive_fast.detect import PRIOR_WEIGHT
 from dive_fast.errors import DiveFastError
 from dive_fast.evaluate import environment, read_records
 from dive_fast.evaluate_detections import evaluate_detections
 from dive_fast.matching import match
 from dive_fast.strategies.layout import InvertLayout, LayoutStrategy, resolve_layout_strategy
-from dive_fast.zoo.scenes_coco import write_scenes
 
 SURE = 0.5  # confidence from which an object counts in precision and recall
 PROJECTIONS = ("joint", "independent")

@@ -21,7 +21,7 @@ import torch
 
 from bench import records
 from dive_fast import DiffusionClassifier
-from dive_fast.zoo.digits import load_digits
+from dive_fast.data.digits import load_digits
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dive_fast.zoo.digits import load_digits
-from dive_fast.zoo.omniglot import load_omniglot
+from dive_fast.data.digits import load_digits
+from dive_fast.data.omniglot import load_omniglot
 from dive_fast.zoo.training import DIGITS, OMNIGLOT, augment_images
 
 MODELS = ("digits", "omniglot")

@@ -38,11 +38,11 @@ from bench.baselines.one_stage import (
 )
 from bench.records import RESULTS, append_line
 from dive_fast.coco_scores import score
+from dive_fast.data.scenes import CANVAS, NAMES, STEP, SceneMaker, Scenes, load_scenes
+from dive_fast.data.scenes_coco import scenes_dataset
 from dive_fast.detections import Detections
 from dive_fast.errors import DiveFastError, ModelError, RunError
 from dive_fast.evaluate import machine
-from dive_fast.zoo.scenes import CANVAS, NAMES, STEP, SceneMaker, Scenes, load_scenes
-from dive_fast.zoo.scenes_coco import scenes_dataset
 from dive_fast.zoo.training_state import (
     STATE,
     average_into,

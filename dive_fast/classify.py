@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dive_fast.averaging import averaged
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.data.images import as_images
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.fitting import Fitting, choose_timesteps
-from dive_fast.images import as_images
 from dive_fast.models import load_model, own_directory
 from dive_fast.models.prompts import Classes
 from dive_fast.models.protocol import Model
 from dive_fast.results import Classification, log_odds_bound, log_posterior
 from dive_fast.strategies import Strategy, Task, resolve_strategy
+from dive_fast.strategies.averaged import averaged
 from dive_fast.strategies.base import DEFAULT_PROBES
 
 
@@ -119,7 +119,7 @@ class DiffusionClassifier(Fitting):
 
         Args:
             images: PIL images, paths, arrays or tensors, one or many; see
-                ``dive_fast.images.as_images``.
+                ``dive_fast.data.images.as_images``.
             latents: float [B, C, h, w] already in model space, instead of images.
             strategy: a name ("invert", "enumerate"), or a strategy object.
             preset: "dive-paper" or "diffusion-classifier", the published settings.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dive_fast.coco import CocoDataset
+from dive_fast.data.coco import CocoDataset
 from dive_fast.errors import DataError, DiveFastError
 
 # In pycocotools' order.

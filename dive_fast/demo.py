@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from dive_fast.classify import DiffusionClassifier
-from dive_fast.data import open_dataset, select
+from dive_fast.data import digits, open_dataset, select
 from dive_fast.errors import DiveFastError
 from dive_fast.evaluate import environment, evaluate, read_records, summarise
-from dive_fast.zoo import digits
 
 PROBES = 100
 # The published loop takes 6,000 evaluations an image, so the demo runs it on fewer images.

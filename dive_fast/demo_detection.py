@@ -8,12 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from dive_fast.coco import CocoDataset
+from dive_fast.data.coco import CocoDataset
+from dive_fast.data.scenes_coco import write_scenes
 from dive_fast.detect import LayoutDetector
 from dive_fast.detections import Detections
 from dive_fast.evaluate import environment, read_records
 from dive_fast.evaluate_detections import evaluate_detections
-from dive_fast.zoo.scenes_coco import write_scenes
 
 SCENES = 6
 COLUMNS = 3

@@ -13,12 +13,12 @@ from PIL import Image
 
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.data.images import as_pictures, squashed_tensor
 from dive_fast.detections import Detections
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.images import as_pictures, squashed_tensor
 from dive_fast.models import load_model, own_directory, prior_directory
 from dive_fast.models.fitted import Fitted, apply_fitted, read_fitted, write_fitted
 from dive_fast.models.prompts import Classes
@@ -160,7 +160,7 @@ class LayoutDetector:
 
         Args:
             images: PIL images, paths, arrays or tensors, one or many; see
-                ``dive_fast.images.as_images``.
+                ``dive_fast.data.images.as_images``.
             strategy: "guided" or "invert", or a strategy object.
             probes: how many, or a list of your own. Without one they lie where the model's
                 ``dive_fast.json`` says ("timesteps"), and else in the middle of the schedule.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from dive_fast.data.images import as_image
 from dive_fast.drawing import draw_boxes
 from dive_fast.errors import DiveFastError
-from dive_fast.images import as_image
 
 if TYPE_CHECKING:
     import supervision

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dive_fast.images import to_mode
+from dive_fast.data.images import to_mode
 
 _LONG_SIDE = 384  # pixels that a smaller picture is enlarged to, so that captions fit
 _GOLDEN = (math.sqrt(5) - 1) / 2

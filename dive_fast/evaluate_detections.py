@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from dive_fast.coco import CocoDataset, CocoImage, class_categories, unknown_classes
 from dive_fast.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
+from dive_fast.data.coco import CocoDataset, CocoImage, class_categories, unknown_classes
+from dive_fast.data.images import to_mode
 from dive_fast.detections import Detections
 from dive_fast.errors import ImageError
 from dive_fast.evaluate import machine
-from dive_fast.images import to_mode
 from dive_fast.rundir import RunDirectory
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dive_fast.averaging import averaged
 from dive_fast.calibration import Calibration, as_labels, calibrate
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
@@ -22,6 +21,7 @@ from dive_fast.models.fitted import Fitted, apply_fitted, read_fitted, write_fit
 from dive_fast.models.protocol import Model
 from dive_fast.sampling import sample
 from dive_fast.strategies import DefaultProbes, Strategy
+from dive_fast.strategies.averaged import averaged
 
 # Rivals of the right class are found on this many probes, where there are more than are wanted.
 SCREEN_PROBES = 20

@@ -12,10 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dive_fast.calibration import Calibration, calibrate
-from dive_fast.coco import CocoDataset, CocoImage, class_categories
+from dive_fast.data.coco import CocoDataset, CocoImage, class_categories
+from dive_fast.data.images import to_mode
 from dive_fast.detect import LayoutDetector
 from dive_fast.errors import DiveFastError, ImageError
-from dive_fast.images import to_mode
 from dive_fast.matching import match
 from dive_fast.strategies.layout import LayoutAnswer
 

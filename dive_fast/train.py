@@ -14,11 +14,11 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel
 from safetensors import SafetensorError
 
 from dive_fast.classify import DiffusionClassifier
+from dive_fast.data import digits
+from dive_fast.data.mnist import load_mnist
+from dive_fast.data.npz import Pictures
+from dive_fast.data.omniglot import load_omniglot
 from dive_fast.errors import DataError, RunError
-from dive_fast.zoo import digits
-from dive_fast.zoo.arrays import Pictures
-from dive_fast.zoo.mnist import load_mnist
-from dive_fast.zoo.omniglot import load_omniglot
 from dive_fast.zoo.training import (
     DIGITS,
     MNIST,

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.timesteps import BINS, TimestepWeights
+from dive_fast.data import scenes
+from dive_fast.data.scenes import SceneMaker, load_scenes
 from dive_fast.models.layout_encoder import LayoutEncoder
 from dive_fast.models.layout_transformer import (
     LayoutTransformerModel,
     build_layout_transformer,
     denoise,
 )
-from dive_fast.zoo import scenes
-from dive_fast.zoo.scenes import SceneMaker, load_scenes
 from dive_fast.zoo.training_layout import (
     SCENES,
     Draw,

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dive_fast.coco import CocoDataset, held_out_split, read_coco, read_pictures
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.data.coco import CocoDataset, held_out_split, read_coco, read_pictures
 from dive_fast.errors import DataError, ImageError
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.train_layout import train_into

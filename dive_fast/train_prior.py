@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dive_fast.coco import CocoDataset, held_out_split, read_box_arrays, read_coco
+from dive_fast.data.coco import CocoDataset, held_out_split, read_box_arrays, read_coco
+from dive_fast.data.scenes import SceneMaker, load_scenes
 from dive_fast.errors import ModelError, RunError
 from dive_fast.models import load_model
 from dive_fast.priors import LayoutPrior, PriorTrainingConfig, layout_tokens, train_prior
 from dive_fast.priors.training import Draw
 from dive_fast.train_layout import SCENES_FORMAT, scene_tokens
-from dive_fast.zoo.scenes import SceneMaker, load_scenes
 
 SCENES = "scenes"
 N_HELD_OUT_SCENES = 512

@@ -14,8 +14,8 @@ from test_priors import make_prior
 from tiny_layout import make_scenes_model
 
 from bench import detection
-from dive_fast.coco import CocoDataset, CocoImage
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.data.coco import CocoDataset, CocoImage
 from dive_fast.strategies.layout import Guided, InvertLayout
 
 FAST = {

@@ -13,7 +13,7 @@ from toy_model import ToyModel
 
 import dive_fast
 from dive_fast import Classification, DiffusionClassifier, DiveFastError, ImageError, ModelError
-from dive_fast.zoo.digits import NAMES, load_digits
+from dive_fast.data.digits import NAMES, load_digits
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tiny import NAMES, write_model
 
 import dive_fast
 from dive_fast import DiffusionClassifier, ImageError
-from dive_fast.zoo import digits
+from dive_fast.data import digits
 
 ROOT = Path(__file__).parent.parent
 

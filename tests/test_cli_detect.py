@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_layout import make_layout_model, make_scenes_model
 
 from dive_fast import zoo
-from dive_fast.zoo.scenes import NAMES
+from dive_fast.data.scenes import NAMES
 
 FAST = (
     "--set",

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.bccd import NAMES, load_bccd
 from dive_fast import DataError, ImageError
-from dive_fast.coco import (
+from dive_fast.data.coco import (
     CocoDataset,
     CocoImage,
     class_categories,
@@ -24,8 +25,7 @@ from dive_fast.coco import (
     unknown_classes,
     write_coco,
 )
-from dive_fast.images import squash
-from dive_fast.zoo.bccd import NAMES, load_bccd
+from dive_fast.data.images import squash
 
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "det3_bccd_640px.zip"
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from dive_fast.data import DataSet, open_dataset, select
+from dive_fast.data.digits import NAMES, load_digits
+from dive_fast.data.images import as_images
 from dive_fast.errors import DataError, ImageError
-from dive_fast.images import as_images
-from dive_fast.zoo.digits import NAMES, load_digits
 
 RNG = np.random.default_rng(0)
 CLASSES = ("tench, Tinca tinca", "Goldfish", "crane", "crane", "great white shark, white shark")

@@ -17,10 +17,10 @@ from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
 from dive_fast import Detections, DiffusionClassifier
-from dive_fast.coco import CocoDataset, CocoImage
+from dive_fast.data.coco import CocoDataset, CocoImage
+from dive_fast.data.digits import load_digits
 from dive_fast.models import _FAMILIES
 from dive_fast.strategies import base
-from dive_fast.zoo.digits import load_digits
 
 ROOT = Path(__file__).parents[1]
 PAGES = (

@@ -20,10 +20,9 @@ from PIL import Image
 from tiny import NAMES, read_json, write_model
 
 from dive_fast import DiffusionClassifier, DiveFastError, RunError
-from dive_fast.data import DataSet, Example
+from dive_fast.data import DataSet, Example, digits
+from dive_fast.data.images import read_image
 from dive_fast.evaluate import evaluate, read_records, summarise
-from dive_fast.images import read_image
-from dive_fast.zoo import digits
 
 ROOT = Path(__file__).parent.parent
 SUMMARY = {

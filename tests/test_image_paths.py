@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dive_fast.data.paths import expand_inputs
 from dive_fast.errors import ImageError
-from dive_fast.image_paths import expand_inputs
 
 
 class TestExpandInputs:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dive_fast.errors import ImageError
-from dive_fast.images import (
+from dive_fast.data.images import (
     MAX_PIXELS,
     as_image,
     as_images,
@@ -20,6 +19,7 @@ from dive_fast.images import (
     read_image,
     to_mode,
 )
+from dive_fast.errors import ImageError
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (21, 17), dtype=np.uint8)

@@ -11,7 +11,6 @@ from tiny import read_json, write_json
 from tiny_sd import LENGTH, write_sd, write_sdxl
 
 from dive_fast import DiffusionClassifier, ModelError
-from dive_fast.averaging import averaged
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses
 from dive_fast.core.vocabulary import Vocabulary
@@ -20,6 +19,7 @@ from dive_fast.engine.objective import Objective
 from dive_fast.models import load_model, needs_classes
 from dive_fast.models.prompts import ClassPrompts
 from dive_fast.sampling import sample
+from dive_fast.strategies.averaged import averaged
 
 TEMPLATES = ("a photo of a {}.", "{}!", "a bad {}")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dive_fast.core.layouts import Layout
+from dive_fast.data import scenes
+from dive_fast.data.scenes import SceneMaker, Scenes, load_scenes
+from dive_fast.data.scenes_coco import write_scenes
 from dive_fast.errors import DataError
 from dive_fast.train_layout import SCENES_FORMAT, scene_tokens
-from dive_fast.zoo import scenes
-from dive_fast.zoo.scenes import SceneMaker, Scenes, load_scenes
-from dive_fast.zoo.scenes_coco import write_scenes
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import torch
 from command import assert_refused, call
 from PIL import Image
 
+from dive_fast.data import digits
 from dive_fast.errors import DataError, RunError
 from dive_fast.train import write_model
-from dive_fast.zoo import digits
 from dive_fast.zoo.training import TrainingConfig, build_transformer, train_transformer
 
 CONFIG = TrainingConfig(

@@ -12,11 +12,11 @@ import torch
 from command import assert_refused, call
 
 from dive_fast import train_layout
+from dive_fast.data.scenes import SceneMaker
 from dive_fast.errors import RunError
 from dive_fast.models import load_model
 from dive_fast.train_layout import SCENES_FORMAT, build, scene_tokens, train_scenes
 from dive_fast.zoo import training_layout
-from dive_fast.zoo.scenes import SceneMaker
 from dive_fast.zoo.training_layout import (
     LayoutTrainingConfig,
     draw_timesteps,

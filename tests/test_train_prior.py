@@ -13,7 +13,7 @@ from command import assert_refused, call
 from tiny_layout import make_layout_model
 
 from dive_fast import train_prior as train_prior_module
-from dive_fast.coco import CocoDataset, CocoImage, held_out_split, read_box_arrays
+from dive_fast.data.coco import CocoDataset, CocoImage, held_out_split, read_box_arrays
 from dive_fast.errors import DataError
 from dive_fast.models import load_model
 from dive_fast.priors import layout_tokens, load_prior

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dive_fast.data import open_dataset
+from dive_fast.data.images import as_images
+from dive_fast.data.mnist import load_mnist
+from dive_fast.data.omniglot import load_omniglot
 from dive_fast.errors import DataError
-from dive_fast.images import as_images
-from dive_fast.zoo.mnist import load_mnist
-from dive_fast.zoo.omniglot import load_omniglot
 from dive_fast.zoo.training import OMNIGLOT, augment_images
 
 RNG = np.random.default_rng(0)

@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _expand(arguments: list[str], errors: dict[int, str]) -> Iterator[Path]:
     """The files of all arguments; one that gives none keeps its place, with an error."""
+    from dive_fast.data.paths import expand_inputs
     from dive_fast.errors import ImageError
-    from dive_fast.image_paths import expand_inputs
 
     position = 0
     for argument in arguments:

@@ -46,8 +46,8 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from dive_fast.data.paths import expand_inputs
     from dive_fast.errors import ImageError
-    from dive_fast.image_paths import expand_inputs
     from dive_fast.rundir import RunDirectory
 
     # A misspelt name should not wait for a large model to load.
@@ -88,8 +88,8 @@ class _Pictures:
         self.kept: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
+        from dive_fast.data.images import read_image, to_mode
         from dive_fast.errors import ImageError
-        from dive_fast.images import read_image, to_mode
 
         for path in self.paths:
             error = self.errors.get(path)

@@ -17,7 +17,7 @@ from dive_fast.cli.options import SCENES, chosen_layout_strategy, load_detector
 from dive_fast.cli.prior_options import tell_of_proportion
 
 if TYPE_CHECKING:  # torch is not loaded for the help
-    from dive_fast.coco import CocoDataset
+    from dive_fast.data.coco import CocoDataset
     from dive_fast.strategies.layout import LayoutStrategy
 
 # Of the options for classifiers, what a detector has no use for.
@@ -69,8 +69,8 @@ def detection_data(
         part: of the scenes, "train" or "test".
         n_scenes: how many without ``--limit``; None for all that there are for tests.
     """
-    from dive_fast.coco import read_coco
-    from dive_fast.zoo.scenes_coco import N_TEST, write_scenes
+    from dive_fast.data.coco import read_coco
+    from dive_fast.data.scenes_coco import N_TEST, write_scenes
 
     if options.data != SCENES:
         yield read_coco(options.data, options.images).select(options.limit, options.seed)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dive_fast.coco import CocoDataset
-from dive_fast.coco.classes import class_categories
 from dive_fast.core.layouts import Layout, LayoutFormat
+from dive_fast.data.coco import CocoDataset
+from dive_fast.data.coco.classes import class_categories
 from dive_fast.errors import DataError
 
 

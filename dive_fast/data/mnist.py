@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dive_fast.zoo.arrays import Pictures, read_arrays
-from dive_fast.zoo.digits import NAMES
+from dive_fast.data.digits import NAMES
+from dive_fast.data.npz import Pictures, read_arrays
 
 __all__ = ["NAMES", "load_mnist"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dive_fast.data.npz import Pictures, read_arrays
 from dive_fast.errors import DataError
-from dive_fast.zoo.arrays import Pictures, read_arrays
 
 LAST_TRAIN_DRAWER = 15
 ARRAYS = ("x", "y", "drawer", "classes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dive_fast.coco.dataset import CocoDataset
+from dive_fast.data.coco.dataset import CocoDataset
 from dive_fast.errors import DataError
 
 

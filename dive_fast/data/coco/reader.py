@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dive_fast.coco.dataset import CocoDataset, CocoImage
+from dive_fast.data.coco.dataset import CocoDataset, CocoImage
 from dive_fast.errors import DataError
 
 _THIN = 1e-6  # of the image's side: less is no size, and could vanish in float32

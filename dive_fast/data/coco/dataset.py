@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from dive_fast.core.layouts import Layout
+from dive_fast.data.images import read_image
 from dive_fast.errors import DataError, ImageError
-from dive_fast.images import read_image
 
 HELD_OUT_SHARE, HELD_OUT_SEED = 0.1, 0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dive_fast.coco.dataset import CocoDataset
-from dive_fast.images import squash, to_mode
+from dive_fast.data.coco.dataset import CocoDataset
+from dive_fast.data.images import squash, to_mode
 
 
 def read_pictures(dataset: CocoDataset, size: int, channels: int = 3) -> np.ndarray:

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dive_fast.data import digits, omniglot
+from dive_fast.data.images import read_image
+from dive_fast.data.paths import list_images
 from dive_fast.errors import DataError, ImageError
-from dive_fast.image_paths import list_images
-from dive_fast.images import read_image
-from dive_fast.zoo import digits, omniglot
 
 _NPZ_PAIRS = {
     "test": (("images", "labels"), ("x_test", "y_test")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dive_fast.coco import CocoDataset, read_coco
+from dive_fast.data.coco import CocoDataset, read_coco
 from dive_fast.errors import DataError
 
 NAMES = ("RBC", "WBC", "Platelets")

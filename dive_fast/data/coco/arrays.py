@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dive_fast.coco.dataset import CocoDataset, CocoImage
+from dive_fast.data.coco.dataset import CocoDataset, CocoImage
 from dive_fast.errors import DataError
 
 _ARRAYS = (

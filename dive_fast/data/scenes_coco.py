@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dive_fast.coco import CocoDataset, CocoImage, read_coco, write_coco
+from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
+from dive_fast.data.scenes import CANVAS, N_TEST, NAMES, Scenes, load_scenes
 from dive_fast.errors import DataError
-from dive_fast.zoo.scenes import CANVAS, N_TEST, NAMES, Scenes, load_scenes
 
 ANNOTATIONS = "annotations.json"
 PICTURES = "images"

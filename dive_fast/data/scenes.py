@@ -1,6 +1,6 @@
 """Scenes of real handwritten digits: 32 x 32 pixels, one to four digits, a box around each.
 
-The digits are scikit-learn's (``dive_fast.zoo.digits``), enlarged, light on dark; where two touch,
+The digits are scikit-learn's (``dive_fast.data.digits``), enlarged, light on dark; where two touch,
 the lighter pixel counts. Training scenes show the 1,400 training digits, each drawn anew with a
 little tilt and shear; test scenes show the 397 held-out digits as they are.
 
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dive_fast.data.digits import NAMES, load_digits
 from dive_fast.errors import DataError
-from dive_fast.zoo.digits import NAMES, load_digits
 
 __all__ = ["CANVAS", "GRID", "MAX_OBJECTS", "NAMES", "SceneMaker", "Scenes", "load_scenes"]
 

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from dive_fast.coco.dataset import CocoDataset
+from dive_fast.data.coco.dataset import CocoDataset
 from dive_fast.errors import DataError
 
 

@@ -1,0 +1,14 @@
+"""Everything that is read from disk: pictures, labels, boxes."""
+
+from __future__ import annotations
+
+from dive_fast.data.labelled import (
+    DataSet,
+    Example,
+    folder_classes,
+    load_all,
+    open_dataset,
+    select,
+)
+
+__all__ = ["DataSet", "Example", "folder_classes", "load_all", "open_dataset", "select"]
