@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dive_fast
 from bench.conftest import provenance
-from dive_fast.models import unet as stages
+from dive_fast.models.unet import stages
 
 RESULTS = Path(__file__).parent / "results" / "accelerate_loop.jsonl"
 TOKENS = 77

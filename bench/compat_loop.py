@@ -29,7 +29,7 @@ from bench.records import append
 from dive_fast import DiffusionClassifier, compat
 from dive_fast.core.schedule import Schedule
 from dive_fast.data.digits import NAMES, load_digits
-from dive_fast.models.given import wrap_unet
+from dive_fast.models.unet.wrapped import wrap_unet
 
 SHAPE = (4, 4, 4)
 LENGTH, WIDTH = 4, 32

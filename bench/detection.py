@@ -32,11 +32,11 @@ from dive_fast import LayoutDetector
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.data.coco import CocoDataset, class_categories, read_coco
 from dive_fast.data.scenes_coco import write_scenes
-from dive_fast.detect import PRIOR_WEIGHT
 from dive_fast.errors import DiveFastError
-from dive_fast.evaluate import environment, read_records
-from dive_fast.evaluate_detections import evaluate_detections
-from dive_fast.matching import match
+from dive_fast.evaluation.classification import environment, read_records
+from dive_fast.evaluation.detection import evaluate_detections
+from dive_fast.predict.detector import PRIOR_WEIGHT
+from dive_fast.predict.matching import match
 from dive_fast.strategies.layout import InvertLayout, LayoutStrategy, resolve_layout_strategy
 
 SURE = 0.5  # confidence from which an object counts in precision and recall

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from dive_fast.data.digits import load_digits
 from dive_fast.data.omniglot import load_omniglot
-from dive_fast.zoo.training import DIGITS, OMNIGLOT, augment_images
+from dive_fast.training.dit import DIGITS, OMNIGLOT, augment_images
 
 MODELS = ("digits", "omniglot")
 FURTHER = {"rotate_degrees": 12.0, "scale": 0.14, "shear": 0.15, "shift_pixels": 1.0}

@@ -23,7 +23,7 @@ from dive_fast import DiffusionClassifier
 from dive_fast.core.requests import Answer, Gradients
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.engine.options import EngineOptions
-from dive_fast.models.given import wrap_unet
+from dive_fast.models.unet.wrapped import wrap_unet
 from dive_fast.strategies import DefaultProbes
 
 LEVELS = {

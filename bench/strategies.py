@@ -28,7 +28,7 @@ from bench.baselines import diffusion_classifier, dive
 from bench.records import append
 from dive_fast import DiffusionClassifier, zoo
 from dive_fast.data import DataSet, open_dataset, select
-from dive_fast.evaluate import evaluate, read_records, summarise
+from dive_fast.evaluation.classification import evaluate, read_records, summarise
 from dive_fast.strategies import Auto, DivePaper, Enumerate, Invert, Race, Strategy
 
 K = 250

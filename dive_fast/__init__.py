@@ -13,31 +13,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
-    from dive_fast.calibration import Calibration
-    from dive_fast.classify import DiffusionClassifier
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.timesteps import TimestepWeights
-    from dive_fast.detect import LayoutDetector
-    from dive_fast.detections import Detections
     from dive_fast.engine.options import EngineOptions
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
-    from dive_fast.results import Classification
+    from dive_fast.predict.calibration import Calibration
+    from dive_fast.predict.classification import Classification
+    from dive_fast.predict.classifier import DiffusionClassifier
+    from dive_fast.predict.detections import Detections
+    from dive_fast.predict.detector import LayoutDetector
     from dive_fast.strategies import register_preset, register_strategy
 
 __version__ = "0.1.0"
 
 # Loaded when first used: the command line's --help should not wait for torch and diffusers.
 _HOMES = {
-    "Calibration": "dive_fast.calibration",
-    "Classification": "dive_fast.results",
+    "Calibration": "dive_fast.predict.calibration",
+    "Classification": "dive_fast.predict.classification",
     "DataError": "dive_fast.errors",
-    "Detections": "dive_fast.detections",
-    "DiffusionClassifier": "dive_fast.classify",
+    "Detections": "dive_fast.predict.detections",
+    "DiffusionClassifier": "dive_fast.predict.classifier",
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.engine.options",
     "ImageError": "dive_fast.errors",
-    "LayoutDetector": "dive_fast.detect",
+    "LayoutDetector": "dive_fast.predict.detector",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.core.probes",
     "RunError": "dive_fast.errors",

@@ -10,7 +10,7 @@ from dive_fast import DiffusionClassifier
 from dive_fast.engine import Engine
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.errors import DiveFastError
-from dive_fast.sampling import sample
+from dive_fast.predict.sampling import sample
 
 
 def model_of(parameters: int, device: str = "cpu") -> ToyModel:

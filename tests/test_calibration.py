@@ -14,7 +14,7 @@ from tiny import read_json, write_json, write_model
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError
-from dive_fast.calibration import (
+from dive_fast.predict.calibration import (
     calibrate,
     expected_calibration_error,
     fit_beta,

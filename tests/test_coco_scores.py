@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dive_fast import DataError, DiveFastError
-from dive_fast.coco_scores import NAMES, score, score_boxes
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco
+from dive_fast.evaluation.coco_scores import NAMES, score, score_boxes
 
 pytest.importorskip("pycocotools", reason="the COCO numbers come with the extra detect")
 

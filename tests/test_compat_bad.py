@@ -22,8 +22,8 @@ from tiny_unet import make_unet
 from dive_fast import DiveFastError
 from dive_fast.compat import eval_error, eval_prob_adaptive
 from dive_fast.core.schedule import Schedule
-from dive_fast.models.given import wrap_unet
 from dive_fast.models.protocol import Model, StagedModel
+from dive_fast.models.unet.wrapped import wrap_unet
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.errors import ModelError
 from dive_fast.models import load_model
-from dive_fast.models.convert import convert_layout_checkpoint, convert_state_dict
+from dive_fast.models.layout_to_image.convert import convert_layout_checkpoint, convert_state_dict
 
 # The same fp32 operations, other attention kernels and another order of sums.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}

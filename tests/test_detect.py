@@ -10,8 +10,8 @@ from toy_layout import ToyLayoutModel
 from toy_model import ToyModel
 
 from dive_fast.core.timesteps import TimestepWeights
-from dive_fast.detect import LayoutDetector
 from dive_fast.errors import DiveFastError, ImageError, ModelError
+from dive_fast.predict.detector import LayoutDetector
 from dive_fast.strategies.layout import Board, Box, Guided, Item
 
 SCENE = (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6)))

@@ -14,11 +14,11 @@ from tiny import make_vae
 from tiny_transformer import CHANNELS, N_CLASSES, SIZE, make_transformer
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError
-from dive_fast.conventions import timestep_embedding_losses
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.data.digits import load_digits
-from dive_fast.models.dit import DiT, choose_timestep_embedding, embedders_are_equal
-from dive_fast.train import write_model
+from dive_fast.models.dit.model import DiT, choose_timestep_embedding, embedders_are_equal
+from dive_fast.predict.timestep_embedding import timestep_embedding_losses
+from dive_fast.training.zoo import write_model
 
 SCHEDULE = Schedule.from_betas(make_betas("linear", 1000))
 NAMES = tuple("abcde")

@@ -15,7 +15,7 @@ from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.engine import Engine, EngineOptions, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError
-from dive_fast.models.dit import DiT
+from dive_fast.models.dit.model import DiT
 from dive_fast.strategies import (
     AdaptiveEnumerate,
     Auto,

@@ -19,8 +19,8 @@ from dive_fast import DiffusionClassifier, DiveFastError, RunError
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.data import open_dataset
 from dive_fast.engine import EngineOptions
-from dive_fast.evaluate import evaluate
-from dive_fast.models.dit import DiT
+from dive_fast.evaluation.classification import evaluate
+from dive_fast.models.dit.model import DiT
 
 LEVELS = ("off", "exact", "encoder")
 

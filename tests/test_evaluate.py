@@ -22,7 +22,7 @@ from tiny import NAMES, read_json, write_model
 from dive_fast import DiffusionClassifier, DiveFastError, RunError
 from dive_fast.data import DataSet, Example, digits
 from dive_fast.data.images import read_image
-from dive_fast.evaluate import evaluate, read_records, summarise
+from dive_fast.evaluation.classification import evaluate, read_records, summarise
 
 ROOT = Path(__file__).parent.parent
 SUMMARY = {

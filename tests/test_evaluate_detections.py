@@ -13,10 +13,10 @@ from PIL import Image
 from tiny import read_json
 
 from dive_fast import DataError, Detections, DiveFastError, RunError
-from dive_fast.coco_scores import NAMES
 from dive_fast.data.coco import CocoDataset, read_coco
-from dive_fast.evaluate import read_records
-from dive_fast.evaluate_detections import evaluate_detections, summarise_detections
+from dive_fast.evaluation.classification import read_records
+from dive_fast.evaluation.coco_scores import NAMES
+from dive_fast.evaluation.detection import evaluate_detections, summarise_detections
 
 pytest.importorskip("pycocotools", reason="the COCO numbers come with the extra detect")
 

@@ -17,7 +17,7 @@ from tiny_layout import make_scenes_model
 from dive_fast import LayoutDetector
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
 from dive_fast.errors import DataError, DiveFastError, ModelError
-from dive_fast.fitting_layout import calibrate_detector
+from dive_fast.predict.fitting_detector import calibrate_detector
 from dive_fast.strategies.layout import Board, Box, Item
 
 SCENES = (

@@ -15,12 +15,12 @@ from dive_fast import LayoutDetector
 from dive_fast.core.layouts import Layout
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import load_model
-from dive_fast.models.geodiffusion import GeoDiffusion
-from dive_fast.models.location_encoder import LocationPromptEncoder
-from dive_fast.models.location_prompts import LocationPrompts
+from dive_fast.models.geodiffusion.encoder import LocationPromptEncoder
+from dive_fast.models.geodiffusion.model import GeoDiffusion
+from dive_fast.models.geodiffusion.prompts import LocationPrompts
 from dive_fast.models.protocol import Model, StagedModel
 from dive_fast.models.stable_diffusion import StableDiffusion
-from dive_fast.models.text import load_tower
+from dive_fast.models.text.towers import load_tower
 
 CLASSES = ("cat", "dog", "of-cat", "owl")  # of 1, 2, 2 and 3 tokens
 BOXES = torch.tensor([[0.0, 0.25, 0.5, 1.0], [0.5, 0.0, 1.0, 0.5], [0.25, 0.25, 0.75, 0.75]])

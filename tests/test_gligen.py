@@ -20,9 +20,9 @@ from dive_fast.core.layouts import Layout
 from dive_fast.engine import EngineOptions
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import load_model, needs_classes
-from dive_fast.models import unet as stages
 from dive_fast.models.gligen import Gligen, StagedGligen
 from dive_fast.models.protocol import StagedModel
+from dive_fast.models.unet import stages
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # the same fp32 operations in another grouping
 CLASSES = ("cat", "a dog", "fox")

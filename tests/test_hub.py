@@ -13,7 +13,7 @@ from tiny_sd import write_to_hub
 
 from dive_fast import ModelError
 from dive_fast.models import _FAMILIES, load_model
-from dive_fast.models.hub import download, patterns, pickle_patterns
+from dive_fast.models.files.hub import download, patterns, pickle_patterns
 
 # As published: stable-diffusion-v1-5, with every variant that lies beside.
 SD_WANTED = """

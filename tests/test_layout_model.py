@@ -14,9 +14,9 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.errors import ModelError
 from dive_fast.models import load_model
-from dive_fast.models.layout import LayoutToImageModel, build_layout_model
-from dive_fast.models.layout_encoder import LayoutEncoder
-from dive_fast.models.layout_support import check_unet, read_format
+from dive_fast.models.layout_to_image.encoder import LayoutEncoder
+from dive_fast.models.layout_to_image.support import check_unet, read_format
+from dive_fast.models.layout_to_image.unet import LayoutToImageModel, build_layout_model
 from dive_fast.models.protocol import StagedModel
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # the same fp32 operations in another grouping

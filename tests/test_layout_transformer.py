@@ -12,12 +12,15 @@ from diffusers import DDPMScheduler, SD3Transformer2DModel
 from tiny_layout import FORMAT, layouts, make_layout_model, make_layout_transformer
 
 from dive_fast.core.layouts import LayoutFormat
-from dive_fast.detect import LayoutDetector
 from dive_fast.errors import ModelError
 from dive_fast.models import load_model
-from dive_fast.models.layout_encoder import LayoutEncoder
-from dive_fast.models.layout_transformer import LayoutTransformerModel, build_layout_transformer
+from dive_fast.models.layout_to_image.encoder import LayoutEncoder
+from dive_fast.models.layout_to_image.transformer import (
+    LayoutTransformerModel,
+    build_layout_transformer,
+)
 from dive_fast.models.protocol import Model, StagedModel
+from dive_fast.predict.detector import LayoutDetector
 
 SIZES = {
     "sample_size": 8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dive_fast.matching import intersection_over_union, match
+from dive_fast.predict.matching import intersection_over_union, match
 
 TRUTH = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
 

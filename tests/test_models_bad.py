@@ -284,7 +284,7 @@ def test_overflow_in_half_precision(models: Path, tmp_path: Path, image: Path, c
 def test_family_from_outside(tmp_path: Path, models: Path) -> None:
     """A registered loader is called, and listed among the supported families."""
     from dive_fast import models as registry
-    from dive_fast.models import dit
+    from dive_fast.models.dit import model as dit
 
     directory = tmp_path / "model"
     shutil.copytree(models / "pixels", directory)

@@ -14,7 +14,7 @@ from bench.baselines import diffusion_classifier as published_dc
 from bench.baselines import dive as published_dive
 from dive_fast import DiffusionClassifier, DiveFastError, ProbeList, zoo
 from dive_fast.core.schedule import Schedule
-from dive_fast.models.dit import DiT
+from dive_fast.models.dit.model import DiT
 from dive_fast.strategies import AdaptiveEnumerate, DivePaper
 
 SCHEDULER = DDPMScheduler(beta_schedule="linear")

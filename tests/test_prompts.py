@@ -17,8 +17,8 @@ from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.models import load_model, needs_classes
-from dive_fast.models.prompts import ClassPrompts
-from dive_fast.sampling import sample
+from dive_fast.models.text.prompts import ClassPrompts
+from dive_fast.predict.sampling import sample
 from dive_fast.strategies.averaged import averaged
 
 TEMPLATES = ("a photo of a {}.", "{}!", "a bad {}")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dive_fast.errors import RunError
-from dive_fast.rundir import RunDirectory
+from dive_fast.evaluation.rundir import RunDirectory
 
 CONFIG = {"model": "digits", "seed": 0, "invert": {"lr": 0.01, "stages": (1, 2)}}
 
@@ -279,7 +279,7 @@ class TestKilled:
         writer = python(
             """
             import sys
-            from dive_fast.rundir import RunDirectory
+            from dive_fast.evaluation.rundir import RunDirectory
             run = RunDirectory.open(sys.argv[1], {"seed": 0})
             for i in range(10**9):
                 run.append({"id": str(i), "losses": [0.5] * 2000})
@@ -304,7 +304,7 @@ class TestKilled:
         writer = python(
             """
             import resource, signal, sys
-            from dive_fast.rundir import RunDirectory
+            from dive_fast.evaluation.rundir import RunDirectory
             run = RunDirectory.open(sys.argv[1], {"seed": 0})
             run.append({"id": "0"})
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -378,7 +378,7 @@ class TestFullDisk:
             """
             import subprocess, sys
             from dive_fast.errors import RunError
-            from dive_fast.rundir import RunDirectory
+            from dive_fast.evaluation.rundir import RunDirectory
             path = sys.argv[1]
             if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", path]).returncode:
                 sys.exit(3)

@@ -11,8 +11,8 @@ from toy_model import ToyModel
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models.dit import DiT
-from dive_fast.sampling import sample
+from dive_fast.models.dit.model import DiT
+from dive_fast.predict.sampling import sample
 
 STEPS = 10
 

@@ -13,7 +13,7 @@ from dive_fast.data import scenes
 from dive_fast.data.scenes import SceneMaker, Scenes, load_scenes
 from dive_fast.data.scenes_coco import write_scenes
 from dive_fast.errors import DataError
-from dive_fast.train_layout import SCENES_FORMAT, scene_tokens
+from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from bench import scenes_baseline
 from bench.baselines import one_stage
 from bench.baselines.one_stage import Dense, Found, assign, centres, decode, detection_loss, nms
 from bench.scenes_baseline import BaselineConfig, coco_scores, load_detector, main, train
-from dive_fast.coco_scores import NAMES as NUMBERS
 from dive_fast.data.scenes import CANVAS, NAMES, load_scenes
+from dive_fast.evaluation.coco_scores import NAMES as NUMBERS
 
 pytest.importorskip("sklearn", reason="the scenes show scikit-learn's digits")
 pytest.importorskip("pycocotools", reason="the COCO numbers come with the extra detect")

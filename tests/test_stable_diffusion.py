@@ -18,10 +18,10 @@ from dive_fast.core.schedule import Schedule
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.models import load_model
-from dive_fast.models.prompts import ClassPrompts
 from dive_fast.models.protocol import Model, StagedModel
 from dive_fast.models.stable_diffusion import StagedStableDiffusion, check_unet
-from dive_fast.models.text import PromptEncoder, TextTower
+from dive_fast.models.text.prompts import ClassPrompts
+from dive_fast.models.text.towers import PromptEncoder, TextTower
 
 CLASSES = ("cat", "dog", "a zebra", "ship")
 KINDS = ("sd", "v", "sdxl")

@@ -9,7 +9,7 @@ from toy_model import ToyModel
 
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.models import load_model
-from dive_fast.models.dit import DiT
+from dive_fast.models.dit.model import DiT
 from dive_fast.models.protocol import StagedModel
 
 SCHEDULE = Schedule.from_betas(make_betas("linear", 1000))

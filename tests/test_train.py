@@ -14,8 +14,8 @@ from PIL import Image
 
 from dive_fast.data import digits
 from dive_fast.errors import DataError, RunError
-from dive_fast.train import write_model
-from dive_fast.zoo.training import TrainingConfig, build_transformer, train_transformer
+from dive_fast.training.dit import TrainingConfig, build_transformer, train_transformer
+from dive_fast.training.zoo import write_model
 
 CONFIG = TrainingConfig(
     sample_size=8, num_classes=10, patch_size=4, width=8, heads=1, layers=1, batch_size=4, steps=3

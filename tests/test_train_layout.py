@@ -11,13 +11,12 @@ import pytest
 import torch
 from command import assert_refused, call
 
-from dive_fast import train_layout
 from dive_fast.data.scenes import SceneMaker
 from dive_fast.errors import RunError
 from dive_fast.models import load_model
-from dive_fast.train_layout import SCENES_FORMAT, build, scene_tokens, train_scenes
-from dive_fast.zoo import training_layout
-from dive_fast.zoo.training_layout import (
+from dive_fast.training import layout as training_layout
+from dive_fast.training import scenes as train_layout
+from dive_fast.training.layout import (
     LayoutTrainingConfig,
     draw_timesteps,
     empty,
@@ -26,6 +25,7 @@ from dive_fast.zoo.training_layout import (
     to_x0,
     train_layout_model,
 )
+from dive_fast.training.scenes import SCENES_FORMAT, build, scene_tokens, train_scenes
 
 TINY = LayoutTrainingConfig(
     sample_size=32,

@@ -17,8 +17,8 @@ from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DataError, RunError
 from dive_fast.models import load_model
-from dive_fast.train_pictures import PICTURES, draw_flipped, flip, train_pictures
-from dive_fast.zoo import training_layout
+from dive_fast.training import layout as training_layout
+from dive_fast.training.annotated import PICTURES, draw_flipped, flip, train_pictures
 
 FORM = LayoutFormat.compact(("cat", "dog"), max_objects=3, grid=9)
 TINY = dataclasses.replace(

@@ -12,12 +12,12 @@ import torch
 from command import assert_refused, call
 from tiny_layout import make_layout_model
 
-from dive_fast import train_prior as train_prior_module
 from dive_fast.data.coco import CocoDataset, CocoImage, held_out_split, read_box_arrays
 from dive_fast.errors import DataError
 from dive_fast.models import load_model
 from dive_fast.priors import layout_tokens, load_prior
-from dive_fast.train_layout import SCENES_FORMAT
+from dive_fast.training import prior as train_prior_module
+from dive_fast.training.scenes import SCENES_FORMAT
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tiny_unet import LAYOUTS, make_inputs, make_unet
 from torch.utils.flop_counter import FlopCounterMode
 
 from dive_fast.errors import ModelError
-from dive_fast.models.unet import (
+from dive_fast.models.unet.stages import (
     check_supported,
     condition_enters_time,
     decoder,

@@ -12,7 +12,7 @@ from dive_fast.data.images import as_images
 from dive_fast.data.mnist import load_mnist
 from dive_fast.data.omniglot import load_omniglot
 from dive_fast.errors import DataError
-from dive_fast.zoo.training import OMNIGLOT, augment_images
+from dive_fast.training.dit import OMNIGLOT, augment_images
 
 RNG = np.random.default_rng(0)
 

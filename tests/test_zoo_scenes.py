@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dive_fast import LayoutDetector, zoo
+from dive_fast.cli.demo_scenes import as_line, run_detection_demo
 from dive_fast.data.scenes import STEP, load_scenes
-from dive_fast.demo_detection import as_line, run_detection_demo
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
-from dive_fast.matching import match
+from dive_fast.predict.matching import match
 from dive_fast.priors import LayoutPenalty
 from dive_fast.strategies.layout import Board, Box, Guided, Item
 from dive_fast.strategies.layout.board import measure

@@ -6,9 +6,12 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, VQModel
 
 from dive_fast.core.layouts import Layout, LayoutFormat
-from dive_fast.models.layout import LayoutToImageModel, build_layout_model
-from dive_fast.models.layout_transformer import LayoutTransformerModel, build_layout_transformer
-from dive_fast.train_layout import SCENES_FORMAT
+from dive_fast.models.layout_to_image.transformer import (
+    LayoutTransformerModel,
+    build_layout_transformer,
+)
+from dive_fast.models.layout_to_image.unet import LayoutToImageModel, build_layout_model
+from dive_fast.training.scenes import SCENES_FORMAT
 
 FORMAT = LayoutFormat.compact(("one", "two", "three"), max_objects=2, grid=5, crop=True)
 

@@ -15,8 +15,8 @@ from dive_fast.accelerator.base import Accelerated, Statistics
 from dive_fast.accelerator.dit import AcceleratedDiT
 from dive_fast.accelerator.unet import AcceleratedUNet
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models import dit_embedder
-from dive_fast.models import unet as stages
+from dive_fast.models.dit import shared_embedder as dit_embedder
+from dive_fast.models.unet import stages
 
 AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 

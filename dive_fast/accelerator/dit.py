@@ -10,7 +10,7 @@ import torch
 
 from dive_fast.accelerator.base import Accelerated
 from dive_fast.accelerator.store import fingerprint
-from dive_fast.models import dit_embedder
+from dive_fast.models.dit import shared_embedder as dit_embedder
 
 
 class AcceleratedDiT(Accelerated):

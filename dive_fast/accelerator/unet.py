@@ -13,7 +13,7 @@ from torch import Tensor
 from dive_fast.accelerator.base import Accelerated
 from dive_fast.accelerator.store import Rows, fingerprint
 from dive_fast.errors import ModelError
-from dive_fast.models import unet as stages
+from dive_fast.models.unet import stages
 
 # Conditions hold at most this share of the bytes, states of (x_t, t) the rest.
 CONDITIONS_SHARE = 1 / 4

@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.errors import RunError
-    from dive_fast.models.convert import convert_layout_checkpoint
+    from dive_fast.models.layout_to_image.convert import convert_layout_checkpoint
 
     # What was fitted to a model there, and its prior, would be taken for this one's.
     if (Path(options.out) / "model_index.json").exists():

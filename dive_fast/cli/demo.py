@@ -21,8 +21,8 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.demo import as_table, run_demo
-    from dive_fast.demo_detection import SCENES, as_line, run_detection_demo
+    from dive_fast.cli.demo_digits import as_table, run_demo
+    from dive_fast.cli.demo_scenes import SCENES, as_line, run_detection_demo
 
     summary = run_demo(options.out, limit=options.limit)
     print(f"\n{as_table(summary)}\n\n{options.out}/summary.json, {options.out}/digits.png\n")

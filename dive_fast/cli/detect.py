@@ -48,7 +48,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     from dive_fast.data.paths import expand_inputs
     from dive_fast.errors import ImageError
-    from dive_fast.rundir import RunDirectory
+    from dive_fast.evaluation.rundir import RunDirectory
 
     # A misspelt name should not wait for a large model to load.
     strategy = chosen_layout_strategy(options)

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         options.model = options.model or DETECTOR
         return evaluate_detections.run(options)
     from dive_fast.data import folder_classes, open_dataset, select
-    from dive_fast.evaluate import evaluate
+    from dive_fast.evaluation.classification import evaluate
 
     refuse_detector_options(options)
     options.model = options.model or CLASSIFIER

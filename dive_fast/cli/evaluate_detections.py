@@ -80,7 +80,7 @@ def detection_data(
 
 
 def _evaluate(options: argparse.Namespace, strategy: LayoutStrategy, data: CocoDataset) -> int:
-    from dive_fast.evaluate_detections import evaluate_detections
+    from dive_fast.evaluation.detection import evaluate_detections
 
     detector = load_detector(options, data.names)
     tell_of_proportion(detector)

@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 
 def run_detection(options: argparse.Namespace) -> int:
     from dive_fast.errors import DiveFastError
-    from dive_fast.fitting_layout import calibrate_detector
+    from dive_fast.predict.fitting_detector import calibrate_detector
 
     if options.what not in (None, ("beta",)):
         raise DiveFastError(f"of a detector beta can be fitted, got {','.join(options.what)}.")

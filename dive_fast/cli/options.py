@@ -285,7 +285,7 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
         classes: of a text-conditional model for which neither the options nor its directory name
             any.
     """
-    from dive_fast.classify import DiffusionClassifier
+    from dive_fast.predict.classifier import DiffusionClassifier
 
     classifier = DiffusionClassifier.from_pretrained(
         options.model,
@@ -310,7 +310,7 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     Args:
         classes: as in ``load_classifier``.
     """
-    from dive_fast.detect import LayoutDetector
+    from dive_fast.predict.detector import LayoutDetector
 
     detector = LayoutDetector.from_pretrained(
         options.model,

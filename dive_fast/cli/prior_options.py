@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dive_fast.detect import LayoutDetector
+    from dive_fast.predict.detector import LayoutDetector
 
 
 def weight(text: str) -> float:

@@ -32,7 +32,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.model == "scenes":
         return run_scenes(options)
-    from dive_fast.train import train_zoo_model
+    from dive_fast.training.zoo import train_zoo_model
 
     expected = train_zoo_model(
         options.model, options.out, data=options.data, steps=options.steps, seed=options.seed
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 def run_scenes(options: argparse.Namespace) -> int:
     from dive_fast.errors import DataError
-    from dive_fast.train_layout import train_scenes
+    from dive_fast.training.scenes import train_scenes
 
     if options.data is not None:
         raise DataError(

@@ -42,7 +42,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from dive_fast.train_pictures import PICTURES, train_pictures
+    from dive_fast.training.annotated import PICTURES, train_pictures
 
     config = dataclasses.replace(
         PICTURES,

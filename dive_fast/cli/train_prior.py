@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.train_prior import train_layout_prior
+    from dive_fast.training.prior import train_layout_prior
 
     trained = train_layout_prior(
         options.annotations,

@@ -35,7 +35,7 @@ from dive_fast.engine import Engine, Finished, Job
 from dive_fast.engine.objective import NORMS, Objective
 from dive_fast.errors import DiveFastError
 from dive_fast.models import DTYPES
-from dive_fast.models.given import GivenUNet, wrap_unet
+from dive_fast.models.unet.wrapped import GivenUNet, wrap_unet
 from dive_fast.strategies import Task
 
 MODES = ("race", "paper")

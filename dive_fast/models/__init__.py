@@ -11,11 +11,11 @@ import torch
 
 from dive_fast import zoo
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import first_line, read_json
-from dive_fast.models.fitted import apply_fitted, read_fitted
-from dive_fast.models.hub import find
-from dive_fast.models.prompts import Classes, stored_classes
+from dive_fast.models.files.checkpoint import first_line, read_json
+from dive_fast.models.files.hub import find
+from dive_fast.models.files.sidecar import apply_fitted, read_fitted
 from dive_fast.models.protocol import Model
+from dive_fast.models.text.prompts import Classes, stored_classes
 
 PRIOR = "prior"  # the folder of a model directory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,15 +39,16 @@ class _Family:
 
 
 def _load_dit(directory: Path, **options) -> Model:
-    from dive_fast.models import dit
+    from dive_fast.models.dit import model as dit
 
     return dit.load(directory, **options)
 
 
 def _load_stable_diffusion(directory: Path, **options) -> Model:
-    from dive_fast.models import geodiffusion, gligen, stable_diffusion
+    from dive_fast.models import gligen, stable_diffusion
+    from dive_fast.models.geodiffusion import model as geodiffusion
+    from dive_fast.models.geodiffusion.prompts import has_location_tokens
     from dive_fast.models.gligen_support import is_gligen
-    from dive_fast.models.location_prompts import has_location_tokens
 
     # Both are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
     if is_gligen(directory):
@@ -63,7 +64,7 @@ def _load_gligen(directory: Path, **options) -> Model:
 
 
 def _load_layout(directory: Path, **options) -> Model:
-    from dive_fast.models import layout
+    from dive_fast.models.layout_to_image import unet as layout
 
     return layout.load(directory, **options)
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import load_component
+from dive_fast.models.files.checkpoint import load_component
 
 ENCODE_BATCH = 16
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}

@@ -33,16 +33,16 @@ from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.models import unet as stages
 from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
-from dive_fast.models.checkpoint import fingerprint, load_component, read_extra, read_json
+from dive_fast.models.files.checkpoint import fingerprint, load_component, read_extra, read_json
 from dive_fast.models.gligen_support import check_grounding
-from dive_fast.models.layout_support import embed_tokens
-from dive_fast.models.prompts import Classes, ClassPrompts, choose_prompts
+from dive_fast.models.layout_to_image.support import embed_tokens
 from dive_fast.models.protocol import State
 from dive_fast.models.stable_diffusion import check_parts, check_unet
-from dive_fast.models.text import PromptEncoder, load_tower
-from dive_fast.models.unet_support import sample_side
+from dive_fast.models.text.prompts import Classes, ClassPrompts, choose_prompts
+from dive_fast.models.text.towers import PromptEncoder, load_tower
+from dive_fast.models.unet import stages
+from dive_fast.models.unet.support import sample_side
 
 MAX_OBJECTS = 30  # grounding tokens in training, absent ones included
 GRID = 33

@@ -7,8 +7,8 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import read_json
-from dive_fast.models.text import PromptEncoder
+from dive_fast.models.files.checkpoint import read_json
+from dive_fast.models.text.towers import PromptEncoder
 
 
 def is_gligen(directory: Path) -> bool:

@@ -17,17 +17,17 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.models import unet as stages
 from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
-from dive_fast.models.checkpoint import (
+from dive_fast.models.files.checkpoint import (
     fingerprint,
     load_component,
     read_json,
 )
-from dive_fast.models.prompts import Classes, ClassPrompts, choose_prompts
 from dive_fast.models.protocol import State
-from dive_fast.models.text import PromptEncoder, load_tower
-from dive_fast.models.unet_support import has_cross_attention, sample_side
+from dive_fast.models.text.prompts import Classes, ClassPrompts, choose_prompts
+from dive_fast.models.text.towers import PromptEncoder, load_tower
+from dive_fast.models.unet import stages
+from dive_fast.models.unet.support import has_cross_attention, sample_side
 
 TEXT_ENCODERS = {
     "StableDiffusionPipeline": ("CLIPTextModel",),

@@ -37,7 +37,7 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import load_component
+from dive_fast.models.files.checkpoint import load_component
 
 CROP_SLOTS = 2
 FEED_FORWARD = 4  # times the width

@@ -29,7 +29,7 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.probes import van_der_corput
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.errors import ModelError
-from dive_fast.models.checkpoint import fingerprint
+from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.priors.layout_prior import CROP_SLOTS, LayoutPrior
 
 ROWS = 2048  # (layout, probe) or (layout, slot) rows of one forward without gradient, at most

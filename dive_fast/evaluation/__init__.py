@@ -1,0 +1,1 @@
+"""Runs over labelled data that are written as they go and resumed where they stopped."""

@@ -1,0 +1,212 @@
+"""COCO scores of a detector, written image by image and resumed where it stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from tqdm import tqdm
+
+from dive_fast.data.coco import CocoDataset, CocoImage, class_categories, unknown_classes
+from dive_fast.data.images import to_mode
+from dive_fast.errors import ImageError
+from dive_fast.evaluation.classification import machine
+from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
+from dive_fast.evaluation.rundir import RunDirectory
+from dive_fast.predict.detections import Detections
+
+
+class Detector(Protocol):
+    """What ``evaluate_detections`` needs of a detector."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The classes' names."""
+        ...
+
+    def detect_stream(
+        self, images: Iterable[tuple[str, Image.Image]]
+    ) -> Iterator[tuple[str, Detections, int, float]]:
+        """Reads images when it has room for them, yields answers as they are ready.
+
+        Args:
+            images: (key, RGB picture), each key once.
+
+        Yields:
+            (key, detections in pixels of that picture, evaluations, seconds), in any order.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DetectionSummary:
+    """What an evaluation found; ``None`` stands for figures that no image supports.
+
+    Attributes:
+        scores: the twelve COCO numbers by name, in [0, 1], over the images that were searched;
+            each object counts with all classes that it could be, by their probabilities.
+        ap_one_class: AP when every object counts with its most probable class only.
+        ap_per_class: AP by class name, of ``scores``.
+        n: images searched.
+        failed: images that could not be read; their boxes do not count.
+        objects_per_image: detections, whatever their confidence.
+        evaluations_per_image: forwards plus backwards of the network.
+        seconds_per_image: of wall time.
+    """
+
+    scores: dict[str, float | None]
+    ap_one_class: float | None
+    ap_per_class: dict[str, float | None]
+    n: int
+    failed: int
+    objects_per_image: float | None
+    evaluations_per_image: float | None
+    seconds_per_image: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, the twelve numbers first."""
+        return {
+            **self.scores,
+            "AP_one_class": self.ap_one_class,
+            "AP_per_class": self.ap_per_class,
+            "n": self.n,
+            "failed": self.failed,
+            "objects_per_image": self.objects_per_image,
+            "evaluations_per_image": self.evaluations_per_image,
+            "seconds_per_image": self.seconds_per_image,
+        }
+
+
+def evaluate_detections(
+    detector: Detector,
+    dataset: CocoDataset,
+    out: str | Path,
+    *,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> DetectionSummary:
+    """Searches every picture of ``dataset`` and appends one line each to ``out/results.jsonl``.
+
+    ``out/run.json`` is written first. Run again with the same configuration it resumes: images
+    that have a line are not searched again. An image that is missing, cannot be read or has
+    another size than annotated is recorded with its error, and the rest go on.
+
+    Args:
+        detector: finds the objects.
+        dataset: pictures and annotated boxes. Its classes and the detector's are matched by name.
+        out: the run directory.
+        config: what decides the detector's answers, for JSON: model, settings, seed. A run of
+            another configuration is not resumed.
+        environment: what else is worth recording; never compared.
+        progress: shows a bar.
+
+    Raises:
+        RunError: ``out`` holds another run, or cannot be written.
+        DataError: the detector knows none of the classes.
+        DiveFastError: pycocotools is not installed.
+    """
+    # Hours of search should not end at a missing package or at classes of another kind.
+    pycocotools()
+    class_categories(dataset, detector.names)
+    if (unknown := unknown_classes(dataset, detector.names)) is not None:
+        _tell(unknown)
+    full_config = {**config, "data": dataset.identity(), "names": list(detector.names)}
+    with RunDirectory.open(out, full_config, {**machine(), **(environment or {})}) as run:
+        todo = [image for image in dataset.images if not run.finished(str(image.id))]
+        with tqdm(
+            total=len(dataset.images),
+            initial=len(dataset.images) - len(todo),
+            unit="image",
+            disable=not progress,
+        ) as bar:
+            stream = detector.detect_stream(_pictures(todo, run, bar))
+            for key, detections, evaluations, seconds in stream:
+                cost = {"evaluations": evaluations, "seconds": seconds}
+                run.append({"id": key, **detections.to_dict(), **cost})
+                bar.update()
+        return summarise_detections(run.done(), dataset, detector.names)
+
+
+def summarise_detections(
+    records: Mapping[str, Mapping[str, Any]], dataset: CocoDataset, names: Sequence[str]
+) -> DetectionSummary:
+    """The figures over records of ``results.jsonl`` (by id, as ``read_records`` gives them).
+
+    Records without ``probabilities``, as older runs have them, are scored by their class alone.
+
+    Args:
+        records: a run's records, also of an unfinished one; images without a record do not count.
+        dataset: the annotated boxes.
+        names: the detector's classes.
+
+    Raises:
+        DataError: the detector knows none of the data set's classes.
+    """
+    categories = class_categories(dataset, names)
+    there = [(i.id, records[str(i.id)]) for i in dataset.images if str(i.id) in records]
+    good = [(image_id, record) for image_id, record in there if "error" not in record]
+    n, failed = len(good), len(there) - len(good)
+    if not good:
+        numbers, classes = dict.fromkeys(NAMES), dict.fromkeys(dataset.names)
+        return DetectionSummary(numbers, None, classes, 0, failed, None, None, None)
+    found = [(image_id, _detections(record, names)) for image_id, record in good]
+    image_ids = [image_id for image_id, _ in good]
+
+    def scored(every_class: bool) -> BoxScores:
+        results = [
+            entry
+            for image_id, detections in found
+            for entry in detections.to_coco(image_id, categories, every_class=every_class)
+        ]
+        return score_boxes(dataset, results, image_ids)
+
+    scores = scored(every_class=True)
+    return DetectionSummary(
+        scores=scores.numbers,
+        ap_one_class=scored(every_class=False).numbers["AP"],
+        ap_per_class=scores.classes,
+        n=n,
+        failed=failed,
+        objects_per_image=sum(len(record["boxes"]) for _, record in good) / n,
+        evaluations_per_image=sum(record["evaluations"] for _, record in good) / n,
+        seconds_per_image=sum(record["seconds"] for _, record in good) / n,
+    )
+
+
+def _detections(record: Mapping[str, Any], names: Sequence[str]) -> Detections:
+    return Detections(
+        record["boxes"],
+        record["classes"],
+        record["confidences"],
+        tuple(names),
+        record.get("probabilities"),
+    )
+
+
+def _pictures(
+    todo: Sequence[CocoImage], run: RunDirectory, bar: tqdm
+) -> Iterator[tuple[str, Image.Image]]:
+    """Reads the pictures one by one; those that cannot be read go straight to the record."""
+    for image in todo:
+        try:
+            # A mode that cannot be converted is this picture's error and not the detector's.
+            picture = to_mode(image.read(), 3)
+        except ImageError as error:
+            if image.path is not None:  # a missing one is already among the data's problems
+                # The message begins with the path where the file, not its mode, is the trouble.
+                name = "" if str(image.path) in str(error) else f"{image.path}: "
+                _tell(f"{name}{error}")
+            run.append({"id": str(image.id), "error": str(error)})
+            bar.update()
+            continue
+        yield str(image.id), picture
+
+
+def _tell(sentence: str) -> None:
+    """On stderr, above the progress bar if there is one."""
+    tqdm.write(f"dive-fast: {sentence}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""The family "dit": class-conditional diffusion transformers."""

@@ -1,0 +1,261 @@
+"""The family "dit": class-conditional diffusion transformers (arXiv 2212.09748) of diffusers.
+
+diffusers' ``DiTTransformer2DModel`` keeps one timestep and label embedder per block and takes
+integer labels. A learnable class vector must enter every block and the final layer, so the
+embedders are taken out, c = temb(t) + y is computed here, and the model's own forward carries c to
+every place where it looked its label up.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers.models.embeddings import get_timestep_embedding
+
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.core.vocabulary import Vocabulary
+from dive_fast.errors import ModelError
+from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
+from dive_fast.models.files.checkpoint import (
+    fingerprint,
+    load_component,
+    read_class_names,
+    read_extra,
+    read_json,
+)
+from dive_fast.models.protocol import State
+
+# The frequencies are max_period^(-i / (half - shift)): diffusers builds the DiT with shift 1,
+# the original code (and so every checkpoint converted from it) was trained with shift 0.
+FREQ_SHIFT = {"diffusers": 1, "original": 0}
+
+
+class _Given(torch.nn.Module):
+    """Stands where a block's embedder stood: returns the conditioning that came as the label."""
+
+    def __init__(self, copy: int) -> None:
+        super().__init__()
+        self.copy = copy
+
+    def forward(self, timestep, class_labels, hidden_dtype=None) -> torch.Tensor:
+        return class_labels[:, self.copy]
+
+
+class DiT:
+    """A DiT as classifier; see ``models.protocol.Model`` for the common attributes.
+
+    Args:
+        transformer: float32, frozen; its embedders are taken out of it.
+        vae: encodes pictures to latents, or None for a model of pixels.
+        schedule: of the training.
+        names: of the classes.
+        timestep_embedding: "diffusers" or "original", see ``FREQ_SHIFT``.
+        tied: all blocks' embedders hold equal copies, so the class vector has the width D of one
+            row. Otherwise it is the rows of all copies end to end, [copies * D].
+        beta: fitted; half the squared error summed over the latent if None.
+        timesteps: learned; strategies take their probes evenly if None.
+
+    Attributes:
+        encoder_blocks: how many blocks ``encoder`` runs; half of them unless set.
+    """
+
+    # The class enters the first block, so that the prefix is patches and timestep embedding alone:
+    # nothing worth keeping.
+    default_cache = "off"
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel,
+        vae: AutoencoderKL | None,
+        schedule: Schedule,
+        names: tuple[str, ...],
+        *,
+        name: str = "dit",
+        timestep_embedding: str = "diffusers",
+        tied: bool = True,
+        beta: float | None = None,
+        timesteps: TimestepWeights | None = None,
+    ) -> None:
+        config = transformer.config
+        self.name = name
+        self.transformer = self.network = transformer
+        self.vae = vae
+        # diffusers' own properties walk all modules at every call.
+        self.device, self.dtype = transformer.device, transformer.dtype
+        self.schedule = schedule
+        self.timestep_embedding = timestep_embedding
+        self.width = transformer.inner_dim
+        self.encoder_blocks = len(transformer.transformer_blocks) // 2
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.image_shape = image_shape(self.latent_shape, vae)
+        # Unfitted, beta L is half the squared error summed over the latent: unit variance.
+        self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
+        self.timesteps = timesteps
+
+        embedders = [block.norm1.emb for block in transformer.transformer_blocks]
+        for i, block in enumerate(transformer.transformer_blocks):
+            block.norm1.emb = _Given(0 if tied else i)
+        kept = embedders[:1] if tied else embedders
+        self.timestep_embedders = torch.nn.ModuleList(e.timestep_embedder for e in kept)
+        tables = [e.class_embedder.embedding_table.weight for e in kept]
+        rows = torch.cat([table.detach() for table in tables], dim=1)
+        n = config.num_embeds_ada_norm
+        unconditional = rows[n] if len(rows) > n else None
+        self.vocabulary = Vocabulary(rows[:n], names, unconditional)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> DiT:
+        """Moves the network; the VAE stays in float32, as it runs once per image."""
+        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
+        torch.nn.Module.to(self.transformer, device, dtype)
+        self.timestep_embedders.to(device, dtype)
+        if self.vae is not None:
+            self.vae.to(device)
+        self.device, self.dtype = device, dtype
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Precision, conventions and a fingerprint of the weights; not where the model lies."""
+        return {
+            "family": "dit",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "timestep_embedding": self.timestep_embedding,
+            "weights": fingerprint(self.transformer),
+            "vae_weights": None if self.vae is None else fingerprint(self.vae),
+            "schedule": self.schedule.identity(),
+        }
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """x0 = (posterior mean - shift) x scaling factor; the pictures themselves without a VAE."""
+        if self.vae is None:
+            return images.float()
+        return encode_latents(self.vae, images, self.device)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """See ``models.protocol.Model.predict``."""
+        c = self._conditioning(t, condition.to(self.dtype))
+        return self.transformer(x_t.to(self.dtype), timestep=t, class_labels=c).sample
+
+    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
+        """Patches with their positions [M, tokens, D], and temb(t) [M, copies, D]."""
+        return self.transformer.pos_embed(x_t.to(self.dtype)), self._temb(t)
+
+    def project(self, condition: torch.Tensor) -> State:
+        """The class vector itself, [N, copies, D]: a DiT has no keys and values to compute."""
+        return (condition.to(self.dtype).unflatten(1, (-1, self.width)),)
+
+    def encoder(self, prefix: State, projected: State) -> State:
+        """The first ``encoder_blocks`` blocks: tokens [M, tokens, D], and temb(t) again."""
+        tokens, temb = prefix
+        blocks = self.transformer.transformer_blocks[: self.encoder_blocks]
+        return self._through(blocks, tokens, temb + projected[0]), temb
+
+    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
+        """The other blocks and the final layer, which puts the patches together again."""
+        tokens, temb = encoded
+        network, c = self.transformer, temb + projected[0]
+        tokens = self._through(network.transformer_blocks[self.encoder_blocks :], tokens, c)
+        # The first block's embedder also serves the final layer.
+        shift, scale = network.proj_out_1(torch.nn.functional.silu(c[:, 0])).chunk(2, dim=1)
+        tokens = network.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None]
+        side, patch = math.isqrt(tokens.shape[1]), network.patch_size
+        patches = network.proj_out_2(tokens).unflatten(2, (patch, patch, -1))
+        # [M, row, column, y, x, C] to [M, C, row, y, column, x].
+        grid = patches.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
+        return grid.flatten(4, 5).flatten(2, 3)
+
+    @staticmethod
+    def _through(blocks, tokens: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            tokens = block(tokens, class_labels=c)
+        return tokens
+
+    def _conditioning(self, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """c = temb(t) + y for every copy of the embedders, [M, copies, D]."""
+        return self._temb(t) + condition.view(len(t), -1, self.width)
+
+    def _temb(self, t: torch.Tensor) -> torch.Tensor:
+        """temb(t) of every copy, [M, copies, D]."""
+        frequencies = get_timestep_embedding(
+            t,
+            256,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=FREQ_SHIFT[self.timestep_embedding],
+        ).to(self.dtype)
+        return torch.stack([embed(frequencies) for embed in self.timestep_embedders], dim=1)
+
+
+def load(
+    directory: Path,
+    *,
+    name: str,
+    allow_pickle: bool = False,
+    timestep_embedding: str = "auto",
+) -> DiT:
+    """Reads what ``DiTPipeline.save_pretrained`` writes; without a ``vae`` it is a model of pixels.
+
+    An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding`` and
+    what was fitted, which ``load_model`` sets.
+
+    Raises:
+        ModelError: a part is missing, broken or unsupported.
+    """
+    index = read_json(directory / "model_index.json")
+    extra = read_extra(directory)
+    schedule = Schedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
+    transformer = load_component(DiTTransformer2DModel, directory / "transformer", allow_pickle)
+    has_vae = (index.get("vae") or [None])[0] is not None
+    config = transformer.config
+    vae = load_vae(directory, config.in_channels, allow_pickle) if has_vae else None
+    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
+        raise ModelError(
+            f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
+            f"transformer in {directory}, got {config.out_channels}."
+        )
+    return DiT(
+        transformer,
+        vae,
+        schedule,
+        read_class_names(index, config.num_embeds_ada_norm),
+        name=name,
+        timestep_embedding=choose_timestep_embedding(
+            timestep_embedding, extra.get("timestep_embedding"), config
+        ),
+        tied=embedders_are_equal(transformer),
+    )
+
+
+def choose_timestep_embedding(asked: str, stated: str | None, config) -> str:
+    """The convention to use: what was asked, else what the directory states, else by architecture.
+
+    The published DiT-XL/2 configuration only exists as conversions of the original checkpoints,
+    which were trained with the original frequencies although diffusers builds others.
+
+    Raises:
+        ModelError: an unknown convention.
+    """
+    known = ("auto", *FREQ_SHIFT)
+    choice = asked if asked != "auto" else stated or "auto"
+    if choice not in known:
+        raise ModelError(f"expected a timestep_embedding of {', '.join(known)}, got {choice!r}.")
+    if choice != "auto":
+        return choice
+    xl_2 = {
+        "num_layers": 28,
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    }
+    published = all(config[key] == value for key, value in xl_2.items())
+    return "original" if published else "diffusers"
+
+
+def embedders_are_equal(transformer: DiTTransformer2DModel) -> bool:
+    """Whether every block's timestep and label embedder is a copy of the first block's."""
+    first, *others = (block.norm1.emb.state_dict() for block in transformer.transformer_blocks)
+    return all(torch.equal(other[key], first[key]) for other in others for key in first)

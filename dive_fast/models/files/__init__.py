@@ -1,0 +1,1 @@
+"""A model's files: where they lie, how they are read, and what is kept beside them."""

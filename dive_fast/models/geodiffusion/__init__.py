@@ -1,0 +1,1 @@
+"""The family "geodiffusion": Stable Diffusion whose prompts hold location tokens."""

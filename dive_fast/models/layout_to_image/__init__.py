@@ -1,0 +1,1 @@
+"""The family "layout-to-image": denoisers that attend to an encoded layout."""

@@ -1,0 +1,1 @@
+"""Classes as prompts, and prompts as conditions."""

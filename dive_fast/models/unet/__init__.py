@@ -1,0 +1,1 @@
+"""diffusers' ``UNet2DConditionModel`` in stages, for every family that has one."""

@@ -1,0 +1,1 @@
+"""What users call: classifier and detector, their answers, and what is fitted to them."""

@@ -1,0 +1,369 @@
+"""The classifier that users call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.requests import Answer, Losses, Search
+from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.data.images import as_images
+from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
+from dive_fast.engine.batch_size import rows_per_batch
+from dive_fast.engine.objective import Objective
+from dive_fast.errors import DiveFastError, ImageError, ModelError
+from dive_fast.models import load_model, own_directory
+from dive_fast.models.protocol import Model
+from dive_fast.models.text.prompts import Classes
+from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
+from dive_fast.predict.fitting import Fitting, choose_timesteps
+from dive_fast.strategies import Strategy, Task, resolve_strategy
+from dive_fast.strategies.averaged import averaged
+from dive_fast.strategies.base import DEFAULT_PROBES
+
+
+class DiffusionClassifier(Fitting):
+    """A frozen conditional diffusion model as classifier.
+
+    Args:
+        model: anything that follows ``dive_fast.models.protocol.Model``.
+        batch_size: rows per forward of the network at most; if None 256, on the CPU fewer for large
+            networks (``models.batch_size.rows_per_batch``).
+        options: how the engine computes; measured defaults if None.
+
+    Example:
+        >>> clf = DiffusionClassifier.from_pretrained("digits")
+        >>> clf("three.png")[0].label
+        'three'
+    """
+
+    def __init__(
+        self, model: Model, *, batch_size: int | None = None, options: EngineOptions | None = None
+    ) -> None:
+        self.model = model
+        self.batch_size = rows_per_batch(model, batch_size)
+        self.directory = None
+        self.options = EngineOptions() if options is None else options
+        self._engine = self._make_engine()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+        allow_pickle: bool = False,
+        timestep_embedding: str = "auto",
+        classes: Classes | None = None,
+        templates: Sequence[str] | None = None,
+        average: str | None = None,
+        **engine: Any,
+    ) -> DiffusionClassifier:
+        """From a model of the zoo, a diffusers directory, or a hub id.
+
+        The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
+        ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
+
+        Raises:
+            ModelError: the source is unknown, broken, or of a family that is not supported.
+        """
+        options = EngineOptions(**engine)
+        model = load_model(
+            source,
+            dtype=dtype,
+            device=device,
+            allow_pickle=allow_pickle,
+            timestep_embedding=timestep_embedding,
+            classes=classes,
+            templates=templates,
+            average=average,
+        )
+        classifier = cls(model, batch_size=batch_size, options=options)
+        classifier.directory = own_directory(source)
+        return classifier
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names."""
+        return self.model.vocabulary.names
+
+    @property
+    def last_run(self) -> EngineRecord:
+        """Batches, rows, evaluations, fill rate and cache of the last call."""
+        return self._engine.record
+
+    def __call__(
+        self,
+        images: Any = None,
+        *,
+        latents: torch.Tensor | None = None,
+        strategy: str | Strategy | None = None,
+        preset: str | None = None,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        prior: torch.Tensor | Sequence[float] | None = None,
+        trace: bool = False,
+        progress: bool = False,
+        **settings: Any,
+    ) -> list[Classification]:
+        """Classifies one image or many.
+
+        Args:
+            images: PIL images, paths, arrays or tensors, one or many; see
+                ``dive_fast.data.images.as_images``.
+            latents: float [B, C, h, w] already in model space, instead of images.
+            strategy: a name ("invert", "enumerate"), or a strategy object.
+            preset: "dive-paper" or "diffusion-classifier", the published settings.
+            probes: how many, or a list of your own; the strategy's choice if None.
+            seed: of the probes' noise and of the strategy's draws.
+            timesteps: "learned" takes the probes where the model's fitted timesteps say,
+                "uniform" evenly, a ``TimestepWeights`` where it says. None: learned where the
+                model has them and the strategy leaves the list to us; presets are uniform.
+            prior: p(y), [C]; uniform if None.
+            trace: keep on each answer what the strategy saw.
+            progress: show a bar.
+            settings: of the strategy, by name.
+
+        Returns:
+            One ``Classification`` per image, in the order of the images.
+
+        Raises:
+            DiveFastError: bad input, an unknown strategy, preset or setting.
+        """
+        # Strategies need gradients even where the caller has switched them off.
+        with torch.inference_mode(False):
+            x0 = self._latents(images, latents)
+            answers: list[Classification | None] = [None] * len(x0)
+            stream = self.stream(
+                enumerate(x0),
+                strategy=strategy,
+                preset=preset,
+                probes=probes,
+                seed=seed,
+                timesteps=timesteps,
+                prior=prior,
+                trace=trace,
+                progress=len(x0) if progress else None,
+                **settings,
+            )
+            for i, answer in stream:
+                answers[i] = answer
+        return answers
+
+    def stream(
+        self,
+        latents: Iterable[tuple[Any, torch.Tensor]],
+        *,
+        strategy: str | Strategy | None = None,
+        preset: str | None = None,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        prior: torch.Tensor | Sequence[float] | None = None,
+        trace: bool = False,
+        progress: int | None = None,
+        **settings: Any,
+    ) -> Iterator[tuple[Any, Classification]]:
+        """Classifies latents as they come and yields (key, answer) as they are found.
+
+        Args:
+            latents: pairs of a key and x0, float [C, h, w]; read lazily.
+            progress: the number of images if a bar shall be shown.
+
+        The other arguments are those of ``__call__``.
+        """
+        chosen = resolve_strategy(strategy, preset, settings)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps)
+        log_prior = self._log_prior(prior)
+        scaled = None if log_prior is None else log_prior / self.model.beta
+        task = Task(self.model.vocabulary, probe_list, seed, scaled)
+        parts = self.model.vocabulary.parts
+        jobs = (
+            Job(key, self._check_latent(x0), averaged(chosen.search(task), parts))
+            for key, x0 in latents
+        )
+        with _Bar(progress) as (bar, on_batch):
+            engine = self._engine = self._make_engine(on_batch)
+            for finished in engine.run(jobs, probe_list, Objective(chosen.loss)):
+                bar.update()
+                yield finished.key, self._classification(finished, log_prior, trace)
+            # Memory that ran out once would run out again.
+            self.batch_size = engine.batch_size
+
+    def losses(
+        self,
+        images: Any = None,
+        classes: Sequence[int] | None = None,
+        probes: int | ProbeList | None = None,
+        *,
+        latents: torch.Tensor | None = None,
+        seed: int = 0,
+        loss: str = "l2",
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """The raw loss matrix, for people who write their own rule.
+
+        Args:
+            images, latents: as in ``__call__``.
+            classes: which classes, all if None.
+            probes: how many (100 if None), or a list of your own.
+            loss: "l2", "l1" or "huber".
+
+        Returns:
+            float32 [B, C, K]: loss of image b under class c on probe k.
+        """
+        x0 = self._latents(images, latents)
+        table = self.model.vocabulary.table
+        picked = torch.arange(len(table))
+        if classes is not None:
+            picked = torch.as_tensor(classes, dtype=torch.int64).reshape(-1)
+            if len(picked) == 0 or int(picked.min()) < 0 or int(picked.max()) >= len(table):
+                raise DiveFastError(
+                    f"classes must name rows in [0, {len(table)}), got {picked.tolist()}."
+                )
+        if not isinstance(probes, ProbeList):
+            k = DEFAULT_PROBES if probes is None else probes
+            n_timesteps = len(self.model.schedule)
+            probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
+        out = torch.empty(len(x0), len(picked), len(probes))
+        parts = self.model.vocabulary.parts
+        jobs = (
+            Job(i, x, averaged(_measure(table[picked], picked, len(probes)), parts))
+            for i, x in enumerate(x0)
+        )
+        with _Bar(len(x0) if progress else None) as (bar, on_batch):
+            engine = self._engine = self._make_engine(on_batch)
+            for finished in engine.run(jobs, probes, Objective(loss)):
+                bar.update()
+                out[finished.key] = finished.answer.trace["losses"]
+        return out
+
+    def encode(self, images: Any) -> torch.Tensor:
+        """x0 of pictures in any form that ``__call__`` takes: float32 [B, C, h, w]."""
+        channels, size, _ = self.model.image_shape
+        pixels = as_images(images, size, channels)
+        return self.model.encode(torch.stack(pixels))
+
+    def probe_list(
+        self,
+        strategy: Strategy,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+    ) -> ProbeList:
+        """The probes that ``strategy`` would run on: given, counted, or its own choice."""
+        weights = choose_timesteps(self.model, strategy, probes, timesteps)
+        if not isinstance(probes, ProbeList):
+            shape = self.model.latent_shape
+            if weights is None:
+                probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
+            else:
+                k = DEFAULT_PROBES if probes is None else probes
+                probes = weights.probes(k, shape, seed)
+        probes.check(self.model.latent_shape, len(self.model.schedule))
+        return probes
+
+    def _make_engine(self, on_batch: Callable[[int], None] | None = None) -> Engine:
+        return Engine(self.model, self.batch_size, on_batch, self.options)
+
+    def _latents(self, images: Any, latents: torch.Tensor | None) -> torch.Tensor:
+        if (images is None) == (latents is None):
+            raise DiveFastError("expected either images or latents.")
+        if latents is None:
+            return self.encode(images)
+        latents = torch.as_tensor(latents)
+        if latents.ndim != 4:
+            raise ImageError(
+                f"latents must have shape {_show('B', self.model.latent_shape)}, "
+                f"got {list(latents.shape)}."
+            )
+        return latents
+
+    def _check_latent(self, x0: torch.Tensor) -> torch.Tensor:
+        shape = self.model.latent_shape
+        if tuple(x0.shape) != tuple(shape):
+            raise ImageError(
+                f"latents must have shape {_show('B', shape)}, got {['B', *x0.shape]}."
+            )
+        if not torch.isfinite(x0).all():
+            raise ImageError("latents must be finite, got NaN or infinity.")
+        # Cloned: a tensor made in inference mode cannot take part in a backward.
+        return x0.detach().float().clone()
+
+    def _log_prior(self, prior: torch.Tensor | Sequence[float] | None) -> torch.Tensor | None:
+        if prior is None:
+            return None
+        p = torch.as_tensor(prior, dtype=torch.float64)
+        c = len(self.model.vocabulary)
+        if list(p.shape) != [c] or not bool((p >= 0).all()) or not p.sum() > 0:
+            raise DiveFastError(f"prior must hold {c} weights >= 0, got shape {list(p.shape)}.")
+        return (p / p.sum()).log()
+
+    def _classification(
+        self, finished: Finished, log_prior: torch.Tensor | None, trace: bool
+    ) -> Classification:
+        answer = finished.answer
+        posterior = log_posterior(answer, self.model.beta, log_prior)
+        if posterior.isnan().any():
+            raise ModelError(
+                f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN or "
+                f"infinity: its weights, its schedule or this precision cannot be right."
+            )
+        # With a prior the class of the lowest loss need not be the most probable one.
+        index = answer.index if log_prior is None else int(posterior.argmax())
+        return Classification(
+            label=self.names[index],
+            index=index,
+            log_posterior=posterior,
+            losses=answer.losses,
+            n_probes=answer.n_probes,
+            eliminated=torch.zeros(len(self.names), dtype=torch.bool)
+            if answer.bound is None
+            else answer.bound.isfinite(),
+            log_odds_bound=log_odds_bound(answer, index, self.model.beta, log_prior),
+            names=self.names,
+            evaluations=finished.evaluations,
+            seconds=finished.seconds,
+            trace=answer.trace if trace else None,
+        )
+
+
+def _measure(conditions: torch.Tensor, classes: torch.Tensor, k: int) -> Search:
+    losses = yield Losses(conditions, torch.arange(k), classes)
+    means, count = losses.mean(dim=1), torch.full((len(classes),), k)
+    return Answer(int(means.argmin()), means, count, {"losses": losses})
+
+
+class _Bar:
+    """A progress bar over images that also counts evaluations; silent where ``total`` is None."""
+
+    def __init__(self, total: int | None) -> None:
+        self.bar = tqdm(total=total, unit="image", disable=total is None)
+        self.evaluations = 0
+        self.shown = 0.0
+
+    def __enter__(self) -> tuple[tqdm, Callable[[int], None]]:
+        return self.bar, self.count
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+
+    def count(self, evaluations: int) -> None:
+        self.evaluations += evaluations
+        # One image may take minutes: the bar must move before the first is done, but not per batch.
+        due = time.monotonic() - self.shown > 0.5
+        self.bar.set_postfix(evaluations=f"{self.evaluations:,}", refresh=due)
+        self.shown = time.monotonic() if due else self.shown
+
+
+def _show(first: str, shape: Sequence[int]) -> str:
+    return f"[{', '.join([first, *map(str, shape)])}]"

@@ -1,0 +1,350 @@
+"""What a classifier learns from labelled images: part of ``DiffusionClassifier``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.requests import Answer, Gradients, Losses, Search
+from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
+from dive_fast.core.timesteps import TimestepWeights, estimate
+from dive_fast.core.vocabulary import Vocabulary
+from dive_fast.engine import Engine, Job
+from dive_fast.engine.objective import Objective
+from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
+from dive_fast.models.protocol import Model
+from dive_fast.predict.calibration import Calibration, as_labels, calibrate
+from dive_fast.predict.sampling import sample
+from dive_fast.strategies import DefaultProbes, Strategy
+from dive_fast.strategies.averaged import averaged
+
+# Rivals of the right class are found on this many probes, where there are more than are wanted.
+SCREEN_PROBES = 20
+
+
+class Fitting:
+    """Mixin of ``DiffusionClassifier``: fits values to the frozen model, stores and reads them.
+
+    Attributes:
+        model: what they are fitted to.
+        batch_size: rows per forward at most.
+        directory: where ``save_fitted`` writes unless told; None for models of zoo and hub.
+    """
+
+    model: Model
+    batch_size: int
+    directory: Path | None
+
+    def calibrate(
+        self,
+        images: Any = None,
+        labels: Any = None,
+        *,
+        latents: torch.Tensor | None = None,
+        strategy: str | Strategy = "enumerate",
+        probes: int | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Calibration:
+        """Fits the model's ``beta`` to labelled images, for probabilities that can be believed.
+
+        Classes that the strategy did not measure take no part; see ``calibration.fit_beta`` for
+        images where the label is one of them. ``save_fitted`` keeps the result.
+
+        Args:
+            images, latents: as in ``__call__``; best such as the model was not trained on, of
+                which it is surer than of others.
+            labels: whole numbers [B], rows of the vocabulary.
+            strategy, probes, seed, timesteps, settings: as in ``__call__``. The default measures
+                all classes.
+
+        Returns:
+            beta, expected calibration error and likelihood, before and after.
+
+        Raises:
+            DiveFastError: labels that do not fit, or bad input as in ``__call__``.
+        """
+        with torch.inference_mode(False):
+            x0 = self._latents(images, latents)
+        labels = as_labels(labels, len(x0), len(self.names))
+        answers = self(
+            latents=x0,
+            strategy=strategy,
+            probes=probes,
+            seed=seed,
+            timesteps=timesteps,
+            progress=progress,
+            **settings,
+        )
+        losses = torch.stack([answer.losses for answer in answers])
+        found = torch.tensor([answer.index for answer in answers])
+        record = calibrate(losses, labels, self.model.beta, found)
+        self.model.beta = record.beta_after
+        return record
+
+    def fit_timesteps(
+        self,
+        images: Any = None,
+        labels: Any = None,
+        *,
+        latents: torch.Tensor | None = None,
+        generate: int | None = None,
+        guidance: float = 1.0,
+        probes: int = 100,
+        rivals: int = 3,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> TimestepWeights:
+        """Learns which timesteps part the right class from its rivals, and sets it on the model.
+
+        Strategies then take their probes there, unless told ``timesteps="uniform"``. The expected
+        losses stay what they were, so ``beta`` does too. ``save_fitted`` keeps the result.
+
+        Args:
+            images, latents: as in ``__call__``.
+            labels: whole numbers [B], rows of the vocabulary.
+            generate: instead of images, how many the model shall generate itself, its classes in
+                turn, by 50 steps of DDIM.
+            guidance: of the generation; see ``sampling.sample``.
+            probes: evenly spread ones, on which the right class and its rivals are compared.
+            rivals: the nearest wrong classes, found on 20 probes.
+            seed: of the noises.
+            progress: show a bar.
+
+        Raises:
+            DiveFastError: labels that do not fit, a model of one class, too few probes, or bad
+                input as in ``__call__``.
+        """
+        for name, value, least in (("rivals", rivals, 1), ("generate", generate, 1)):
+            if value is not None and value < least:
+                raise DiveFastError(f"{name} must be at least {least}, got {value}.")
+        n_classes = len(self.names)
+        if n_classes < 2:
+            raise DiveFastError(f"{self.model.name} has one class: nothing to tell it from.")
+        with torch.inference_mode(False):
+            if generate is not None:
+                if labels is not None:
+                    raise DiveFastError("expected images with labels, or generate, got both.")
+                labels = _turns(generate, n_classes)
+            x0 = self._given_or_generated(images, latents, generate, seed, progress, guidance)
+            labels = as_labels(labels, len(x0), n_classes)
+            n_timesteps = len(self.model.schedule)
+            probe_list = low_discrepancy_probes(probes, n_timesteps, self.model.latent_shape, seed)
+            table, parts = self.model.vocabulary.table, self.model.vocabulary.parts
+            jobs = (
+                Job(
+                    i,
+                    self._check_latent(x),
+                    averaged(_compare(table, int(y), probes, rivals), parts),
+                )
+                for i, (x, y) in enumerate(zip(x0, labels, strict=True))
+            )
+            losses = torch.empty(len(x0), 1 + min(rivals, n_classes - 1), probes)
+            with tqdm(total=len(x0), unit="image", disable=not progress) as bar:
+                for finished in Engine(self.model, self.batch_size).run(
+                    jobs, probe_list, Objective()
+                ):
+                    losses[finished.key] = finished.answer.trace["losses"]
+                    bar.update()
+        self.model.timesteps = estimate(losses, probe_list.timesteps, n_timesteps)
+        return self.model.timesteps
+
+    def _given_or_generated(
+        self,
+        images: Any,
+        latents: torch.Tensor | None,
+        generate: int | None,
+        seed: int,
+        progress: bool,
+        guidance: float = 1.0,
+    ) -> torch.Tensor:
+        """x0 of the images, or of as many as the model shall make of its classes in turn."""
+        if generate is None:
+            return self._latents(images, latents)
+        if generate < 1:
+            raise DiveFastError(f"generate must be at least 1, got {generate}.")
+        if images is not None or latents is not None:
+            raise DiveFastError("expected images with labels, or generate, got both.")
+        return sample(
+            self.model,
+            _turns(generate, len(self.names)),
+            guidance=guidance,
+            seed=seed,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+
+    def fit_shortlist(
+        self,
+        images: Any = None,
+        *,
+        latents: torch.Tensor | None = None,
+        generate: int | None = None,
+        probes: int = 24,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Shortlist:
+        """Learns to rank the classes from one gradient, for ``auto``; see ``core.shortlist``.
+
+        Costs probes x (C + 2) evaluations an image, once; a few dozen images do, labels are not
+        needed. ``save_fitted`` keeps the result.
+
+        Args:
+            images, latents: as in ``__call__``.
+            generate: instead, how many the model shall generate itself, its classes in turn.
+            probes: on which every class is measured.
+            seed: of the noises.
+
+        Raises:
+            DiveFastError: fewer than 2 images, or bad input as in ``__call__``.
+        """
+        with torch.inference_mode(False):
+            x0 = self._given_or_generated(images, latents, generate, seed, progress)
+            if len(x0) < 2:
+                raise DiveFastError(f"a shortlist is learned from 2 images or more, got {len(x0)}.")
+            n_timesteps, shape = len(self.model.schedule), self.model.latent_shape
+            learned = getattr(self.model, "timesteps", None)
+            probe_list = (
+                low_discrepancy_probes(probes, n_timesteps, shape, seed)
+                if learned is None
+                else learned.probes(probes, shape, seed)
+            )
+            vocabulary = self.model.vocabulary
+            jobs = (
+                Job(
+                    i,
+                    self._check_latent(x),
+                    averaged(_survey(vocabulary, probes), vocabulary.parts),
+                )
+                for i, x in enumerate(x0)
+            )
+            found: dict[int, dict[str, torch.Tensor]] = {}
+            with tqdm(total=len(x0), unit="image", disable=not progress) as bar:
+                for finished in Engine(self.model, self.batch_size).run(
+                    jobs, probe_list, Objective()
+                ):
+                    found[finished.key] = finished.answer.trace
+                    bar.update()
+        losses, base, linear = (
+            torch.stack([found[i][key] for i in range(len(x0))])
+            for key in ("losses", "base", "linear")
+        )
+        slope, curvature = estimate_shortlist(losses, base, linear)
+        learned = Shortlist(slope, tuple(curvature.tolist()), digest(vocabulary.names))
+        learned.apply(vocabulary)
+        return learned
+
+    def save_fitted(self, directory: str | Path | None = None) -> Path:
+        """Writes what was fitted into ``dive_fast.json``, keeping its other entries.
+
+        Args:
+            directory: the model's own if None, which it must have been loaded from. For models of
+                the zoo or the hub name another, and read it again with ``load_fitted``.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            ModelError: no directory, or one that cannot be written.
+        """
+        target = self.directory if directory is None else Path(directory)
+        if target is None:
+            raise ModelError(
+                f"{self.model.name} has no model directory of yours to write to: give one."
+            )
+        timesteps = getattr(self.model, "timesteps", None)
+        shortlist = Shortlist.of(self.model.vocabulary)
+        return write_fitted(target, Fitted(self.model.beta, timesteps, shortlist))
+
+    def load_fitted(self, directory: str | Path) -> None:
+        """Takes over what ``save_fitted`` wrote.
+
+        Raises:
+            ModelError: there is no ``dive_fast.json``, or it is damaged.
+        """
+        fitted = read_fitted(Path(directory), required=True)
+        if fitted.timesteps is not None:
+            _check_timesteps(self.model, fitted.timesteps)
+        apply_fitted(self.model, fitted)
+
+
+def choose_timesteps(
+    model: Model,
+    strategy: Strategy,
+    probes: int | ProbeList | None,
+    timesteps: str | TimestepWeights | None,
+) -> TimestepWeights | None:
+    """The learned timesteps that a run shall follow, or None for the strategy's own list.
+
+    Args:
+        timesteps: as in ``DiffusionClassifier.__call__``.
+
+    Raises:
+        DiveFastError: something else, or learned timesteps asked for where the probes are given or
+            published.
+        ModelError: the model has none, or such as are not for its schedule.
+    """
+    if not isinstance(timesteps, TimestepWeights) and timesteps not in (None, "learned", "uniform"):
+        raise DiveFastError(
+            f"expected timesteps 'learned', 'uniform' or a TimestepWeights, got {timesteps!r}."
+        )
+    ours = getattr(type(strategy), "probes", None) is DefaultProbes.probes
+    ours = ours and not isinstance(probes, ProbeList)
+    if timesteps == "uniform" or (timesteps is None and not ours):
+        return None
+    if not ours:
+        raise DiveFastError(
+            "learned timesteps need a list of probes that is ours to choose: "
+            "this one is given or published."
+        )
+    asked = isinstance(timesteps, TimestepWeights)
+    weights = timesteps if asked else getattr(model, "timesteps", None)
+    if weights is None and timesteps == "learned":
+        raise ModelError(f"{model.name} has no learned timesteps; see fit_timesteps.")
+    if weights is not None:
+        _check_timesteps(model, weights)
+    return weights
+
+
+def _check_timesteps(model: Model, weights: TimestepWeights) -> None:
+    if weights.n_timesteps != len(model.schedule):
+        raise ModelError(
+            f"{model.name} has {len(model.schedule)} timesteps, "
+            f"but these were learned for {weights.n_timesteps}."
+        )
+
+
+def _turns(n: int, n_classes: int) -> torch.Tensor:
+    """The classes of n generated images, spread over all."""
+    return torch.arange(n) * max(n_classes, n) // n % n_classes
+
+
+def _survey(vocabulary: Vocabulary, k: int) -> Search:
+    """All classes measured and estimated: ``trace`` has losses [C], base [] and linear [C]."""
+    table, v0, probes = vocabulary.table, vocabulary.mean(), torch.arange(k)
+    reply = yield Gradients(v0[None], probes)
+    losses = yield Losses(table, probes, torch.arange(len(table)))
+    means = losses.mean(dim=1)
+    linear = (table - v0) @ reply.gradients[0]
+    trace = {"losses": means, "base": reply.losses.mean(), "linear": linear}
+    return Answer(int(means.argmin()), means, torch.full((len(table),), k), trace)
+
+
+def _compare(table: torch.Tensor, label: int, k: int, rivals: int) -> Search:
+    """Losses of the right class and its nearest rivals: ``trace["losses"]`` [1 + R, k]."""
+    others = torch.tensor([c for c in range(len(table)) if c != label])
+    if len(others) > rivals:
+        losses = yield Losses(table[others], torch.arange(min(SCREEN_PROBES, k)), others)
+        others = others[losses.mean(dim=1).argsort()[:rivals]]
+    compared = torch.cat([torch.tensor([label]), others])
+    losses = yield Losses(table[compared], torch.arange(k), compared)
+    means = torch.full((len(table),), torch.nan)
+    means[compared] = losses.mean(dim=1)
+    return Answer(label, means, means.isfinite() * k, {"losses": losses})

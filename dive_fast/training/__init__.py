@@ -1,0 +1,1 @@
+"""Making models: one loop, and what each trainer learns."""

@@ -1,0 +1,155 @@
+"""Makes a layout-to-image model of annotated pictures: any data set in COCO's form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.data.coco import CocoDataset, held_out_split, read_coco, read_pictures
+from dive_fast.errors import DataError, ImageError
+from dive_fast.priors.tokens import fitting_layouts
+from dive_fast.training.layout import SCENES, Draw, LayoutTrainingConfig
+from dive_fast.training.loop import check_unfinished, prepare_directory
+from dive_fast.training.scenes import train_into
+
+MOST_HELD_OUT = 256
+PIXELS_PER_STEP = 2
+
+PICTURES = dataclasses.replace(SCENES, in_channels=3, t_range=(0.2, 0.75), max_weight=50.0)
+
+
+class TrainedModel(NamedTuple):
+    """What came out: the losses of held-out pictures, and what was learned from."""
+
+    expected: dict[str, float]
+    n_train: int
+    n_held_out: int
+
+
+def train_pictures(
+    annotations: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    max_objects: int,
+    config: LayoutTrainingConfig = PICTURES,
+    progress: bool = True,
+    tell: Callable[[str], object] = print,
+) -> TrainedModel:
+    """Trains a layout-to-image model into ``out``, a diffusers model directory.
+
+    Pictures are squashed to the model's square and flipped at random, left to right and upside
+    down. Corners lie on every second pixel. A tenth of the pictures, always the same, at most 256,
+    is held out.
+
+    Args:
+        annotations: a COCO annotation file.
+        images: the folder of its pictures.
+        max_objects: slots of the model; of a picture with more objects the smallest are left out.
+        config: sizes and course; ``sample_size`` is the side of the pictures.
+        tell: takes one sentence on everything that was left out, pictures that cannot be read too.
+
+    Raises:
+        DataError: the annotations cannot be used, hold fewer than two pictures that fit and can be
+            read, or ``config`` has pictures of an odd side.
+        RunError: ``out`` holds a finished model or another training run, or cannot be written.
+    """
+    out = Path(out)
+    if config.sample_size % PIXELS_PER_STEP:
+        raise DataError(f"expected an even number of pixels as size, got {config.sample_size}.")
+    dataset = read_coco(annotations, images)
+    present = tuple(image for image in dataset.images if image.path is not None)
+    dataset = dataclasses.replace(dataset, images=present)
+    layout = LayoutFormat.compact(
+        dataset.names, max_objects, config.sample_size // PIXELS_PER_STEP + 1
+    )
+    fitting = fitting_layouts(dataset, layout)
+    for sentence in (*dataset.problems, *fitting.left_out):
+        tell(sentence)
+    check_unfinished(out)
+    chosen = tuple(dataset.images[i] for i in fitting.images.tolist())
+    pictures, read = _pictures(dataclasses.replace(dataset, images=chosen), config, tell)
+    tokens = fitting.tokens[read]
+    train, held_out = held_out_split(len(tokens), dataset.source, MOST_HELD_OUT)
+    prepare_directory(out)
+    draw = draw_flipped(pictures, tokens, train, layout, config)
+    shown = (pictures[held_out.numpy()], tokens[held_out])
+    learned = dataclasses.replace(dataset, images=tuple(chosen[i] for i in read.tolist()))
+    command, data = "dive-fast train-layout", learned.identity()
+    expected = train_into(out, layout, config, draw, shown, command, progress, data)
+    return TrainedModel(expected, len(train), len(held_out))
+
+
+def draw_flipped(
+    pictures: np.ndarray,
+    tokens: Tensor,
+    among: Tensor,
+    layout: LayoutFormat,
+    config: LayoutTrainingConfig,
+) -> Draw:
+    """Random ones ``among`` the pictures with their layouts, flipped at random."""
+
+    def draw(step: int) -> tuple[np.ndarray, Tensor]:
+        rng = np.random.default_rng((config.seed, step))
+        rows = among[torch.from_numpy(rng.integers(len(among), size=config.batch_size))]
+        batch, found = pictures[rows.numpy()].copy(), tokens[rows]
+        for axis in (1, 2):
+            flipped = rng.random(len(rows)) < 0.5
+            batch[flipped] = np.flip(batch[flipped], axis)
+            chosen = torch.from_numpy(flipped)
+            found[chosen] = flip(found[chosen], layout, axis)
+        return batch, found
+
+    return draw
+
+
+def flip(tokens: Tensor, layout: LayoutFormat, axis: int) -> Tensor:
+    """The layouts of flipped pictures: axis 1 is upside down, 2 is left to right.
+
+    Args:
+        tokens: int64 [N, S], without crop.
+    """
+    last = layout.grid - 1
+    objects = tokens.unflatten(1, (-1, SLOTS_PER_OBJECT))
+    corners = objects[..., 1:] - layout.coordinate_start
+    y, x = corners // layout.grid, corners % layout.grid
+    # What was the second corner's side is the first one's now.
+    if axis == 1:
+        y = last - y.flip(-1)
+    else:
+        x = last - x.flip(-1)
+    turned = layout.coordinate_start + y * layout.grid + x
+    absent = objects[..., 1:] == layout.none
+    turned = torch.where(absent, layout.none, turned)
+    return torch.cat([objects[..., :1], turned], dim=2).flatten(1)
+
+
+def _pictures(
+    dataset: CocoDataset, config: LayoutTrainingConfig, tell: Callable[[str], object]
+) -> tuple[np.ndarray, Tensor]:
+    """Those that can be read.
+
+    Returns:
+        uint8 [N, side, side, channels], what ``training_layout.Draw`` gives, and their positions
+        in the data set, int64 [N].
+    """
+    size, channels = config.sample_size, config.in_channels
+    pictures, read = [np.empty((0, channels, size, size), dtype=np.uint8)], []
+    for i, image in enumerate(dataset.images):
+        try:
+            pictures.append(
+                read_pictures(dataclasses.replace(dataset, images=(image,)), size, channels)
+            )
+        except ImageError as error:
+            tell(f"left out: {error}")
+            continue
+        read.append(i)
+    return np.concatenate(pictures).transpose(0, 2, 3, 1).copy(), torch.tensor(read).long()
