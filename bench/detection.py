@@ -129,7 +129,7 @@ class _Chosen:
 
     def __init__(self, detector: LayoutDetector, chosen: dict[str, Any]) -> None:
         self.names = detector.names
-        self.detect_stream = functools.partial(detector.detect_stream, **chosen)
+        self.stream = functools.partial(detector.stream, **chosen)
 
 
 def found_objects(

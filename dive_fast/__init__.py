@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
+    from dive_fast.core.layouts import Layout, LayoutFormat
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.classifier import DiffusionClassifier
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
+    from dive_fast.predict.sampling import sample
     from dive_fast.strategies import register_preset, register_strategy
 
 __version__ = "0.1.0"
@@ -37,7 +39,9 @@ _HOMES = {
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.engine.options",
     "ImageError": "dive_fast.errors",
+    "Layout": "dive_fast.core.layouts",
     "LayoutDetector": "dive_fast.predict.detector",
+    "LayoutFormat": "dive_fast.core.layouts",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.core.probes",
     "RunError": "dive_fast.errors",
@@ -46,7 +50,20 @@ _HOMES = {
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
     "register_strategy": "dive_fast.strategies",
+    "sample": "dive_fast.predict.sampling",
 }
+_ROOMS = (
+    "compat",
+    "data",
+    "errors",
+    "evaluation",
+    "models",
+    "ops",
+    "priors",
+    "strategies",
+    "training",
+    "zoo",
+)
 
 __all__ = [
     "Calibration",
@@ -57,7 +74,9 @@ __all__ = [
     "DiveFastError",
     "EngineOptions",
     "ImageError",
+    "Layout",
     "LayoutDetector",
+    "LayoutFormat",
     "ModelError",
     "ProbeList",
     "RunError",
@@ -67,16 +86,17 @@ __all__ = [
     "register_model_family",
     "register_preset",
     "register_strategy",
+    "sample",
 ]
 
 
 def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in ("ops", "strategies", "models", "zoo"):
+    if name in _ROOMS:
         return importlib.import_module(f"dive_fast.{name}")
     raise AttributeError(f"module 'dive_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, "models", "ops", "strategies", "zoo"])
+    return sorted([*globals(), *_HOMES, *_ROOMS])

@@ -63,7 +63,7 @@ def test_the_posterior_of_every_class(picture, beta: float) -> None:
     model = PictureModel()
     model.beta = beta
     detector = LayoutDetector(model)
-    ((_, found, _, _),) = detector.detect_stream([("a", picture)])
+    ((_, found),) = detector.stream([("a", picture)])
     rows = found.class_probabilities
     assert rows.shape == (2, 3) and rows.dtype == torch.float32
     assert torch.equal(found.confidence, rows[range(2), found.class_id])
@@ -77,10 +77,9 @@ def test_the_posterior_of_every_class(picture, beta: float) -> None:
 
 
 def test_stream_reports_the_cost(detector, picture) -> None:
-    stream = detector.detect_stream([("a", picture)], strategy=Guided())
-    ((key, found, evaluations, seconds),) = stream
+    ((key, found),) = detector.stream([("a", picture)], strategy=Guided())
     assert key == "a" and len(found) == 2
-    assert evaluations == detector.last_run.evaluations > 0 and seconds > 0
+    assert found.evaluations == detector.last_run.evaluations > 0 and found.seconds > 0
 
 
 def test_in_inference_mode(detector, picture) -> None:
@@ -136,7 +135,7 @@ def test_bad_pictures(detector, picture) -> None:
 
 def test_keys_of_a_stream_tell_pictures_apart(detector, picture) -> None:
     with pytest.raises(DiveFastError, match="expected a key for each image, got 'a' twice"):
-        list(detector.detect_stream([("a", picture), ("a", picture)]))
+        list(detector.stream([("a", picture), ("a", picture)]))
 
 
 def test_probes_lie_where_the_model_says(picture) -> None:

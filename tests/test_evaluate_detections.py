@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -41,9 +42,7 @@ class GreyDetector:
         self.unsure = unsure
         self.searched: list[str] = []
 
-    def detect_stream(
-        self, images: Iterable[tuple[str, Image.Image]]
-    ) -> Iterator[tuple[str, Detections, int, float]]:
+    def stream(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, Detections]]:
         waiting: list[tuple[str, Image.Image]] = []
         for image in images:
             waiting.append(image)
@@ -51,13 +50,14 @@ class GreyDetector:
                 yield from self._answer(waiting)
         yield from self._answer(waiting)
 
-    def _answer(self, waiting: list) -> Iterator[tuple[str, Detections, int, float]]:
+    def _answer(self, waiting: list) -> Iterator[tuple[str, Detections]]:
         while waiting:
             if len(self.searched) == self.stop_after:
                 raise KeyboardInterrupt
             key, image = waiting.pop()
             self.searched.append(key)
-            yield key, self._detect(np.asarray(image.convert("L"))), 100 + int(key), 0.5
+            found = self._detect(np.asarray(image.convert("L")))
+            yield key, dataclasses.replace(found, evaluations=100 + int(key), seconds=0.5)
 
     def _detect(self, pixels: np.ndarray) -> Detections:
         boxes, classes = [], []

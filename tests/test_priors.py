@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.errors import ModelError, RunError
-from dive_fast.priors import LayoutPrior, PriorTrainingConfig, load_prior, train_prior
+from dive_fast.priors import LayoutPrior, load_prior
 from dive_fast.priors.layout_prior import table_digest
 from dive_fast.training import prior_loop as training
+from dive_fast.training.prior_loop import PriorTrainingConfig, train_prior
 
 FORMAT = LayoutFormat.compact(("left", "right"), max_objects=3, grid=5)
 TABLE = torch.randn(FORMAT.vocabulary_size, 8, generator=torch.Generator().manual_seed(0))

@@ -68,9 +68,9 @@ def run(options: argparse.Namespace) -> int:
         todo = [path for path in paths if not results.finished(path)]
         pictures = _Pictures(todo, errors, results)
         with tqdm(total=len(todo), unit="image", disable=not sys.stderr.isatty()) as bar:
-            for path, found, evaluations, seconds in detector.detect_stream(pictures, **chosen):
+            for path, found in detector.stream(pictures, **chosen):
                 drawn = _draw(found, pictures.pop(path), results.path / "drawn", path)
-                cost = {"evaluations": evaluations, "seconds": seconds}
+                cost = {"evaluations": found.evaluations, "seconds": found.seconds}
                 results.append({"id": path, **found.to_dict(), **cost, "drawn": drawn})
                 bar.update()
         records = [results.done()[path] for path in paths]

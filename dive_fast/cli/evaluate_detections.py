@@ -107,7 +107,7 @@ class _Chosen:
 
     def __init__(self, detector, chosen: dict) -> None:
         self.names = detector.names
-        self.detect_stream = functools.partial(detector.detect_stream, **chosen)
+        self.stream = functools.partial(detector.stream, **chosen)
 
 
 def as_text(summary) -> str:

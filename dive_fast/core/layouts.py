@@ -14,13 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dive_fast.core.projection import SLOTS_PER_OBJECT, DiscreteProjection
 from dive_fast.errors import DiveFastError
+
+Steps = TypeVar("Steps", int, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +171,34 @@ class LayoutFormat:
                 f"a box must span a step of the {self.grid} x {self.grid} grid",
                 layout.boxes[small][0].tolist(),
             )
-        steps = self._steps(layout.boxes).view(-1, 2, 2)  # object, corner, (x, y)
-        corners = self.coordinate_start + steps[..., 1] * self.grid + steps[..., 0]
-        triples = torch.full((self.max_objects, SLOTS_PER_OBJECT), self.none)
-        triples[: len(layout), 0] = self.class_start + layout.class_ids
-        triples[: len(layout), 1:] = corners
-        return torch.cat([triples.flatten(), self._whole_picture()])
+        return self.write(layout.class_ids, self._steps(layout.boxes))
+
+    def write(self, class_ids: Tensor, sides: Tensor) -> Tensor:
+        """Tokens of many layouts at once, whose boxes lie on the grid already; nothing is checked.
+
+        Args:
+            class_ids: int64 [..., n], n at most ``max_objects``; below 0 for no object.
+            sides: int64 [..., n, 4], left, top, right and bottom in steps of the grid.
+
+        Returns:
+            int64 [..., S].
+        """
+        corners = self.corner_token(sides[..., 0::2], sides[..., 1::2])
+        triples = torch.cat([(self.class_start + class_ids)[..., None], corners], dim=-1)
+        triples = torch.where((class_ids < 0)[..., None], self.none, triples)
+        free = self.max_objects - class_ids.shape[-1]
+        triples = F.pad(triples, (0, 0, 0, free), value=self.none)
+        crop = self._whole_picture().expand(*class_ids.shape[:-1], -1)
+        return torch.cat([triples.flatten(-2), crop], dim=-1)
+
+    def corner_token(self, x: Steps, y: Steps) -> Steps:
+        """The token of a corner, x and y in steps of the grid; whole numbers or int64 tensors."""
+        return self.coordinate_start + y * self.grid + x
+
+    def corner_place(self, token: Steps) -> tuple[Steps, Steps]:
+        """x and y of a corner's token, in steps of the grid."""
+        step = token - self.coordinate_start
+        return step % self.grid, step // self.grid
 
     def decode(self, tokens: Tensor) -> Layout:
         """The layout that tokens [S] mean; absent objects may stand anywhere, crops are dropped.
@@ -201,8 +226,7 @@ class LayoutFormat:
         self._check(
             "coordinate", torch.cat([present[:, 1:].flatten(), crop]), self.coordinate_range
         )
-        corners = present[:, 1:] - self.coordinate_start
-        steps = torch.stack([corners % self.grid, corners // self.grid], dim=2).flatten(1)
+        steps = torch.stack(self.corner_place(present[:, 1:]), dim=2).flatten(1)
         bad = (steps[:, 2:] <= steps[:, :2]).any(dim=1)
         if bad.any():
             _fail(
@@ -247,9 +271,9 @@ class LayoutFormat:
         meanings: list[list[str]] = [[] for _ in range(self.vocabulary_size)]
         for token, name in enumerate(self.names, start=self.class_start):
             meanings[token].append(name)
-        for step in range(self.grid**2):
-            x, y = step % self.grid, step // self.grid
-            meanings[self.coordinate_start + step].append(f"({x}, {y})")
+        for token in range(*self.coordinate_range):
+            x, y = self.corner_place(token)
+            meanings[token].append(f"({x}, {y})")
         meanings[self.none].append("none")
         return tuple(" or ".join(m) or f"unused {i}" for i, m in enumerate(meanings))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dive_fast.errors import DiveFastError
-from dive_fast.models.protocol import Model
+from dive_fast.models.protocol import Model, optional
 
 DEFAULT_ROWS = 256
 # Rows x parameters on the CPU: 8 rows of SD 1.5 (860 M), 256 of networks up to 33 M.
@@ -28,7 +28,7 @@ def rows_per_batch(model: Model, batch_size: int | None = None) -> int:
         if batch_size < 1:
             raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
         return batch_size
-    rows, network = DEFAULT_ROWS, getattr(model, "network", None)
+    rows, network = DEFAULT_ROWS, optional(model, "network")
     if network is None or model.device.type != "cpu":
         return rows
     parameters = sum(parameter.numel() for parameter in network.parameters())

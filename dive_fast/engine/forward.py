@@ -17,7 +17,7 @@ from dive_fast.engine.objective import DeviceProbes, Objective
 from dive_fast.engine.options import EngineOptions
 from dive_fast.engine.packing import Batch
 from dive_fast.errors import DiveFastError
-from dive_fast.models.protocol import Model, StagedModel, State
+from dive_fast.models.protocol import Model, StagedModel, State, optional
 
 
 class Forward:
@@ -221,7 +221,7 @@ class Forward:
 def check_options(model: Model, options: EngineOptions) -> None:
     """Raises DiveFastError for an option that this model does not offer."""
     cache_level(model, options)
-    if options.channels_last and not hasattr(model, "network"):
+    if options.channels_last and optional(model, "network") is None:
         raise DiveFastError(
             f"expected a model with an attribute 'network' for channels_last, got {model.name}."
         )
@@ -235,7 +235,7 @@ def cache_level(model: Model, options: EngineOptions) -> str:
     """
     staged = isinstance(model, StagedModel)
     if options.cache == "auto":
-        return getattr(model, "default_cache", "exact") if staged else "off"
+        return optional(model, "default_cache") if staged else "off"
     if options.cache != "off" and not staged:
         raise DiveFastError(
             f"expected cache 'off' for {model.name}, which does not come in parts, "

@@ -1,1 +1,22 @@
 """Runs over labelled data that are written as they go and resumed where they stopped."""
+
+from __future__ import annotations
+
+from dive_fast.evaluation.classification import Summary, evaluate, read_records, summarise
+from dive_fast.evaluation.detection import (
+    DetectionSummary,
+    evaluate_detections,
+    summarise_detections,
+)
+from dive_fast.evaluation.rundir import RunDirectory
+
+__all__ = [
+    "DetectionSummary",
+    "RunDirectory",
+    "Summary",
+    "evaluate",
+    "evaluate_detections",
+    "read_records",
+    "summarise",
+    "summarise_detections",
+]

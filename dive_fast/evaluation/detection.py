@@ -28,16 +28,14 @@ class Detector(Protocol):
         """The classes' names."""
         ...
 
-    def detect_stream(
-        self, images: Iterable[tuple[str, Image.Image]]
-    ) -> Iterator[tuple[str, Detections, int, float]]:
+    def stream(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, Detections]]:
         """Reads images when it has room for them, yields answers as they are ready.
 
         Args:
             images: (key, RGB picture), each key once.
 
         Yields:
-            (key, detections in pixels of that picture, evaluations, seconds), in any order.
+            (key, detections in pixels of that picture), in any order.
         """
         ...
 
@@ -124,9 +122,8 @@ def evaluate_detections(
             unit="image",
             disable=not progress,
         ) as bar:
-            stream = detector.detect_stream(_pictures(todo, run, bar))
-            for key, detections, evaluations, seconds in stream:
-                cost = {"evaluations": evaluations, "seconds": seconds}
+            for key, detections in detector.stream(_pictures(todo, run, bar)):
+                cost = {"evaluations": detections.evaluations, "seconds": detections.seconds}
                 run.append({"id": key, **detections.to_dict(), **cost})
                 bar.update()
         return summarise_detections(run.done(), dataset, detector.names)

@@ -14,15 +14,27 @@ from dive_fast.core.vocabulary import Vocabulary
 State: TypeAlias = tuple[torch.Tensor, ...]
 
 
+# What a model may have beside the attributes of ``Model``, and what stands for what it lacks.
+_OPTIONAL: dict[str, Any] = {
+    "network": None,  # its ``torch.nn.Module``: for ``channels_last`` and the default batch size
+    "timesteps": None,  # a ``TimestepWeights`` that the strategies' probes follow
+    "layout": None,  # a ``LayoutFormat``, of a layout-to-image model
+    "default_cache": "exact",  # of a ``StagedModel``: the level that measurement found best
+}
+
+
+def optional(model: Any, name: str) -> Any:
+    """What a model says of one of the attributes that it need not have.
+
+    Raises:
+        KeyError: there is no such optional attribute.
+    """
+    return getattr(model, name, _OPTIONAL[name])
+
+
 @runtime_checkable
 class Model(Protocol):
-    """A frozen conditional diffusion model.
-
-    A model may also have ``network``, its ``torch.nn.Module``: the engine's option
-    ``channels_last`` needs it, and the default batch size follows its number of parameters.
-
-    A model may also have ``timesteps``, a ``TimestepWeights`` or None, which the strategies' probes
-    then follow.
+    """A frozen conditional diffusion model; ``optional`` lists what it may have beside this.
 
     Attributes:
         name: what the user called it.

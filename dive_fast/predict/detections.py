@@ -39,6 +39,8 @@ class Detections:
         names: the classes' names.
         class_probabilities: float32 [n, C], p(c | rest, x0) of each object for all C classes of
             ``names``, where they are known. A row sums to at most 1; the rest is "not there".
+        evaluations: forwards plus backwards of the network that this image took.
+        seconds: this image's share of the time, the packing of many images taken into account.
 
     Raises:
         DiveFastError: shapes that do not agree, a box without area, a class that has no name, a
@@ -50,6 +52,8 @@ class Detections:
     confidence: torch.Tensor
     names: tuple[str, ...]
     class_probabilities: torch.Tensor | None = None
+    evaluations: int = 0
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         xyxy = _tensor("xyxy", self.xyxy, torch.float32)

@@ -20,6 +20,7 @@ from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import load_model, own_directory, prior_directory
 from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
+from dive_fast.models.protocol import optional
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.detections import Detections
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
@@ -176,14 +177,14 @@ class LayoutDetector:
         with torch.inference_mode(False):
             pictures = as_pictures(images, self.model.image_shape[0])
             found: list[Detections | None] = [None] * len(pictures)
-            stream = self.detect_stream(
+            stream = self.stream(
                 enumerate(pictures), strategy=strategy, probes=probes, seed=seed, **settings
             )
-            for i, detections, _, _ in stream:
+            for i, detections in stream:
                 found[i] = detections
         return found
 
-    def detect_stream(
+    def stream(
         self,
         images: Iterable[tuple[Any, Image.Image]],
         *,
@@ -191,16 +192,13 @@ class LayoutDetector:
         probes: int | ProbeList | None = None,
         seed: int = 0,
         **settings: Any,
-    ) -> Iterator[tuple[Any, Detections, int, float]]:
-        """Detects in pictures as they come and yields what is found as soon as it is.
+    ) -> Iterator[tuple[Any, Detections]]:
+        """Detects in pictures as they come and yields (key, detections) as soon as they are found.
 
         Args:
             images: pairs of a key and a PIL image; read lazily.
 
-        The other arguments are those of ``__call__``.
-
-        Yields:
-            key, detections in pixels of that image, evaluations, and its share of the seconds.
+        The other arguments are those of ``__call__``; boxes are in pixels of each image.
         """
         stream = self.search_stream(images, strategy=strategy, probes=probes, seed=seed, **settings)
         for finished, size in stream:
@@ -212,8 +210,10 @@ class LayoutDetector:
                 probabilities.gather(1, classes[:, None])[:, 0],
                 self.names,
                 probabilities,
+                finished.evaluations,
+                finished.seconds,
             )
-            yield finished.key, found, finished.evaluations, finished.seconds
+            yield finished.key, found
 
     def search_stream(
         self,
@@ -224,7 +224,7 @@ class LayoutDetector:
         seed: int = 0,
         **settings: Any,
     ) -> Iterator[tuple[Finished, tuple[int, int]]]:
-        """As ``detect_stream``, with the losses of every object.
+        """As ``stream``, with the losses of every object.
 
         Yields:
             What the engine finished, whose ``answer`` is a ``LayoutAnswer``, and the size of the
@@ -301,7 +301,7 @@ class LayoutDetector:
             raise ModelError(
                 f"{self.model.name} has no model directory of yours to write to: give one."
             )
-        return write_fitted(target, Fitted(self.model.beta, getattr(self.model, "timesteps", None)))
+        return write_fitted(target, Fitted(self.model.beta, optional(self.model, "timesteps")))
 
     def load_fitted(self, directory: str | Path) -> None:
         """Takes over what ``save_fitted`` wrote.
@@ -337,7 +337,7 @@ class LayoutDetector:
         ours = getattr(type(strategy), "probes", None) is LayoutProbes.probes
         if not ours or isinstance(probes, ProbeList):
             return None
-        weights = getattr(self.model, "timesteps", None)
+        weights = optional(self.model, "timesteps")
         if weights is not None and weights.n_timesteps != len(self.model.schedule):
             raise ModelError(
                 f"expected timesteps for {len(self.model.schedule)} steps of the schedule, "
@@ -368,7 +368,7 @@ def _classes(answer: LayoutAnswer) -> torch.Tensor:
 
 
 def _check_layout(model: Any) -> None:
-    if getattr(model, "layout", None) is None:
+    if optional(model, "layout") is None:
         raise ModelError(
             f"expected a layout-to-image model, got {model.name}, which has no layout."
         )

@@ -17,7 +17,7 @@ from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
-from dive_fast.models.protocol import Model
+from dive_fast.models.protocol import Model, optional
 from dive_fast.predict.calibration import Calibration, as_labels, calibrate
 from dive_fast.predict.sampling import sample
 from dive_fast.strategies import DefaultProbes, Strategy
@@ -210,7 +210,7 @@ class Fitting:
             if len(x0) < 2:
                 raise DiveFastError(f"a shortlist is learned from 2 images or more, got {len(x0)}.")
             n_timesteps, shape = len(self.model.schedule), self.model.latent_shape
-            learned = getattr(self.model, "timesteps", None)
+            learned = optional(self.model, "timesteps")
             probe_list = (
                 low_discrepancy_probes(probes, n_timesteps, shape, seed)
                 if learned is None
@@ -259,7 +259,7 @@ class Fitting:
             raise ModelError(
                 f"{self.model.name} has no model directory of yours to write to: give one."
             )
-        timesteps = getattr(self.model, "timesteps", None)
+        timesteps = optional(self.model, "timesteps")
         shortlist = Shortlist.of(self.model.vocabulary)
         return write_fitted(target, Fitted(self.model.beta, timesteps, shortlist))
 
@@ -305,7 +305,7 @@ def choose_timesteps(
             "this one is given or published."
         )
     asked = isinstance(timesteps, TimestepWeights)
-    weights = timesteps if asked else getattr(model, "timesteps", None)
+    weights = timesteps if asked else optional(model, "timesteps")
     if weights is None and timesteps == "learned":
         raise ModelError(f"{model.name} has no learned timesteps; see fit_timesteps.")
     if weights is not None:

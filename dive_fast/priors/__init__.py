@@ -3,14 +3,11 @@
 from dive_fast.priors.layout_prior import LayoutPrior, fits, load_prior
 from dive_fast.priors.penalty import LayoutPenalty
 from dive_fast.priors.tokens import layout_tokens
-from dive_fast.training.prior_loop import PriorTrainingConfig, train_prior
 
 __all__ = [
     "LayoutPenalty",
     "LayoutPrior",
-    "PriorTrainingConfig",
     "fits",
     "layout_tokens",
     "load_prior",
-    "train_prior",
 ]

@@ -119,16 +119,14 @@ def flip(tokens: Tensor, layout: LayoutFormat, axis: int) -> Tensor:
     """
     last = layout.grid - 1
     objects = tokens.unflatten(1, (-1, SLOTS_PER_OBJECT))
-    corners = objects[..., 1:] - layout.coordinate_start
-    y, x = corners // layout.grid, corners % layout.grid
+    x, y = layout.corner_place(objects[..., 1:])
     # What was the second corner's side is the first one's now.
     if axis == 1:
         y = last - y.flip(-1)
     else:
         x = last - x.flip(-1)
-    turned = layout.coordinate_start + y * layout.grid + x
     absent = objects[..., 1:] == layout.none
-    turned = torch.where(absent, layout.none, turned)
+    turned = torch.where(absent, layout.none, layout.corner_token(x, y))
     return torch.cat([objects[..., :1], turned], dim=2).flatten(1)
 
 

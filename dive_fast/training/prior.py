@@ -16,8 +16,9 @@ from dive_fast.data.coco import CocoDataset, held_out_split, read_box_arrays, re
 from dive_fast.data.scenes import SceneMaker, load_scenes
 from dive_fast.errors import ModelError, RunError
 from dive_fast.models import load_model
-from dive_fast.priors import LayoutPrior, PriorTrainingConfig, layout_tokens, train_prior
-from dive_fast.training.prior_loop import Draw
+from dive_fast.models.protocol import optional
+from dive_fast.priors import LayoutPrior, layout_tokens
+from dive_fast.training.prior_loop import Draw, PriorTrainingConfig, train_prior
 from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
 
 SCENES = "scenes"
@@ -62,7 +63,7 @@ def train_layout_prior(
     out = Path(out)
     check_free(out)
     loaded = load_model(model, device="cpu")
-    layout = getattr(loaded, "layout", None)
+    layout = optional(loaded, "layout")
     if layout is None:
         raise ModelError(f"expected a layout-to-image model, got {model}, which has no layouts.")
     table = loaded.vocabulary.table

@@ -170,9 +170,5 @@ def scene_tokens(boxes: np.ndarray, class_ids: np.ndarray) -> Tensor:
 
     What ``LayoutFormat.encode`` gives for each, all at once: training needs it at every step.
     """
-    layout = SCENES_FORMAT
-    steps = torch.from_numpy(boxes) // scenes.STEP
-    corners = layout.coordinate_start + steps[..., 1::2] * layout.grid + steps[..., 0::2]
-    ids = torch.from_numpy(class_ids)
-    triples = torch.cat([(layout.class_start + ids).unsqueeze(2), corners], dim=2)
-    return torch.where((ids < 0).unsqueeze(2), layout.none, triples).flatten(1)
+    sides = torch.from_numpy(boxes) // scenes.STEP
+    return SCENES_FORMAT.write(torch.from_numpy(class_ids), sides)

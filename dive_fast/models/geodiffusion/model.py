@@ -24,10 +24,10 @@ from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
 from dive_fast.models.files.checkpoint import fingerprint, load_component, read_json
 from dive_fast.models.geodiffusion.encoder import LocationPromptEncoder
 from dive_fast.models.geodiffusion.prompts import location_token, read_prompts, read_size
+from dive_fast.models.layout_to_image.stages import LayoutStages
 from dive_fast.models.stable_diffusion import TEXT_ENCODERS, check_parts, check_unet
 from dive_fast.models.text.prompts import Classes
 from dive_fast.models.text.towers import PromptEncoder, load_tower
-from dive_fast.models.unet.staged import LayoutStages
 from dive_fast.models.unet.support import check_supported, sample_side
 
 

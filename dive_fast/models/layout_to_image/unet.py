@@ -20,9 +20,9 @@ from dive_fast.models.autoencoder import AUTOENCODERS, load_vae
 from dive_fast.models.files.checkpoint import load_component, read_json
 from dive_fast.models.layout_to_image.base import LayoutModel, build_encoder
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
+from dive_fast.models.layout_to_image.stages import LayoutStages
 from dive_fast.models.layout_to_image.support import check_unet
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
-from dive_fast.models.unet.staged import LayoutStages
 
 HEAD_CHANNELS = 32
 

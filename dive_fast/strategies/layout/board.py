@@ -130,9 +130,7 @@ class Board:
         for c, first, second in tokens[:n].view(-1, SLOTS_PER_OBJECT).tolist():
             if form.none in (c, first, second):
                 continue
-            (top, left), (bottom, right) = (
-                divmod(token - form.coordinate_start, form.grid) for token in (first, second)
-            )
+            (left, top), (right, bottom) = map(form.corner_place, (first, second))
             if left < right and top < bottom:
                 found.append(Item(c - form.class_start, Box(left, top, right, bottom)))
         return tuple(found)
@@ -145,16 +143,11 @@ class Board:
 
     def _tokens(self, items: Items) -> Tensor:
         """int64 [S]; -1 for the class of an object of ANY class."""
-        form = self.format
-        tokens = torch.full((form.n_slots,), form.none)
-        if form.crop:
-            start, stop = form.coordinate_range
-            tokens[-2], tokens[-1] = start, stop - 1
-        for i, (c, box) in enumerate(items):
-            corners = (box.top * form.grid + box.left, box.bottom * form.grid + box.right)
-            triple = [-1 if c == ANY else form.class_start + c]
-            triple += [form.coordinate_start + corner for corner in corners]
-            tokens[SLOTS_PER_OBJECT * i : SLOTS_PER_OBJECT * (i + 1)] = torch.tensor(triple)
+        classes = torch.tensor([item.class_id for item in items], dtype=torch.int64)
+        sides = torch.tensor([item.box for item in items], dtype=torch.int64).view(-1, 4)
+        tokens = self.format.write(classes.clamp_min(0), sides)
+        of_any = (classes == ANY).nonzero()[:, 0]
+        tokens[SLOTS_PER_OBJECT * of_any] = -1
         return tokens
 
 
