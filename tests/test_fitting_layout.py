@@ -17,7 +17,6 @@ from tiny_layout import make_scenes_model
 from dive_fast import LayoutDetector
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
 from dive_fast.errors import DataError, DiveFastError, ModelError
-from dive_fast.predict.fitting_detector import calibrate_detector
 from dive_fast.strategies.layout import Board, Box, Item
 
 SCENES = (
@@ -62,7 +61,7 @@ def renamed(data: CocoDataset) -> CocoDataset:
 
 def test_objects_that_are_right_are_sure(detector, data) -> None:
     detector.model.beta = 1e-3
-    record = calibrate_detector(detector, data, **SEARCH)
+    record = detector.calibrate(data, **SEARCH)
     assert (record.n, record.counted) == (6, "objects")
     assert "objects                              6" in str(record)
     assert record.beta_before == 1e-3 and detector.model.beta == record.beta_after > 1
@@ -75,30 +74,30 @@ def test_labels_that_losses_do_not_tell_are_refused(detector, data) -> None:
     """Of wrong labels the likelihood is highest at beta = 0: that would be no detector."""
     detector.model.beta = 7.0
     with pytest.raises(DiveFastError, match="got 6 labels that chance explains as well"):
-        calibrate_detector(detector, renamed(data), **SEARCH)
+        detector.calibrate(renamed(data), **SEARCH)
     assert detector.model.beta == 7.0
 
 
 def test_the_prior_is_left_out(detector, data) -> None:
     """One that would let no object be found."""
-    expected = calibrate_detector(detector, data, **SEARCH)
+    expected = detector.calibrate(data, **SEARCH)
     model = PictureModel()
     prior = make_prior_against_objects(model)
     with_prior = LayoutDetector(model, prior, prior_weight=1e4)
     assert not any(map(len, with_prior([image.path for image in data.images], **SEARCH)))
-    found = calibrate_detector(with_prior, data, **SEARCH)
+    found = with_prior.calibrate(data, **SEARCH)
     assert found.n == 6 and model.beta == found.beta_after == expected.beta_after
 
 
 def test_what_finds_nothing_is_labelled_absent(detector, data) -> None:
     """Without the annotation of an object, finding it was wrong."""
-    whole = calibrate_detector(detector, data, **SEARCH)
+    whole = detector.calibrate(data, **SEARCH)
     images = list(data.images)
     last = images[2]
     images[2] = CocoImage(
         last.id, last.path, last.size, last.boxes[:1], last.class_ids[:1], last.crowd[:1]
     )
-    less = calibrate_detector(detector, CocoDataset(NAMES, (1, 2, 3), tuple(images), "x"), **SEARCH)
+    less = detector.calibrate(CocoDataset(NAMES, (1, 2, 3), tuple(images), "x"), **SEARCH)
     assert less.n == whole.n == 6
     assert less.beta_after < whole.beta_after
 
@@ -110,26 +109,24 @@ def test_crowds_and_unknown_classes_take_no_part(detector, data) -> None:
         first.id, first.path, first.size, first.boxes, first.class_ids, torch.tensor([True])
     )
     names = ("class 0", "cat", "class 2")
-    record = calibrate_detector(
-        detector, CocoDataset(names, (1, 2, 3), tuple(images), "x"), **SEARCH
-    )
+    record = detector.calibrate(CocoDataset(names, (1, 2, 3), tuple(images), "x"), **SEARCH)
     assert record.n == 3
 
 
-def test_a_picture_that_cannot_be_read(detector, data, capsys) -> None:
+def test_an_image_that_cannot_be_read(detector, data, caplog) -> None:
     data.images[0].path.write_bytes(b"no picture")
-    assert calibrate_detector(detector, data, **SEARCH).n == 5
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert detector.calibrate(data, **SEARCH).n == 5
+    assert [record.name for record in caplog.records] == ["dive_fast"]
 
 
 def test_refused(detector, data, tmp_path: Path) -> None:
     other = CocoDataset(("cat", "dog", "cow"), (1, 2, 3), data.images, "x")
     with pytest.raises(DataError, match="expected classes that the model knows"):
-        calibrate_detector(detector, other)
+        detector.calibrate(other)
     for image in data.images:
         Image.new("RGB", (6, 6)).save(image.path)
     with pytest.raises(DiveFastError, match="objects that the detector found, got none in boxes"):
-        calibrate_detector(detector, data, **SEARCH)
+        detector.calibrate(data, **SEARCH)
     with pytest.raises(ModelError, match="no model directory of yours"):
         detector.save_fitted()
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if len(errors) < len(paths):
         classifier = load_classifier(options)
         stream = classifier.stream(
-            _latents(classifier, paths, errors),
+            latents=_latents(classifier, paths, errors),
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,

@@ -136,7 +136,6 @@ def run(options: argparse.Namespace) -> int:
 
 def run_detection(options: argparse.Namespace) -> int:
     from dive_fast.errors import DiveFastError
-    from dive_fast.predict.fitting_detector import calibrate_detector
 
     if options.what not in (None, ("beta",)):
         raise DiveFastError(f"of a detector beta can be fitted, got {','.join(options.what)}.")
@@ -148,8 +147,7 @@ def run_detection(options: argparse.Namespace) -> int:
         _check_out(options, detector)
         for problem in data.problems:
             print(f"dive-fast: {problem}", file=sys.stderr)
-        record = calibrate_detector(
-            detector,
+        record = detector.calibrate(
             data,
             strategy=strategy,
             probes=options.probes,

@@ -24,7 +24,6 @@ from dive_fast.errors import ImageError
 from dive_fast.evaluation.rundir import RunDirectory, is_finished
 from dive_fast.predict.calibration import expected_calibration_error
 from dive_fast.predict.classifier import DiffusionClassifier
-from dive_fast.predict.fitting import choose_timesteps
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 
 
@@ -82,7 +81,7 @@ def evaluate(
     """
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
-    weights = choose_timesteps(classifier.model, chosen, probes, timesteps)
+    weights = classifier.learned_timesteps(chosen, probes, timesteps)
     # A strategy may refuse the probes when it starts: before the run directory is made.
     next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed)), None)
     config = {
@@ -109,7 +108,7 @@ def evaluate(
         ) as bar:
             latents = _latents(classifier, todo, run, bar)
             stream = classifier.stream(
-                latents, strategy=chosen, probes=probes, seed=seed, timesteps=timesteps
+                latents=latents, strategy=chosen, probes=probes, seed=seed, timesteps=timesteps
             )
             for example, answer in stream:
                 # to_dict() calls the answer's name "label"; in a record the label is the truth.

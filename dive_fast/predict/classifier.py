@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Losses, Search
+from dive_fast.core.shortlist import Shortlist, digest
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_images
-from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
-from dive_fast.engine.batch_size import rows_per_batch
-from dive_fast.engine.objective import Objective
+from dive_fast.engine import EngineOptions, Finished
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.models import load_model, own_directory
-from dive_fast.models.protocol import Model
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
-from dive_fast.predict.fitting import Fitting, choose_timesteps
+from dive_fast.predict.fitting import Fitting
 from dive_fast.strategies import Strategy, Task, resolve_strategy
-from dive_fast.strategies.averaged import averaged
 from dive_fast.strategies.base import DEFAULT_PROBES
 
 
@@ -32,25 +27,13 @@ class DiffusionClassifier(Fitting):
     """A frozen conditional diffusion model as classifier.
 
     Args:
-        model: anything that follows ``dive_fast.models.protocol.Model``.
-        batch_size: rows per forward of the network at most; if None 256, on the CPU fewer for large
-            networks (``models.batch_size.rows_per_batch``).
-        options: how the engine computes; measured defaults if None.
+        model, batch_size, options: see ``Predictor``.
 
     Example:
         >>> clf = DiffusionClassifier.from_pretrained("digits")
         >>> clf("three.png")[0].label
         'three'
     """
-
-    def __init__(
-        self, model: Model, *, batch_size: int | None = None, options: EngineOptions | None = None
-    ) -> None:
-        self.model = model
-        self.batch_size = rows_per_batch(model, batch_size)
-        self.directory = None
-        self.options = EngineOptions() if options is None else options
-        self._engine = self._make_engine()
 
     @classmethod
     def from_pretrained(
@@ -95,11 +78,6 @@ class DiffusionClassifier(Fitting):
         """The classes' names."""
         return self.model.vocabulary.names
 
-    @property
-    def last_run(self) -> EngineRecord:
-        """Batches, rows, evaluations, fill rate and cache of the last call."""
-        return self._engine.record
-
     def __call__(
         self,
         images: Any = None,
@@ -142,9 +120,8 @@ class DiffusionClassifier(Fitting):
         # Strategies need gradients even where the caller has switched them off.
         with torch.inference_mode(False):
             x0 = self._latents(images, latents)
-            answers: list[Classification | None] = [None] * len(x0)
             stream = self.stream(
-                enumerate(x0),
+                latents=enumerate(x0),
                 strategy=strategy,
                 preset=preset,
                 probes=probes,
@@ -155,14 +132,14 @@ class DiffusionClassifier(Fitting):
                 progress=len(x0) if progress else None,
                 **settings,
             )
-            for i, answer in stream:
-                answers[i] = answer
-        return answers
+            answers = dict(stream)
+        return [answers[i] for i in range(len(x0))]
 
     def stream(
         self,
-        latents: Iterable[tuple[Any, torch.Tensor]],
+        images: Iterable[tuple[Any, Any]] | None = None,
         *,
+        latents: Iterable[tuple[Any, torch.Tensor]] | None = None,
         strategy: str | Strategy | None = None,
         preset: str | None = None,
         probes: int | ProbeList | None = None,
@@ -173,31 +150,27 @@ class DiffusionClassifier(Fitting):
         progress: int | None = None,
         **settings: Any,
     ) -> Iterator[tuple[Any, Classification]]:
-        """Classifies latents as they come and yields (key, answer) as they are found.
+        """Classifies images as they come and yields (key, answer) as they are found.
 
         Args:
-            latents: pairs of a key and x0, float [C, h, w]; read lazily.
+            images: pairs of a key and an image as ``__call__`` takes one; read lazily.
+            latents: pairs of a key and x0, float [C, h, w], instead; read lazily.
             progress: the number of images if a bar shall be shown.
 
         The other arguments are those of ``__call__``.
         """
+        if (images is None) == (latents is None):
+            raise DiveFastError("expected either images or latents.")
+        if latents is None:
+            latents = ((key, self.encode(image)[0]) for key, image in images)
         chosen = resolve_strategy(strategy, preset, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         log_prior = self._log_prior(prior)
         scaled = None if log_prior is None else log_prior / self.model.beta
         task = Task(self.model.vocabulary, probe_list, seed, scaled)
-        parts = self.model.vocabulary.parts
-        jobs = (
-            Job(key, self._check_latent(x0), averaged(chosen.search(task), parts))
-            for key, x0 in latents
-        )
-        with _Bar(progress) as (bar, on_batch):
-            engine = self._engine = self._make_engine(on_batch)
-            for finished in engine.run(jobs, probe_list, Objective(chosen.loss)):
-                bar.update()
-                yield finished.key, self._classification(finished, log_prior, trace)
-            # Memory that ran out once would run out again.
-            self.batch_size = engine.batch_size
+        jobs = (self._job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
+        for finished in self._run(jobs, probe_list, chosen.loss, progress):
+            yield finished.key, self._classification(finished, log_prior, trace)
 
     def losses(
         self,
@@ -235,16 +208,12 @@ class DiffusionClassifier(Fitting):
             n_timesteps = len(self.model.schedule)
             probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
         out = torch.empty(len(x0), len(picked), len(probes))
-        parts = self.model.vocabulary.parts
         jobs = (
-            Job(i, x, averaged(_measure(table[picked], picked, len(probes)), parts))
+            self._job(i, self._check_latent(x), _measure(table[picked], picked, len(probes)))
             for i, x in enumerate(x0)
         )
-        with _Bar(len(x0) if progress else None) as (bar, on_batch):
-            engine = self._engine = self._make_engine(on_batch)
-            for finished in engine.run(jobs, probes, Objective(loss)):
-                bar.update()
-                out[finished.key] = finished.answer.trace["losses"]
+        for finished in self._run(jobs, probes, loss, len(x0) if progress else None):
+            out[finished.key] = finished.answer.trace["losses"]
         return out
 
     def encode(self, images: Any) -> torch.Tensor:
@@ -253,27 +222,21 @@ class DiffusionClassifier(Fitting):
         pixels = as_images(images, size, channels)
         return self.model.encode(torch.stack(pixels))
 
-    def probe_list(
+    def identity(
         self,
-        strategy: Strategy,
+        *,
+        strategy: str | Strategy | None = None,
+        preset: str | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
-    ) -> ProbeList:
-        """The probes that ``strategy`` would run on: given, counted, or its own choice."""
-        weights = choose_timesteps(self.model, strategy, probes, timesteps)
-        if not isinstance(probes, ProbeList):
-            shape = self.model.latent_shape
-            if weights is None:
-                probes = strategy.probes(probes, len(self.model.schedule), shape, seed)
-            else:
-                k = DEFAULT_PROBES if probes is None else probes
-                probes = weights.probes(k, shape, seed)
-        probes.check(self.model.latent_shape, len(self.model.schedule))
-        return probes
-
-    def _make_engine(self, on_batch: Callable[[int], None] | None = None) -> Engine:
-        return Engine(self.model, self.batch_size, on_batch, self.options)
+    ) -> dict[str, Any]:
+        """What decides the answers, for JSON: model, strategy, probes, seed and what was fitted."""
+        chosen = resolve_strategy(strategy, preset, {})
+        found = self._identity(chosen, probes, seed, timesteps)
+        if (shortlist := Shortlist.of(self.model.vocabulary)) is not None:
+            found["shortlist"] = digest(map(str, shortlist.to_dict().items()))
+        return found
 
     def _latents(self, images: Any, latents: torch.Tensor | None) -> torch.Tensor:
         if (images is None) == (latents is None):
@@ -296,8 +259,7 @@ class DiffusionClassifier(Fitting):
             )
         if not torch.isfinite(x0).all():
             raise ImageError("latents must be finite, got NaN or infinity.")
-        # Cloned: a tensor made in inference mode cannot take part in a backward.
-        return x0.detach().float().clone()
+        return x0
 
     def _log_prior(self, prior: torch.Tensor | Sequence[float] | None) -> torch.Tensor | None:
         if prior is None:
@@ -341,28 +303,6 @@ def _measure(conditions: torch.Tensor, classes: torch.Tensor, k: int) -> Search:
     losses = yield Losses(conditions, torch.arange(k), classes)
     means, count = losses.mean(dim=1), torch.full((len(classes),), k)
     return Answer(int(means.argmin()), means, count, {"losses": losses})
-
-
-class _Bar:
-    """A progress bar over images that also counts evaluations; silent where ``total`` is None."""
-
-    def __init__(self, total: int | None) -> None:
-        self.bar = tqdm(total=total, unit="image", disable=total is None)
-        self.evaluations = 0
-        self.shown = 0.0
-
-    def __enter__(self) -> tuple[tqdm, Callable[[int], None]]:
-        return self.bar, self.count
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.close()
-
-    def count(self, evaluations: int) -> None:
-        self.evaluations += evaluations
-        # One image may take minutes: the bar must move before the first is done, but not per batch.
-        due = time.monotonic() - self.shown > 0.5
-        self.bar.set_postfix(evaluations=f"{self.evaluations:,}", refresh=due)
-        self.shown = time.monotonic() if due else self.shown
 
 
 def _show(first: str, shape: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,7 @@ class Detections:
             ``names``, where they are known. A row sums to at most 1; the rest is "not there".
         evaluations: forwards plus backwards of the network that this image took.
         seconds: this image's share of the time, the packing of many images taken into account.
+        trace: what the strategy saw, if asked for.
 
     Raises:
         DiveFastError: shapes that do not agree, a box without area, a class that has no name, a
@@ -54,6 +55,7 @@ class Detections:
     class_probabilities: torch.Tensor | None = None
     evaluations: int = 0
     seconds: float = 0.0
+    trace: dict[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         xyxy = _tensor("xyxy", self.xyxy, torch.float32)

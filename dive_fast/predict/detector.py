@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.timesteps import TimestepWeights
-from dive_fast.data.images import as_pictures, squashed_tensor
-from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
-from dive_fast.engine.batch_size import rows_per_batch
-from dive_fast.engine.objective import Objective
+from dive_fast.data.images import as_image, as_pictures, squashed_tensor
+from dive_fast.engine import EngineOptions, Finished, Job
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import load_model, own_directory, prior_directory
-from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
 from dive_fast.models.protocol import optional
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.detections import Detections
+from dive_fast.predict.fitting_detector import DetectorFitting
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
-from dive_fast.strategies.layout.board import DEFAULT_PROBES, LayoutProbes
 
 # The pseudo-likelihood meets what two tokens have to do with each other twice.
 PRIOR_WEIGHT = 0.5
 PRIOR_PROBES = 8
 
 
-class LayoutDetector:
+class LayoutDetector(DetectorFitting):
     """A frozen layout-to-image diffusion model as object detector.
 
     Args:
@@ -62,17 +57,13 @@ class LayoutDetector:
         options: EngineOptions | None = None,
     ) -> None:
         _check_layout(model)
-        self.model = model
+        super().__init__(model, batch_size=batch_size, options=options)
         self.prior = prior
         self.prior_weight = _checked_weight(model, prior, prior_weight)
         self.prior_probes = prior_probes
         if prior is not None:
             prior.to(model.device)
             self._penalty(seed=0)  # says what is wrong with the number of probes
-        self.batch_size = rows_per_batch(model, batch_size)
-        self.directory: Path | None = None
-        self.options = EngineOptions() if options is None else options
-        self._engine = Engine(model, self.batch_size, None, self.options)
 
     @classmethod
     def from_pretrained(
@@ -143,11 +134,6 @@ class LayoutDetector:
         unfitted = math.prod(self.model.latent_shape) / 2  # what models begin with
         return self.prior is not None and self.prior_weight > 0 and self.model.beta == unfitted
 
-    @property
-    def last_run(self) -> EngineRecord:
-        """Batches, rows, evaluations, fill rate and cache of the last call."""
-        return self._engine.record
-
     def __call__(
         self,
         images: Any,
@@ -155,6 +141,9 @@ class LayoutDetector:
         strategy: str | LayoutStrategy | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        trace: bool = False,
+        progress: bool = False,
         **settings: Any,
     ) -> list[Detections]:
         """Detects the objects of one image or many.
@@ -166,6 +155,9 @@ class LayoutDetector:
             probes: how many, or a list of your own. Without one they lie where the model's
                 ``dive_fast.json`` says ("timesteps"), and else in the middle of the schedule.
             seed: of the probes' noise and of the strategy's draws.
+            timesteps: as for ``DiffusionClassifier``.
+            trace: keep on each answer what the strategy saw.
+            progress: show a bar.
             settings: of the strategy, by name.
 
         Returns:
@@ -176,82 +168,107 @@ class LayoutDetector:
         """
         with torch.inference_mode(False):
             pictures = as_pictures(images, self.model.image_shape[0])
-            found: list[Detections | None] = [None] * len(pictures)
             stream = self.stream(
-                enumerate(pictures), strategy=strategy, probes=probes, seed=seed, **settings
+                enumerate(pictures),
+                strategy=strategy,
+                probes=probes,
+                seed=seed,
+                timesteps=timesteps,
+                trace=trace,
+                progress=len(pictures) if progress else None,
+                **settings,
             )
-            for i, detections in stream:
-                found[i] = detections
-        return found
+            found = dict(stream)
+        return [found[i] for i in range(len(pictures))]
 
     def stream(
         self,
-        images: Iterable[tuple[Any, Image.Image]],
+        images: Iterable[tuple[Any, Any]],
         *,
         strategy: str | LayoutStrategy | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        trace: bool = False,
+        progress: int | None = None,
         **settings: Any,
     ) -> Iterator[tuple[Any, Detections]]:
-        """Detects in pictures as they come and yields (key, detections) as soon as they are found.
+        """Detects in images as they come and yields (key, detections) as soon as they are found.
 
         Args:
-            images: pairs of a key and a PIL image; read lazily.
+            images: pairs of a key and an image as ``__call__`` takes one; read lazily.
+            progress: the number of images if a bar shall be shown.
 
         The other arguments are those of ``__call__``; boxes are in pixels of each image.
         """
-        stream = self.search_stream(images, strategy=strategy, probes=probes, seed=seed, **settings)
+        stream = self._search(
+            images,
+            strategy=strategy,
+            probes=probes,
+            seed=seed,
+            timesteps=timesteps,
+            penalty=self._penalty(seed),
+            progress=progress,
+            **settings,
+        )
         for finished, size in stream:
-            answer: LayoutAnswer = finished.answer
-            classes, probabilities = _classes(answer), self._class_probabilities(answer)
-            found = Detections(
-                self.boxes(answer, size),
-                classes,
-                probabilities.gather(1, classes[:, None])[:, 0],
-                self.names,
-                probabilities,
-                finished.evaluations,
-                finished.seconds,
-            )
-            yield finished.key, found
+            yield finished.key, self._detections(finished, size, trace)
 
-    def search_stream(
+    def _search(
         self,
-        images: Iterable[tuple[Any, Image.Image]],
+        images: Iterable[tuple[Any, Any]],
         *,
         strategy: str | LayoutStrategy | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        penalty: LayoutPenalty | None = None,
+        progress: int | None = None,
         **settings: Any,
     ) -> Iterator[tuple[Finished, tuple[int, int]]]:
         """As ``stream``, with the losses of every object.
 
+        Args:
+            penalty: the prior's part of the loss, None for none.
+
         Yields:
             What the engine finished, whose ``answer`` is a ``LayoutAnswer``, and the size of the
-            picture (width, height).
+            image (width, height).
         """
         chosen = resolve_layout_strategy(strategy, settings)
-        probe_list = self._probe_list(chosen, probes, seed)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps)
         model = self.model
-        board = Board(model.vocabulary.table, model.layout, probe_list, seed, self._penalty(seed))
+        board = Board(model.vocabulary.table, model.layout, probe_list, seed, penalty)
         sizes: dict[Any, tuple[int, int]] = {}
 
         def jobs() -> Iterator[Job]:
             channels, side, _ = model.image_shape
-            for key, image in images:
+            for key, given in images:
                 if key in sizes:
                     raise DiveFastError(f"expected a key for each image, got {key!r} twice.")
+                image = as_image(given)
                 sizes[key] = image.size
                 x0 = model.encode(squashed_tensor(image, side, channels)[None])[0]
-                # Cloned: a tensor made in inference mode cannot take part in a backward.
-                yield Job(key, x0.detach().float().clone(), chosen.search(board))
+                yield self._job(key, x0, chosen.search(board))
 
-        engine = self._engine = Engine(model, self.batch_size, None, self.options)
-        for finished in engine.run(jobs(), probe_list, Objective(chosen.loss)):
+        for finished in self._run(jobs(), probe_list, chosen.loss, progress):
             self._check_answer(finished.answer)
             yield finished, sizes.pop(finished.key)
-        # Memory that ran out once would run out again.
-        self.batch_size = engine.batch_size
+
+    def _detections(self, finished: Finished, size: tuple[int, int], trace: bool) -> Detections:
+        answer: LayoutAnswer = finished.answer
+        classes = torch.tensor([item.class_id for item in answer.items], dtype=torch.int64)
+        probabilities = self._class_probabilities(answer)
+        return Detections(
+            self.boxes(answer, size),
+            classes,
+            probabilities.gather(1, classes[:, None])[:, 0],
+            self.names,
+            probabilities,
+            finished.evaluations,
+            finished.seconds,
+            answer.trace if trace else None,
+        )
 
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
         """The boxes of an answer in pixels of a picture (width, height), float32 xyxy [n, 4]."""
@@ -264,52 +281,15 @@ class LayoutDetector:
         strategy: str | LayoutStrategy | None = None,
         probes: int | ProbeList | None = None,
         seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
     ) -> dict[str, Any]:
-        """What decides the answers, for JSON: model, search, probes and seed."""
+        """What decides the answers, for JSON: model, search, probes, seed and prior."""
         chosen = resolve_layout_strategy(strategy, {})
-        found = {
-            "model": self.model.identity(),
-            "strategy": {"name": chosen.name, **dataclasses.asdict(chosen)},
-            "probes": len(self._probe_list(chosen, probes, seed)),
-            "beta": self.model.beta,
-            "seed": seed,
-        }
-        if (weights := self._timesteps(chosen, probes)) is not None:
-            found["timesteps"] = weights.to_dict()
+        found = self._identity(chosen, probes, seed, timesteps)
         if (penalty := self._penalty(seed)) is not None:
             # Its weight there is w / beta.
             found["prior"] = {**penalty.identity(), "weight": self.prior_weight}
-        # Only what changes answers: a run may go on under another cache.
-        if engine := self.options.identity():
-            found["engine"] = engine
         return found
-
-    def save_fitted(self, directory: str | Path | None = None) -> Path:
-        """Writes the model's beta into ``dive_fast.json``, keeping its other entries.
-
-        Args:
-            directory: the model's own if None, which it must have been loaded from.
-
-        Returns:
-            The file's path.
-
-        Raises:
-            ModelError: no directory, or one that cannot be written.
-        """
-        target = self.directory if directory is None else Path(directory)
-        if target is None:
-            raise ModelError(
-                f"{self.model.name} has no model directory of yours to write to: give one."
-            )
-        return write_fitted(target, Fitted(self.model.beta, optional(self.model, "timesteps")))
-
-    def load_fitted(self, directory: str | Path) -> None:
-        """Takes over what ``save_fitted`` wrote.
-
-        Raises:
-            ModelError: there is no ``dive_fast.json``, or it is damaged.
-        """
-        apply_fitted(self.model, read_fitted(Path(directory), required=True))
 
     def _penalty(self, seed: int) -> LayoutPenalty | None:
         """The prior's part of the loss, where there is a prior that counts."""
@@ -317,33 +297,6 @@ class LayoutDetector:
             return None
         weight = self.prior_weight / self.model.beta
         return LayoutPenalty(self.prior, weight, self.prior_probes, self.model.layout, seed)
-
-    def _probe_list(
-        self, strategy: LayoutStrategy, probes: int | ProbeList | None, seed: int
-    ) -> ProbeList:
-        model = self.model
-        if (weights := self._timesteps(strategy, probes)) is not None:
-            count = DEFAULT_PROBES if probes is None else probes
-            probes = weights.probes(count, model.latent_shape, seed)
-        elif not isinstance(probes, ProbeList):
-            probes = strategy.probes(probes, len(model.schedule), model.latent_shape, seed)
-        probes.check(model.latent_shape, len(model.schedule))
-        return probes
-
-    def _timesteps(
-        self, strategy: LayoutStrategy, probes: int | ProbeList | None
-    ) -> TimestepWeights | None:
-        """The model's own timesteps, where the choice of probes is ours."""
-        ours = getattr(type(strategy), "probes", None) is LayoutProbes.probes
-        if not ours or isinstance(probes, ProbeList):
-            return None
-        weights = optional(self.model, "timesteps")
-        if weights is not None and weights.n_timesteps != len(self.model.schedule):
-            raise ModelError(
-                f"expected timesteps for {len(self.model.schedule)} steps of the schedule, "
-                f"got {weights.n_timesteps}."
-            )
-        return weights
 
     def _class_probabilities(self, answer: LayoutAnswer) -> torch.Tensor:
         """Of each object, the posterior of all classes that it could be, float32 [n, C].
@@ -361,10 +314,6 @@ class LayoutDetector:
                 f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN: "
                 f"its weights, its schedule or this precision cannot be right."
             )
-
-
-def _classes(answer: LayoutAnswer) -> torch.Tensor:
-    return torch.tensor([item.class_id for item in answer.items], dtype=torch.int64)
 
 
 def _check_layout(model: Any) -> None:

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
 from dive_fast.core.timesteps import TimestepWeights, estimate
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.engine import Engine, Job
-from dive_fast.engine.objective import Objective
-from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
-from dive_fast.models.protocol import Model, optional
+from dive_fast.errors import DiveFastError
+from dive_fast.models.protocol import optional
 from dive_fast.predict.calibration import Calibration, as_labels, calibrate
+from dive_fast.predict.predictor import Predictor
 from dive_fast.predict.sampling import sample
-from dive_fast.strategies import DefaultProbes, Strategy
-from dive_fast.strategies.averaged import averaged
+from dive_fast.strategies import Strategy
 
 # Rivals of the right class are found on this many probes, where there are more than are wanted.
 SCREEN_PROBES = 20
 
 
-class Fitting:
-    """Mixin of ``DiffusionClassifier``: fits values to the frozen model, stores and reads them.
-
-    Attributes:
-        model: what they are fitted to.
-        batch_size: rows per forward at most.
-        directory: where ``save_fitted`` writes unless told; None for models of zoo and hub.
-    """
-
-    model: Model
-    batch_size: int
-    directory: Path | None
+class Fitting(Predictor):
+    """The part of ``DiffusionClassifier`` that fits values to the frozen model."""
 
     def calibrate(
         self,
@@ -137,22 +122,14 @@ class Fitting:
             labels = as_labels(labels, len(x0), n_classes)
             n_timesteps = len(self.model.schedule)
             probe_list = low_discrepancy_probes(probes, n_timesteps, self.model.latent_shape, seed)
-            table, parts = self.model.vocabulary.table, self.model.vocabulary.parts
+            table = self.model.vocabulary.table
             jobs = (
-                Job(
-                    i,
-                    self._check_latent(x),
-                    averaged(_compare(table, int(y), probes, rivals), parts),
-                )
+                self._job(i, self._check_latent(x), _compare(table, int(y), probes, rivals))
                 for i, (x, y) in enumerate(zip(x0, labels, strict=True))
             )
             losses = torch.empty(len(x0), 1 + min(rivals, n_classes - 1), probes)
-            with tqdm(total=len(x0), unit="image", disable=not progress) as bar:
-                for finished in Engine(self.model, self.batch_size).run(
-                    jobs, probe_list, Objective()
-                ):
-                    losses[finished.key] = finished.answer.trace["losses"]
-                    bar.update()
+            for finished in self._run(jobs, probe_list, progress=len(x0) if progress else None):
+                losses[finished.key] = finished.answer.trace["losses"]
         self.model.timesteps = estimate(losses, probe_list.timesteps, n_timesteps)
         return self.model.timesteps
 
@@ -218,20 +195,12 @@ class Fitting:
             )
             vocabulary = self.model.vocabulary
             jobs = (
-                Job(
-                    i,
-                    self._check_latent(x),
-                    averaged(_survey(vocabulary, probes), vocabulary.parts),
-                )
+                self._job(i, self._check_latent(x), _survey(vocabulary, probes))
                 for i, x in enumerate(x0)
             )
             found: dict[int, dict[str, torch.Tensor]] = {}
-            with tqdm(total=len(x0), unit="image", disable=not progress) as bar:
-                for finished in Engine(self.model, self.batch_size).run(
-                    jobs, probe_list, Objective()
-                ):
-                    found[finished.key] = finished.answer.trace
-                    bar.update()
+            for finished in self._run(jobs, probe_list, progress=len(x0) if progress else None):
+                found[finished.key] = finished.answer.trace
         losses, base, linear = (
             torch.stack([found[i][key] for i in range(len(x0))])
             for key in ("losses", "base", "linear")
@@ -240,85 +209,6 @@ class Fitting:
         learned = Shortlist(slope, tuple(curvature.tolist()), digest(vocabulary.names))
         learned.apply(vocabulary)
         return learned
-
-    def save_fitted(self, directory: str | Path | None = None) -> Path:
-        """Writes what was fitted into ``dive_fast.json``, keeping its other entries.
-
-        Args:
-            directory: the model's own if None, which it must have been loaded from. For models of
-                the zoo or the hub name another, and read it again with ``load_fitted``.
-
-        Returns:
-            The file's path.
-
-        Raises:
-            ModelError: no directory, or one that cannot be written.
-        """
-        target = self.directory if directory is None else Path(directory)
-        if target is None:
-            raise ModelError(
-                f"{self.model.name} has no model directory of yours to write to: give one."
-            )
-        timesteps = optional(self.model, "timesteps")
-        shortlist = Shortlist.of(self.model.vocabulary)
-        return write_fitted(target, Fitted(self.model.beta, timesteps, shortlist))
-
-    def load_fitted(self, directory: str | Path) -> None:
-        """Takes over what ``save_fitted`` wrote.
-
-        Raises:
-            ModelError: there is no ``dive_fast.json``, or it is damaged.
-        """
-        fitted = read_fitted(Path(directory), required=True)
-        if fitted.timesteps is not None:
-            _check_timesteps(self.model, fitted.timesteps)
-        apply_fitted(self.model, fitted)
-
-
-def choose_timesteps(
-    model: Model,
-    strategy: Strategy,
-    probes: int | ProbeList | None,
-    timesteps: str | TimestepWeights | None,
-) -> TimestepWeights | None:
-    """The learned timesteps that a run shall follow, or None for the strategy's own list.
-
-    Args:
-        timesteps: as in ``DiffusionClassifier.__call__``.
-
-    Raises:
-        DiveFastError: something else, or learned timesteps asked for where the probes are given or
-            published.
-        ModelError: the model has none, or such as are not for its schedule.
-    """
-    if not isinstance(timesteps, TimestepWeights) and timesteps not in (None, "learned", "uniform"):
-        raise DiveFastError(
-            f"expected timesteps 'learned', 'uniform' or a TimestepWeights, got {timesteps!r}."
-        )
-    ours = getattr(type(strategy), "probes", None) is DefaultProbes.probes
-    ours = ours and not isinstance(probes, ProbeList)
-    if timesteps == "uniform" or (timesteps is None and not ours):
-        return None
-    if not ours:
-        raise DiveFastError(
-            "learned timesteps need a list of probes that is ours to choose: "
-            "this one is given or published."
-        )
-    asked = isinstance(timesteps, TimestepWeights)
-    weights = timesteps if asked else optional(model, "timesteps")
-    if weights is None and timesteps == "learned":
-        raise ModelError(f"{model.name} has no learned timesteps; see fit_timesteps.")
-    if weights is not None:
-        _check_timesteps(model, weights)
-    return weights
-
-
-def _check_timesteps(model: Model, weights: TimestepWeights) -> None:
-    if weights.n_timesteps != len(model.schedule):
-        raise ModelError(
-            f"{model.name} has {len(model.schedule)} timesteps, "
-            f"but these were learned for {weights.n_timesteps}."
-        )
 
 
 def _turns(n: int, n_classes: int) -> torch.Tensor:

@@ -3,83 +3,77 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dive_fast.data.coco import CocoDataset, CocoImage, class_categories
 from dive_fast.data.images import to_mode
 from dive_fast.errors import DiveFastError, ImageError
 from dive_fast.predict.calibration import Calibration, calibrate
-from dive_fast.predict.detector import LayoutDetector
 from dive_fast.predict.matching import match
+from dive_fast.predict.predictor import Predictor
 from dive_fast.strategies.layout import LayoutAnswer
 
+_LOG = logging.getLogger("dive_fast")
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
 
 
-def calibrate_detector(
-    detector: LayoutDetector, data: CocoDataset, *, progress: bool = False, **search: Any
-) -> Calibration:
-    """Fits the model's ``beta`` to annotated pictures, for confidences that can be believed.
+class DetectorFitting(Predictor):
+    """The part of ``LayoutDetector`` that fits values to the frozen model."""
 
-    Every object that the search found is labelled with the class of the annotated one that it
-    finds (intersection over union at least 0.5, each annotated one once), or with "not there"; beta
-    gives these labels the highest likelihood under
+    def calibrate(self, data: CocoDataset, *, progress: bool = False, **search: Any) -> Calibration:
+        """Fits the model's ``beta`` to annotated images, for confidences that can be believed.
 
-        p(c | rest, x0) = softmax over classes and "not there" of -beta L
+        Every object that the search found is labelled with the class of the annotated one that it
+        finds (intersection over union at least 0.5, each annotated one once), or with "not there";
+        beta gives these labels the highest likelihood under
 
-    but for one in twenty that the losses need not explain (``fit_beta_with_lapses``).
+            p(c | rest, x0) = softmax over classes and "not there" of -beta L
 
-    Objects that find a crowd, or an object of a class that the model lacks, take no part. Beta is
-    set on the model; ``LayoutDetector.save_fitted`` keeps it. It suits the search that it was
-    fitted with. That search goes without the prior, whose weight depends on beta.
+        but for one in twenty that the losses need not explain (``fit_beta_with_lapses``).
 
-    Args:
-        data: pictures and annotated boxes; classes are matched by name. Pictures that cannot be
-            read are left out, with a sentence on stderr.
-        progress: show a bar.
-        **search: strategy, probes, seed and settings, as for the detector.
+        Objects that find a crowd, or an object of a class that the model lacks, take no part. Beta
+        is set on the model; ``save_fitted`` keeps it. It suits the search that it was fitted with.
+        That search goes without the prior, whose weight depends on beta.
 
-    Returns:
-        beta, expected calibration error and likelihood, before and after.
+        Args:
+            data: images and annotated boxes; classes are matched by name. Images that cannot be
+                read are left out, with a warning on the logger ``dive_fast``.
+            progress: show a bar.
+            **search: strategy, probes, seed, timesteps and settings, as for the detector.
 
-    Raises:
-        DataError: the detector knows none of the classes.
-        DiveFastError: no objects were found, or bad input as in ``LayoutDetector``.
-    """
-    categories = class_categories(data, detector.names)
-    class_of = {number: c for c, number in enumerate(categories) if number is not None}
-    renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
-    images = {image.id: image for image in data.images}
-    losses, labels, answers = [], [], []
-    alone = _without_prior(detector)
-    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
-        stream = alone.search_stream(_pictures(data, bar), **search)
-        for finished, size in stream:
-            bar.update()
+        Returns:
+            beta, expected calibration error and likelihood, before and after.
+
+        Raises:
+            DataError: the detector knows none of the classes.
+            DiveFastError: no objects were found, or bad input as in ``LayoutDetector``.
+        """
+        categories = class_categories(data, self.names)
+        class_of = {number: c for c, number in enumerate(categories) if number is not None}
+        renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
+        images = {image.id: image for image in data.images}
+        losses, labels, answers = [], [], []
+        total = len(images) if progress else None
+        for finished, size in self._search(_readable(data), progress=total, **search):
             answer: LayoutAnswer = finished.answer
-            found = _labels(answer, detector.boxes(answer, size), images[finished.key], renamed)
+            found = _labels(answer, self.boxes(answer, size), images[finished.key], renamed)
             known = found >= 0
             losses.append(answer.losses[known])
             labels.append(found[known])
             answers.append(torch.tensor([i.class_id for i in answer.items]).long()[known])
-    if not any(map(len, labels)):
-        raise DiveFastError(
-            f"beta needs objects that the detector found, got none in {data.source}."
-        )
-    beta = detector.model.beta
-    record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers), LAPSE)
-    detector.model.beta = record.beta_after
-    return dataclasses.replace(record, counted="objects")
-
-
-def _without_prior(detector: LayoutDetector) -> LayoutDetector:
-    return LayoutDetector(detector.model, batch_size=detector.batch_size, options=detector.options)
+        if not any(map(len, labels)):
+            raise DiveFastError(
+                f"beta needs objects that the detector found, got none in {data.source}."
+            )
+        beta = self.model.beta
+        record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers), LAPSE)
+        self.model.beta = record.beta_after
+        return dataclasses.replace(record, counted="objects")
 
 
 def _labels(
@@ -94,10 +88,9 @@ def _labels(
     return torch.cat([of_truth, torch.tensor([nothing])])[found]  # -1 is the last one
 
 
-def _pictures(data: CocoDataset, bar: tqdm) -> Iterator[tuple[int, Image.Image]]:
+def _readable(data: CocoDataset) -> Iterator[tuple[int, Image.Image]]:
     for image in data.images:
         try:
             yield image.id, to_mode(image.read(), 3)
         except ImageError as error:
-            tqdm.write(f"dive-fast: {error}", file=sys.stderr)
-            bar.update()
+            _LOG.warning("%s", error)

@@ -1,0 +1,238 @@
+"""What classifier and detector share: a model, its way through the engine, and what is fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dive_fast.core.probes import ProbeList
+from dive_fast.core.requests import Search
+from dive_fast.core.shortlist import Shortlist
+from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
+from dive_fast.engine.batch_size import rows_per_batch
+from dive_fast.engine.objective import Objective
+from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
+from dive_fast.models.protocol import Model, optional
+from dive_fast.strategies import DefaultProbes
+from dive_fast.strategies.averaged import averaged
+from dive_fast.strategies.base import DEFAULT_PROBES
+from dive_fast.strategies.layout.board import DEFAULT_PROBES as LAYOUT_PROBES
+from dive_fast.strategies.layout.board import LayoutProbes
+
+# The lists of probes that are ours to place, and how many probes they have unless told.
+_OURS = {DefaultProbes.probes: DEFAULT_PROBES, LayoutProbes.probes: LAYOUT_PROBES}
+
+
+class Predictor:
+    """A frozen model that answers by searches: base of ``DiffusionClassifier`` and its siblings.
+
+    Args:
+        model: anything that follows ``dive_fast.models.protocol.Model``.
+        batch_size: rows per forward of the network at most; if None 256, on the CPU fewer for large
+            networks (``engine.batch_size.rows_per_batch``).
+        options: how the engine computes; measured defaults if None.
+
+    Attributes:
+        directory: where ``save_fitted`` writes unless told; None for models of zoo and hub.
+    """
+
+    def __init__(
+        self, model: Model, *, batch_size: int | None = None, options: EngineOptions | None = None
+    ) -> None:
+        self.model = model
+        self.batch_size = rows_per_batch(model, batch_size)
+        self.directory: Path | None = None
+        self.options = EngineOptions() if options is None else options
+        self._engine = Engine(model, self.batch_size, None, self.options)
+
+    @property
+    def last_run(self) -> EngineRecord:
+        """Batches, rows, evaluations, fill rate and cache of the last call."""
+        return self._engine.record
+
+    def probe_list(
+        self,
+        strategy: Any,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+    ) -> ProbeList:
+        """The probes that ``strategy`` would run on: given, counted, or its own choice.
+
+        Raises:
+            DiveFastError: a list that does not suit the model; or as ``learned_timesteps``.
+        """
+        shape, n_timesteps = self.model.latent_shape, len(self.model.schedule)
+        weights = self.learned_timesteps(strategy, probes, timesteps)
+        if weights is not None:
+            count = _OURS[type(strategy).probes] if probes is None else probes
+            probes = weights.probes(count, shape, seed)
+        elif not isinstance(probes, ProbeList):
+            probes = strategy.probes(probes, n_timesteps, shape, seed)
+        probes.check(shape, n_timesteps)
+        return probes
+
+    def learned_timesteps(
+        self,
+        strategy: Any,
+        probes: int | ProbeList | None = None,
+        timesteps: str | TimestepWeights | None = None,
+    ) -> TimestepWeights | None:
+        """The learned timesteps that a run follows, or None for the strategy's own list.
+
+        Args:
+            timesteps: "learned" takes the model's, "uniform" none, a ``TimestepWeights`` that one;
+                None the model's where it has them and the list of probes is ours to place.
+
+        Raises:
+            DiveFastError: something else, or learned timesteps asked for where the probes are given
+                or published.
+            ModelError: the model has none, or such as are not for its schedule.
+        """
+        asked = isinstance(timesteps, TimestepWeights)
+        if not asked and timesteps not in (None, "learned", "uniform"):
+            raise DiveFastError(
+                f"expected timesteps 'learned', 'uniform' or a TimestepWeights, got {timesteps!r}."
+            )
+        ours = getattr(type(strategy), "probes", None) in _OURS
+        ours = ours and not isinstance(probes, ProbeList)
+        if timesteps == "uniform" or (timesteps is None and not ours):
+            return None
+        if not ours:
+            raise DiveFastError(
+                "learned timesteps need a list of probes that is ours to choose: "
+                "this one is given or published."
+            )
+        weights = timesteps if asked else optional(self.model, "timesteps")
+        if weights is None and timesteps == "learned":
+            raise ModelError(f"{self.model.name} has no learned timesteps; see fit_timesteps.")
+        if weights is not None:
+            self._check_timesteps(weights)
+        return weights
+
+    def save_fitted(self, directory: str | Path | None = None) -> Path:
+        """Writes what was fitted into ``dive_fast.json``, keeping its other entries.
+
+        Args:
+            directory: the model's own if None, which it must have been loaded from. For models of
+                the zoo or the hub name another, and read it again with ``load_fitted``.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            ModelError: no directory, or one that cannot be written.
+        """
+        target = self.directory if directory is None else Path(directory)
+        if target is None:
+            raise ModelError(
+                f"{self.model.name} has no model directory of yours to write to: give one."
+            )
+        timesteps = optional(self.model, "timesteps")
+        shortlist = Shortlist.of(self.model.vocabulary)
+        return write_fitted(target, Fitted(self.model.beta, timesteps, shortlist))
+
+    def load_fitted(self, directory: str | Path) -> None:
+        """Takes over what ``save_fitted`` wrote.
+
+        Raises:
+            ModelError: there is no ``dive_fast.json``, or it is damaged.
+        """
+        fitted = read_fitted(Path(directory), required=True)
+        if fitted.timesteps is not None:
+            self._check_timesteps(fitted.timesteps)
+        apply_fitted(self.model, fitted)
+
+    def _identity(
+        self,
+        strategy: Any,
+        probes: int | ProbeList | None,
+        seed: int,
+        timesteps: str | TimestepWeights | None,
+    ) -> dict[str, Any]:
+        """What decides the answers of a run, for JSON: model, strategy, probes and seed."""
+        weights = self.learned_timesteps(strategy, probes, timesteps)
+        found = {
+            "model": self.model.identity(),
+            "strategy": {"name": strategy.name, **_settings(strategy)},
+            "probes": len(self.probe_list(strategy, probes, seed, timesteps)),
+            "beta": self.model.beta,
+            "seed": seed,
+        }
+        if weights is not None:
+            found["timesteps"] = weights.to_dict()
+        # Only what changes answers: a run may go on under another cache, but not another precision.
+        if engine := self.options.identity():
+            found["engine"] = engine
+        return found
+
+    def _job(self, key: Any, x0: torch.Tensor, search: Search) -> Job:
+        """One image's way through the engine; x0 float [C, h, w]."""
+        # Cloned: a tensor made in inference mode cannot take part in a backward.
+        own = x0.detach().float().clone()
+        return Job(key, own, averaged(search, self.model.vocabulary.parts))
+
+    def _run(
+        self,
+        jobs: Iterable[Job],
+        probes: ProbeList,
+        loss: str = "l2",
+        progress: int | None = None,
+    ) -> Iterator[Finished]:
+        """Every run of the engine: with the user's options, at the batch size that memory allows.
+
+        Args:
+            progress: the number of images if a bar shall be shown.
+        """
+        with _Bar(progress) as (bar, on_batch):
+            engine = self._engine = Engine(self.model, self.batch_size, on_batch, self.options)
+            try:
+                for finished in engine.run(jobs, probes, Objective(loss)):
+                    bar.update()
+                    yield finished
+            finally:
+                # Memory that ran out once would run out again.
+                self.batch_size = engine.batch_size
+
+    def _check_timesteps(self, weights: TimestepWeights) -> None:
+        if weights.n_timesteps != len(self.model.schedule):
+            raise ModelError(
+                f"{self.model.name} has {len(self.model.schedule)} timesteps, "
+                f"but these were learned for {weights.n_timesteps}."
+            )
+
+
+def _settings(strategy: Any) -> dict[str, Any]:
+    """A strategy's settings for JSON; tensors cannot be given on the command line."""
+    values = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else {}
+    return {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}
+
+
+class _Bar:
+    """A progress bar over images that also counts evaluations; silent where ``total`` is None."""
+
+    def __init__(self, total: int | None) -> None:
+        self.bar = tqdm(total=total, unit="image", disable=total is None)
+        self.evaluations = 0
+        self.shown = 0.0
+
+    def __enter__(self) -> tuple[tqdm, Callable[[int], None]]:
+        return self.bar, self.count
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+
+    def count(self, evaluations: int) -> None:
+        self.evaluations += evaluations
+        # One image may take minutes: the bar must move before the first is done, but not per batch.
+        due = time.monotonic() - self.shown > 0.5
+        self.bar.set_postfix(evaluations=f"{self.evaluations:,}", refresh=due)
+        self.shown = time.monotonic() if due else self.shown
