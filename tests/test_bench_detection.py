@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_priors import make_prior
 from tiny_layout import make_scenes_model
+from tiny_prior import make_prior
 
 from bench import detection
 from dive_fast.core.layouts import LayoutFormat

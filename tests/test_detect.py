@@ -6,22 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_layout import ToyLayoutModel
+from toy_layout import SCENE, PictureModel
 from toy_model import ToyModel
 
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.predict.detector import LayoutDetector
-from dive_fast.strategies.layout import Board, Box, Guided, Item
-
-SCENE = (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6)))
-
-
-class PictureModel(ToyLayoutModel):
-    """The toy with pictures: channel values 0 and 1 are the grey levels 0 and 255."""
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return (images + 1) / 2
+from dive_fast.strategies.layout import Board, Guided
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from command import assert_refused, call
 from PIL import Image
-from test_detect import SCENE, PictureModel
-from test_priors import make_prior
 from tiny_layout import make_layout_model
+from tiny_prior import make_prior, make_prior_against_objects
+from toy_layout import SCENE, PictureModel
 
 from dive_fast import LayoutDetector, zoo
 from dive_fast.errors import ModelError
@@ -78,18 +77,6 @@ def scene(toy) -> Image.Image:
 @pytest.fixture(scope="module")
 def against_objects(toy) -> LayoutPrior:
     return make_prior_against_objects(toy)
-
-
-def make_prior_against_objects(toy: PictureModel) -> LayoutPrior:
-    """Whatever it sees, it expects no object."""
-    table, form = toy.vocabulary.table, toy.layout
-    tokens = torch.arange(form.n_slots)[None] % form.vocabulary_size
-    prior = LayoutPrior.for_table(form, table, tokens, width=16, layers=1, heads=2)
-    n_class, n_corner = len(form.names) + 1, 2 * form.grid + 1
-    none = torch.tensor([n_class, n_class + n_corner, n_class + 2 * n_corner]) - 1
-    with torch.no_grad():
-        prior.object_out.bias[none] = 20.0
-    return prior.eval().requires_grad_(False)
 
 
 class TestOnAnalyticModel:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from command import assert_refused, call
 from PIL import Image
-from test_detect import PictureModel
-from test_detect_prior import make_prior_against_objects
 from tiny_layout import make_scenes_model
+from tiny_prior import make_prior_against_objects
+from toy_layout import PictureModel
 
 from dive_fast import LayoutDetector
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco

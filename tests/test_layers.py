@@ -180,6 +180,16 @@ def test_the_check_of_circles_itself(sources: dict[str, str], expected: set[str]
     assert (found if found is None else set(found)) == expected
 
 
+def test_no_test_module_imports_another() -> None:
+    """What several of them need lies in a helper module or in conftest.py."""
+    tests = sorted(Path(__file__).parent.rglob("test_*.py"))
+    assert len(tests) > 50
+    names = {path.stem for path in tests}
+    for path in tests:
+        imported = " ".join(imported_names(path.read_text(), "")).replace(".", " ").split()
+        assert names.isdisjoint(imported), path
+
+
 @pytest.mark.parametrize("arguments", [["-c", "import dive_fast, sys"], ["-m", "dive_fast", "-h"]])
 def test_light_imports(arguments: list[str]) -> None:
     """Neither the import of the package nor the help waits for torch."""

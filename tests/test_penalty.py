@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from test_priors import FORMAT, TABLE, make_prior, pairs
+from tiny_prior import FORMAT, TABLE, make_prior, pairs
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError

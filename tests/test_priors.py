@@ -9,42 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_prior import FORMAT, TABLE, make_prior, pairs
 from torch import Tensor
 
-from dive_fast.core.layouts import Layout, LayoutFormat
+from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError, RunError
 from dive_fast.priors import LayoutPrior, load_prior
 from dive_fast.priors.layout_prior import table_digest
 from dive_fast.training import prior_loop as training
 from dive_fast.training.prior_loop import PriorTrainingConfig, train_prior
 
-FORMAT = LayoutFormat.compact(("left", "right"), max_objects=3, grid=5)
-TABLE = torch.randn(FORMAT.vocabulary_size, 8, generator=torch.Generator().manual_seed(0))
 CONFIG = PriorTrainingConfig(
     width=32, layers=2, heads=2, steps=300, batch_size=64, learning_rate=1e-2, warmup_steps=20
 )
-
-
-def pairs(seed: int, n: int = 64) -> Tensor:
-    """Two objects of one size side by side in one row, "left" before "right"; a third is absent."""
-    rows = []
-    generator = torch.Generator().manual_seed(seed)
-    for x, y in torch.randint(3, (n, 2), generator=generator).tolist():
-        boxes = torch.tensor([[x, y, x + 1, y + 2], [x + 1, y, x + 2, y + 2]]) / 4.0
-        rows.append(FORMAT.encode(Layout(boxes, torch.tensor([0, 1]))))
-    return torch.stack(rows)
-
-
-def make_prior(form: LayoutFormat = FORMAT, table: Tensor = TABLE, width: int = 32) -> LayoutPrior:
-    """Random weights all over, so that everything matters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokens = torch.randint(len(table), (20, form.n_slots))
-        prior = LayoutPrior.for_table(form, table, tokens, width=width, layers=2, heads=2)
-        with torch.no_grad():
-            for parameter in prior.parameters():
-                parameter.normal_(std=0.2)
-    return prior.eval().requires_grad_(False)
 
 
 def train(out: Path, config: PriorTrainingConfig = CONFIG) -> tuple[LayoutPrior, float]:

@@ -17,6 +17,9 @@ from torch import Tensor
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.core.vocabulary import Vocabulary
+from dive_fast.strategies.layout import Box, Item
+
+SCENE = (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6)))
 
 
 class ToyLayoutModel:
@@ -54,3 +57,10 @@ class ToyLayoutModel:
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         a, s = (x[t].view(-1, 1, 1, 1).to(x_t) for x in (self.schedule.a, self.schedule.s))
         return (x_t - a * self.picture(condition).to(x_t)) / s
+
+
+class PictureModel(ToyLayoutModel):
+    """The toy with pictures: channel values 0 and 1 are the grey levels 0 and 255."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return (images + 1) / 2
