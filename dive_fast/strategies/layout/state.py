@@ -1,8 +1,10 @@
-"""Changes of a layout that a discrete search tries: sides that move, boxes that split and join."""
+"""Where a discrete search is, and its moves: boxes that slide, split, join, and get classes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from torch import Tensor
@@ -10,236 +12,234 @@ from torch import Tensor
 from dive_fast.strategies.layout.board import (
     ANY,
     Board,
-    Box,
     Item,
     Items,
     Steps,
     measure,
+    replaced,
+    with_box,
+    with_class,
+    without,
 )
-from dive_fast.strategies.layout.residual import tightened
+from dive_fast.strategies.layout.boxes import Box, halves, neighbours, small_step, touching, union
+from dive_fast.strategies.layout.residual import height, residual
 
-SMALLEST_PART = 2  # lines of the grid; what a cut leaves at least
-UNITS = 16  # small steps from one end of the grid to the other
-CUTS = 16  # of a box along an axis at most
+CONTENT = 0.1  # share of the error map's height; what holds something
 FINAL_CUTS = 2  # that are measured with classes
 
 
-def replaced(items: Items, i: int, *new: Item) -> Items:
-    """The layout with others, or none, in place of object i."""
-    return (*items[:i], *new, *items[i + 1 :])
+@dataclass
+class State:
+    """The layout that a search is at. Its moves are generators of requests that change it.
 
+    A move measures a few layouts and goes to the best one if the loss says so; all measurements
+    are on the same probes.
 
-def moved(items: Items, i: int, box: Box) -> Items:
-    return replaced(items, i, items[i]._replace(box=box))
-
-
-def slide(board: Board, items: Items, i: int, loss: float, probe_ids: Tensor, step: int) -> Steps:
-    """Moves the sides of object i while that lowers the loss; returns layout and loss.
-
-    Every side is tried ``step`` lines out and in, and the whole box in four directions. Sides
-    hardly depend on each other: all that help alone are moved together where that helps more.
-    When nothing helps, half of the step, down to one line.
+    Attributes:
+        board: the image's.
+        probe_ids: int64 [k], rows of the probe list.
+        margin: share of the loss that an object has to explain.
+        unexplained: float32 [G - 1, G - 1], the error map of the layout without objects.
+        items: the layout.
+        loss: its mean loss on the probes, with the prior's part; infinite before the first
+            measurement.
     """
-    while step >= 1:
-        box = items[i].box
-        boxes = neighbours(box, step, board.format.grid)
-        if not boxes:  # no room on a small grid
-            step //= 2
-            continue
-        losses = yield from measure(board, [moved(items, i, b) for b in boxes], probe_ids)
+
+    board: Board
+    probe_ids: Tensor
+    margin: float
+    unexplained: Tensor
+    items: Items = ()
+    loss: float = math.inf
+
+    @property
+    def peak(self) -> float:
+        """The height of ``unexplained``."""
+        return height(self.unexplained)
+
+    @property
+    def content(self) -> Tensor:
+        """Cells that hold something, bool [G - 1, G - 1]."""
+        return self.unexplained > CONTENT * self.peak
+
+    @property
+    def small_step(self) -> int:
+        """What counts as a small step of a side, in lines of the grid."""
+        return small_step(self.board.format.grid)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no slot is free."""
+        return len(self.items) >= self.board.format.max_objects
+
+    def measure(self, layouts: Sequence[Items]) -> Steps:
+        """The mean loss of each layout with the prior's part, float64 [N]."""
+        return measure(self.board, layouts, self.probe_ids)
+
+    def residual(self) -> Steps:
+        """The error map of the layout, float32 [G - 1, G - 1]."""
+        return residual(self.board, self.items, self.probe_ids)
+
+    def choose(self, layouts: Sequence[Items]) -> Steps:
+        """Goes to the best of some layouts, whatever the loss was."""
+        losses = yield from self.measure(layouts)
         best = int(losses.argmin())
-        if not losses[best] < loss:  # NaN ends it too
-            step //= 2
-            continue
-        better, found = boxes[best], float(losses[best])
-        together = _together(box, boxes, losses, loss)
-        if together is not None and together != better:
-            (joint,) = yield from measure(board, [moved(items, i, together)], probe_ids)
-            if joint < found:
-                better, found = together, float(joint)
-        items, loss = moved(items, i, better), found
-    return items, loss
+        self.items, self.loss = layouts[best], float(losses[best])
 
+    def slide(self, i: int, step: int) -> Steps:
+        """Moves the sides of object i while that lowers the loss.
 
-def split(
-    board: Board,
-    items: Items,
-    i: int,
-    loss: float,
-    probe_ids: Tensor,
-    margin: float,
-    content: Tensor,
-) -> Steps:
-    """Object i as two, cut where that lowers the loss most, if by more than ``margin`` of it.
-
-    Args:
-        content: bool [G - 1, G - 1], cells that hold something; both parts shrink to theirs.
-    """
-    if len(items) >= board.format.max_objects:
-        return items, loss
-    layouts = [
-        replaced(items, i, *(items[i]._replace(box=part) for part in parts))
-        for parts in halves(items[i].box, content)
-    ]
-    return (yield from _best(board, layouts, items, loss, probe_ids, margin))
-
-
-def recut(board: Board, items: Items, loss: float, probe_ids: Tensor, content: Tensor) -> Steps:
-    """Two objects that touch, cut elsewhere, while that lowers the loss; layout and loss."""
-    tried: set[tuple[Item, Item]] = set()
-    while True:
-        layouts = []
-        for i, j in touching(items, board.format.grid):
-            if (items[i], items[j]) in tried:
+        Every side is tried ``step`` lines out and in, and the whole box in four directions. Sides
+        hardly depend on each other: all that help alone are moved together where that helps more.
+        When nothing helps, half of the step, down to one line.
+        """
+        while step >= 1:
+            box = self.items[i].box
+            boxes = neighbours(box, step, self.board.format.grid)
+            if not boxes:  # no room on a small grid
+                step //= 2
                 continue
-            tried.add((items[i], items[j]))
-            for first, second in halves(union(items[i].box, items[j].box), content):
-                layouts.append(moved(moved(items, i, first), j, second))
-        found, better = yield from _best(board, layouts, items, loss, probe_ids, 0.0)
-        if found == items:
-            return items, loss
-        items, loss = found, better
+            losses = yield from self.measure([with_box(self.items, i, b) for b in boxes])
+            best = int(losses.argmin())
+            if not losses[best] < self.loss:  # NaN ends it too
+                step //= 2
+                continue
+            better, loss = boxes[best], float(losses[best])
+            together = _together(box, boxes, losses, self.loss)
+            if together is not None and together != better:
+                (joint,) = yield from self.measure([with_box(self.items, i, together)])
+                if joint < loss:
+                    better, loss = together, float(joint)
+            self.items, self.loss = with_box(self.items, i, better), loss
 
+    def split(self, i: int) -> Steps:
+        """Object i as two, cut where that lowers the loss most, if by more than ``margin`` of it.
 
-def join(board: Board, items: Items, loss: float, probe_ids: Tensor, margin: float) -> Steps:
-    """Two objects as one, or one object less, while that costs no more than ``margin``."""
-    while items:
-        layouts = [replaced(items, i) for i in range(len(items))]
-        for i, j in combinations(range(len(items)), 2):
-            whole = items[i]._replace(box=union(items[i].box, items[j].box))
-            layouts.append(replaced(replaced(items, j), i, whole))
-        found, better = yield from _best(board, layouts, items, loss, probe_ids, -margin)
-        if found == items:
-            break
-        items, loss = found, better
-    return items, loss
+        Both parts shrink to their content.
 
-
-def join_as_class(
-    board: Board, items: Items, loss: float, probe_ids: Tensor, margin: float
-) -> Steps:
-    """Two objects that touch as one of any class, while that costs no more than ``margin``."""
-    while True:
+        Returns:
+            whether it is two now, i and i + 1.
+        """
+        if self.is_full:
+            return False
         layouts = [
-            replaced(replaced(items, j), i, Item(c, union(items[i].box, items[j].box)))
-            for i, j in touching(items, board.format.grid)
-            for c in range(len(board.format.names))
+            replaced(self.items, i, *(self.items[i]._replace(box=part) for part in parts))
+            for parts in halves(self.items[i].box, self.content)
         ]
-        found, better = yield from _best(board, layouts, items, loss, probe_ids, -margin)
-        if found == items:
-            return items, loss
-        items, loss = found, better
+        return (yield from self._improve(layouts, self.margin))
 
+    def split_all(self) -> Steps:
+        """Every object in as many parts as explain more than fewer do."""
+        todo = list(range(len(self.items)))
+        while todo:
+            # The last one first: a split moves none that are still to do.
+            i = todo.pop()
+            if (yield from self.split(i)):
+                todo += [i, i + 1]
 
-def split_as_classes(
-    board: Board,
-    items: Items,
-    i: int,
-    loss: float,
-    probe_ids: Tensor,
-    margin: float,
-    content: Tensor,
-) -> Steps:
-    """Object i as two of any classes, if that lowers the loss by more than ``margin`` of it.
+    def recut(self) -> Steps:
+        """Two objects that touch, cut elsewhere, while that lowers the loss."""
+        tried: set[tuple[Item, Item]] = set()
+        better = True
+        while better:
+            layouts = []
+            for i, j in self._touching():
+                first, second = pair = self.items[i], self.items[j]
+                if pair in tried:
+                    continue
+                tried.add(pair)
+                for a, b in halves(union(first.box, second.box), self.content):
+                    layouts.append(with_box(with_box(self.items, i, a), j, b))
+            better = yield from self._improve(layouts, 0.0)
 
-    The best ``FINAL_CUTS``, of two objects of no known class, get classes: the first part beside
-    such a second one, then the second.
-    """
-    if len(items) >= board.format.max_objects:
-        return items, loss
-    cuts = [
-        replaced(items, i, *(Item(ANY, part) for part in parts))
-        for parts in halves(items[i].box, content)
-    ]
-    if not cuts:
-        return items, loss
-    losses = yield from measure(board, cuts, probe_ids[: max(1, len(probe_ids) // 2)])
-    best: list[Items] = [cuts[k] for k in losses.argsort()[:FINAL_CUTS].tolist()]
-    for part in (i, i + 1):
-        layouts = [
-            replaced(cut, part, cut[part]._replace(class_id=c))
-            for cut in best
-            for c in range(len(board.format.names))
+    def join(self) -> Steps:
+        """Two objects as one, or one object less, while that costs no more than ``margin``."""
+        better = True
+        while better and self.items:
+            layouts = [without(self.items, i) for i in range(len(self.items))]
+            for i, j in combinations(range(len(self.items)), 2):
+                layouts.append(self._joined(i, j, self.items[i].class_id))
+            better = yield from self._improve(layouts, -self.margin)
+
+    def join_as_class(self) -> Steps:
+        """Two objects that touch as one of any class, while that costs no more than ``margin``."""
+        better = True
+        while better:
+            layouts = [self._joined(i, j, c) for i, j in self._touching() for c in self._classes()]
+            better = yield from self._improve(layouts, -self.margin)
+
+    def split_as_classes(self, i: int) -> Steps:
+        """Object i as two of any classes, if that lowers the loss by more than ``margin`` of it.
+
+        The best ``FINAL_CUTS``, of two objects of no known class, get classes: the first part
+        beside such a second one, then the second.
+        """
+        if self.is_full:
+            return
+        cuts = [
+            replaced(self.items, i, *(Item(ANY, part) for part in parts))
+            for parts in halves(self.items[i].box, self.content)
         ]
-        losses = (yield from measure(board, layouts, probe_ids)).view(len(best), -1)
-        n = losses.shape[1]
-        best = [layouts[r * n + k] for r, k in enumerate(losses.argmin(dim=1).tolist())]
-    return (yield from _best(board, best, items, loss, probe_ids, margin))
+        if not cuts:
+            return
+        few = self.probe_ids[: max(1, len(self.probe_ids) // 2)]
+        losses = yield from measure(self.board, cuts, few)
+        best = [cuts[k] for k in losses.argsort()[:FINAL_CUTS].tolist()]
+        for part in (i, i + 1):
+            named = [[with_class(cut, part, c) for c in self._classes()] for cut in best]
+            losses = yield from self.measure([layout for row in named for layout in row])
+            chosen = losses.view(len(best), -1).argmin(dim=1).tolist()
+            best = [row[c] for row, c in zip(named, chosen, strict=True)]
+        yield from self._improve(best, self.margin)
 
+    def add(self, boxes: Sequence[Box], step: int) -> Steps:
+        """Another object in the best of some boxes, if that lowers the loss by over ``margin``.
 
-def _best(
-    board: Board,
-    layouts: Sequence[Items],
-    items: Items,
-    loss: float,
-    probe_ids: Tensor,
-    margin: float,
-) -> Steps:
-    """The best of some layouts if it beats ``items`` by ``margin``; layout and loss."""
-    if not layouts:
-        return items, loss
-    losses = yield from measure(board, layouts, probe_ids)
-    best = int(losses.argmin())
-    if losses[best] < loss * (1 - margin):
-        return layouts[best], float(losses[best])
-    return items, loss
+        Args:
+            step: the first one of its sides, in lines of the grid.
 
+        Returns:
+            whether there is one more now, the last one.
+        """
+        tried = replace(self)
+        yield from tried.choose([(*self.items, Item(ANY, box)) for box in boxes])
+        yield from tried.slide(len(self.items), step)
+        if not tried.loss < self.loss * (1 - self.margin):
+            return False
+        self.items, self.loss = tried.items, tried.loss
+        return True
 
-def neighbours(box: Box, step: int, grid: int) -> list[Box]:
-    """Boxes with one side moved, or shifted as a whole, that lie on the grid and have a size."""
-    found = []
-    for sign in (-step, step):
-        found += [box._replace(**{side: getattr(box, side) + sign}) for side in box._fields]
-        found.append(box._replace(left=box.left + sign, right=box.right + sign))
-        found.append(box._replace(top=box.top + sign, bottom=box.bottom + sign))
-    return [b for b in found if 0 <= b.left < b.right < grid and 0 <= b.top < b.bottom < grid]
+    def classify(self) -> Steps:
+        """The best class for each object, one after the other, all others in place."""
+        for i in range(len(self.items)):
+            yield from self.choose([with_class(self.items, i, c) for c in self._classes()])
+        yield from self.choose([self.items])
 
+    def _improve(self, layouts: Sequence[Items], margin: float) -> Steps:
+        """Goes to the best of some layouts if it is another one and better by ``margin``.
 
-def halves(box: Box, content: Tensor) -> list[tuple[Box, Box]]:
-    """A box cut in two along lines of the grid, both parts shrunk to their content.
+        Returns:
+            whether it did.
+        """
+        if not layouts:
+            return False
+        losses = yield from self.measure(layouts)
+        best = int(losses.argmin())
+        if layouts[best] == self.items or not losses[best] < self.loss * (1 - margin):
+            return False
+        self.items, self.loss = layouts[best], float(losses[best])
+        return True
 
-    Args:
-        content: bool [G - 1, G - 1], cells that hold something.
-    """
-    upright = [(box._replace(right=x), box._replace(left=x)) for x in _cuts(box.left, box.right)]
-    level = [(box._replace(bottom=y), box._replace(top=y)) for y in _cuts(box.top, box.bottom)]
-    shrunk = dict.fromkeys(
-        (tightened(first, content), tightened(second, content)) for first, second in upright + level
-    )
-    return [parts for parts in shrunk if all(part and _is_object(part) for part in parts)]
+    def _joined(self, i: int, j: int, class_id: int) -> Items:
+        """The layout with objects i < j as one of a class."""
+        whole = Item(class_id, union(self.items[i].box, self.items[j].box))
+        return replaced(without(self.items, j), i, whole)
 
+    def _touching(self) -> list[tuple[int, int]]:
+        return touching([item.box for item in self.items], self.board.format.grid)
 
-def _cuts(low: int, high: int) -> range:
-    """Places between two sides, all of them or evenly spread ones."""
-    step = max(1, (high - low) // CUTS)
-    return range(low + step, high, step)
-
-
-def touching(items: Items, grid: int) -> list[tuple[int, int]]:
-    """Pairs of objects with nearly no space between them."""
-    pairs = combinations(range(len(items)), 2)
-    return [(i, j) for i, j in pairs if _gap(items[i].box, items[j].box) <= unit(grid)]
-
-
-def unit(grid: int) -> int:
-    """What counts as a small step on a grid, in lines."""
-    return max(1, (grid - 1) // UNITS)
-
-
-def _gap(a: Box, b: Box) -> int:
-    across = max(a.left, b.left) - min(a.right, b.right)
-    return max(across, max(a.top, b.top) - min(a.bottom, b.bottom))
-
-
-def _is_object(box: Box) -> bool:
-    return min(box.right - box.left, box.bottom - box.top) >= SMALLEST_PART
-
-
-def union(a: Box, b: Box) -> Box:
-    """The smallest box around both."""
-    return Box(
-        min(a.left, b.left), min(a.top, b.top), max(a.right, b.right), max(a.bottom, b.bottom)
-    )
+    def _classes(self) -> range:
+        return range(len(self.board.format.names))
 
 
 def _together(box: Box, boxes: Sequence[Box], losses: Tensor, loss: float) -> Box | None:
