@@ -11,7 +11,8 @@ from dive_fast.core.requests import ErrorMaps, Losses
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.strategies.layout import Board, Box, Item, LayoutAnswer
-from dive_fast.strategies.layout.residual import cells, height, regions, residual, tightened
+from dive_fast.strategies.layout.boxes import tightened
+from dive_fast.strategies.layout.residual import cells, height, regions, residual
 
 
 def marks(*boxes: Box, side: int = 6) -> torch.Tensor:

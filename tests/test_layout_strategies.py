@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from toy_layout import ToyLayoutModel
@@ -10,22 +13,23 @@ from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError
-from dive_fast.strategies.layout import ANY, Board, Box, Guided, InvertLayout, Item
-from dive_fast.strategies.layout.board import measure, overlap
-from dive_fast.strategies.layout.moves import (
-    halves,
-    join,
-    join_as_class,
-    neighbours,
-    recut,
-    slide,
-    split,
-    split_as_classes,
-    touching,
-    union,
+from dive_fast.strategies.layout import (
+    ANY,
+    Board,
+    Box,
+    Guided,
+    InvertLayout,
+    Item,
+    layout_strategy_names,
+    register_layout_strategy,
+    registry,
+    resolve_layout_strategy,
 )
+from dive_fast.strategies.layout.board import LayoutProbes, measure, with_class
+from dive_fast.strategies.layout.boxes import halves, neighbours, overlap, touching, union
 from dive_fast.strategies.layout.residual import residual
-from dive_fast.strategies.layout.settle import decide, drop_duplicates, settle, with_class
+from dive_fast.strategies.layout.settle import decide, drop_duplicates, settle
+from dive_fast.strategies.layout.state import State
 
 SCENES = (
     (Item(0, Box(0, 1, 2, 4)),),
@@ -120,37 +124,32 @@ class Company:
         return self.price * (tokens[:, ::3] != self.none).sum(dim=1).double()
 
 
-def drive(model: ToyLayoutModel, scene, steps, penalty=None) -> tuple:
-    """What a generator of requests returns on the picture of a scene."""
+def drive(model: ToyLayoutModel, scene, begin, move, penalty=None) -> State:
+    """Where a move of ``State`` leads from a layout, on the picture of a scene."""
 
     class Search:
         def search(self, board: Board):
-            items, loss = yield from steps(board)
+            probe_ids = torch.arange(6)
+            unexplained = yield from residual(board, (), probe_ids)
+            state = State(board, probe_ids, 0.02, unexplained)
+            yield from state.choose([begin])
+            changed = yield from move(state)
             answer = yield from settle(board, (), torch.arange(1), 0.0)
-            answer.trace.update(items=items, loss=loss)
+            answer.trace.update(state=state, changed=changed)
             return answer
 
     ((answer, _),) = run(model, make_board(model, penalty), Search(), (scene,))
-    return answer.trace["items"], answer.trace["loss"]
-
-
-def loss_of(board: Board, items, probe_ids):
-    return float((yield from measure(board, [items], probe_ids))[0])
-
-
-IDS = torch.arange(6)
+    state, changed = answer.trace["state"], answer.trace["changed"]
+    # What a move says of itself, where it says anything.
+    assert changed in (None, state.items != begin)
+    return state
 
 
 def test_slide_finds_the_sides(model) -> None:
     scene = (Item(1, Box(2, 1, 5, 4)),)
-
-    def steps(board: Board):
-        begin = (Item(1, Box(1, 2, 4, 6)),)
-        loss = yield from loss_of(board, begin, IDS)
-        return (yield from slide(board, begin, 0, loss, IDS, 2))
-
-    items, loss = drive(model, scene, steps)
-    assert items == scene and loss == pytest.approx(0, abs=1e-6)
+    begin = (Item(1, Box(1, 2, 4, 6)),)
+    state = drive(model, scene, begin, lambda state: state.slide(0, 2))
+    assert state.items == scene and state.loss == pytest.approx(0, abs=1e-6)
 
 
 def test_split_and_join(model) -> None:
@@ -162,53 +161,39 @@ def test_split_and_join(model) -> None:
     around, one = (Item(0, Box(0, 1, 6, 4)),), (Item(0, Box(1, 1, 5, 5)),)
     halves_of_one = (Item(0, Box(1, 1, 3, 5)), Item(0, Box(3, 1, 5, 5)))
 
-    def splitting(items):
-        def steps(board: Board):
-            loss = yield from loss_of(board, items, IDS)
-            content = (yield from residual(board, (), IDS)) > 0.001
-            return (yield from split(board, items, 0, loss, IDS, 0.02, content))
-
-        return steps
-
-    def joining(items):
-        def steps(board: Board):
-            loss = yield from loss_of(board, items, IDS)
-            return (yield from join(board, items, loss, IDS, 0.02))
-
-        return steps
+    def split(state: State):
+        return state.split(0)
 
     company = Company(-0.1, model.layout.none)
-    assert set(drive(model, two, splitting(around))[0]) == set(two)
-    assert drive(model, one, splitting(one))[0] == one
-    parts, _ = drive(model, one, splitting(one), company)
+    assert set(drive(model, two, around, split).items) == set(two)
+    assert drive(model, one, one, split).items == one
+    parts = drive(model, one, one, split, company).items
     assert len(parts) == 2 and union(parts[0].box, parts[1].box) == one[0].box
-    assert drive(model, one, joining(halves_of_one))[0] == one
-    assert set(drive(model, two, joining(two))[0]) == set(two)
-    assert drive(model, (), joining(one))[0] == ()
+    assert drive(model, one, halves_of_one, State.join).items == one
+    assert set(drive(model, two, two, State.join).items) == set(two)
+    assert drive(model, (), one, State.join).items == ()
+
+
+def test_split_all_goes_on_with_the_parts(model) -> None:
+    """One box around three objects in a row, and one that is none in front of it."""
+    row = tuple(Item(0, Box(x, 0, x + 2, 2)) for x in (0, 3, 6))
+    fine = ToyLayoutModel(max_objects=4, grid=9)
+    alone, around = Item(1, Box(0, 5, 3, 8)), Item(0, Box(0, 0, 8, 2))
+    found = drive(fine, (alone, *row), (alone, around), State.split_all)
+    assert found.items == (alone, *row)
 
 
 def test_recut_moves_a_border(model) -> None:
     scene = (Item(0, Box(0, 1, 3, 4)), Item(1, Box(3, 1, 6, 4)))
     wrong = (Item(0, Box(0, 1, 2, 4)), Item(1, Box(2, 1, 6, 4)))
-
-    def steps(board: Board):
-        loss = yield from loss_of(board, wrong, IDS)
-        content = (yield from residual(board, (), IDS)) > 0.001
-        return (yield from recut(board, wrong, loss, IDS, content))
-
-    items, loss = drive(model, scene, steps)
-    assert items == scene and loss == pytest.approx(0, abs=1e-6)
+    state = drive(model, scene, wrong, State.recut)
+    assert state.items == scene and state.loss == pytest.approx(0, abs=1e-6)
 
 
 def test_join_as_class_names_the_whole(model) -> None:
     scene = (Item(2, Box(1, 1, 5, 5)),)
     parts = (Item(0, Box(1, 1, 3, 5)), Item(1, Box(3, 1, 5, 5)))
-
-    def steps(board: Board):
-        loss = yield from loss_of(board, parts, IDS)
-        return (yield from join_as_class(board, parts, loss, IDS, 0.02))
-
-    assert drive(model, scene, steps)[0] == scene
+    assert drive(model, scene, parts, State.join_as_class).items == scene
 
 
 def test_split_as_classes_names_both(model) -> None:
@@ -217,18 +202,32 @@ def test_split_as_classes_names_both(model) -> None:
     around, one = (Item(0, Box(0, 1, 6, 5)),), (Item(2, Box(1, 1, 5, 5)),)
     full = (*around, *(Item(0, Box(0, 0, 1, 1)) for _ in range(model.layout.max_objects - 1)))
 
-    def splitting(items):
-        def steps(board: Board):
-            loss = yield from loss_of(board, items, IDS)
-            content = (yield from residual(board, (), IDS)) > 0.001
-            return (yield from split_as_classes(board, items, 0, loss, IDS, 0.02, content))
+    def split(state: State):
+        return state.split_as_classes(0)
 
-        return steps
+    state = drive(model, two, around, split)
+    assert set(state.items) == set(two) and state.loss == pytest.approx(0, abs=1e-6)
+    assert drive(model, one, one, split).items == one
+    assert drive(model, two, full, split).items == full
 
-    items, loss = drive(model, two, splitting(around))
-    assert set(items) == set(two) and loss == pytest.approx(0, abs=1e-6)
-    assert drive(model, one, splitting(one))[0] == one
-    assert drive(model, two, splitting(full))[0] == full
+
+def test_add_takes_what_explains_more(model) -> None:
+    """The better of two boxes, with its sides moved; where nothing is left none is added."""
+    first, second = Item(0, Box(0, 0, 2, 2)), Item(ANY, Box(3, 3, 6, 6))
+    boxes = [Box(0, 4, 2, 6), Box(4, 3, 6, 5)]
+
+    def add(state: State):
+        return state.add(boxes, 2)
+
+    scene = (first, second._replace(class_id=1))
+    assert drive(model, scene, (first,), add).items == (first, second)
+    assert drive(model, (first,), (first,), add).items == (first,)
+
+
+def test_classify(model) -> None:
+    items = tuple(item._replace(class_id=ANY) for item in SCENES[2])
+    state = drive(model, SCENES[2], items, State.classify)
+    assert state.items == SCENES[2] and state.loss == pytest.approx(0, abs=1e-6)
 
 
 def test_halves_and_union() -> None:
@@ -248,9 +247,9 @@ def test_halves_and_union() -> None:
 
 def test_touching() -> None:
     a, beside, below, apart = Box(0, 0, 2, 2), Box(3, 1, 5, 2), Box(0, 2, 2, 4), Box(4, 4, 6, 6)
-    items = tuple(Item(0, box) for box in (a, beside, below, apart))
-    assert touching(items, 7) == [(0, 1), (0, 2), (1, 2)]
-    assert (1, 3) in touching(items, 65)
+    boxes = (a, beside, below, apart)
+    assert touching(boxes, 7) == [(0, 1), (0, 2), (1, 2)]
+    assert (1, 3) in touching(boxes, 65)
 
 
 def test_decisions_on_fewer_probes_are_those_on_all(model) -> None:
@@ -343,3 +342,41 @@ def test_neighbours_stay_on_the_grid_and_keep_a_size() -> None:
 def test_bad_settings(make, said: str) -> None:
     with pytest.raises(DiveFastError, match=said):
         make()
+
+
+@dataclass(frozen=True)
+class OneBox(LayoutProbes):
+    """An object of the first class, wherever it is told to be."""
+
+    name: ClassVar[str] = "one-box"
+    side: int = 2
+    loss: str = "l2"
+
+    def search(self, board: Board):
+        return (
+            yield from settle(
+                board, (Item(0, Box(0, 0, self.side, self.side)),), torch.arange(6), 0.0
+            )
+        )
+
+
+def test_strategies_register_from_outside(model, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_STRATEGIES", dict(registry._STRATEGIES))
+    register_layout_strategy("one-box", OneBox())
+    assert layout_strategy_names() == ("guided", "invert", "one-box")
+    scene = (Item(0, Box(0, 0, 3, 3)),)
+    for arguments, side in [(("one-box", {}), 2), (("one-box", {"side": 3}), 3)]:
+        strategy = resolve_layout_strategy(*arguments)
+        ((answer, _),) = run(model, make_board(model), strategy, [scene])
+        assert answer.items == (Item(0, Box(0, 0, side, side)),)
+
+
+def test_bad_names_and_settings() -> None:
+    with pytest.raises(DiveFastError, match="layouts of guided, invert, got 'race'"):
+        resolve_layout_strategy("race", {})
+    with pytest.raises(DiveFastError, match="unknown setting 'stop': InvertLayout has starts"):
+        resolve_layout_strategy("invert", {"stop": 1})
+    assert resolve_layout_strategy(None, {}) == Guided()
+    assert resolve_layout_strategy(Guided(rounds=1), {"margin": 0.5}) == Guided(
+        rounds=1, margin=0.5
+    )

@@ -66,6 +66,21 @@ def test_every_valid_sequence_of_tokens_is_a_layout(seed):
         assert torch.equal(again[3 * form.max_objects :], tokens[3 * form.max_objects :])
 
 
+@pytest.mark.parametrize("form", [LayoutFormat.compact(("a", "b"), 3, 5, crop=True), PUBLISHED])
+def test_many_layouts_are_written_and_read(form):
+    """Absent objects have class -1; a triple that is none in part is none."""
+    class_ids = torch.tensor([[[1, -1], [-1, -1]], [[0, 1], [-1, 0]]])
+    sides = torch.tensor([[0, 1, 4, 3], [2, 2, 3, 4]]).expand(2, 2, 2, 4)
+    tokens = form.write(class_ids, sides)
+    assert tokens.shape == (2, 2, form.n_slots)
+    found, read = form.read(tokens)
+    assert found.shape == (2, 2, form.max_objects) and read.shape == (2, 2, form.max_objects, 4)
+    assert torch.equal(found[..., :2], class_ids) and (found[..., 2:] == -1).all()
+    assert torch.equal(read[..., :2, :][class_ids >= 0], sides[class_ids >= 0])
+    tokens[1, 0, 2] = form.none
+    assert form.read(tokens)[0][1, 0, :2].tolist() == [-1, 1]
+
+
 def test_published_tokens():
     """Classes and corners share the tokens; the crop is the whole picture."""
     assert (PUBLISHED.grid, PUBLISHED.none, PUBLISHED.n_slots) == (90, 8191, 92)

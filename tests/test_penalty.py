@@ -12,8 +12,7 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, penalty
 from dive_fast.strategies.layout import Board, Box, Item
-from dive_fast.strategies.layout.board import ANY
-from dive_fast.strategies.layout.settle import without
+from dive_fast.strategies.layout.board import ANY, without
 
 CROPPED = LayoutFormat.compact(("a", "b"), max_objects=3, grid=4, crop=True)
 ITEMS = (

@@ -137,7 +137,12 @@ class LayoutFormat:
     @property
     def n_slots(self) -> int:
         """S, the length of the token sequence."""
-        return SLOTS_PER_OBJECT * self.max_objects + (2 if self.crop else 0)
+        return SLOTS_PER_OBJECT * self.max_objects + self.crop_slots
+
+    @property
+    def crop_slots(self) -> int:
+        """How many slots at the end hold corners of the crop: 2 or 0."""
+        return 2 if self.crop else 0
 
     @property
     def class_range(self) -> tuple[int, int]:
@@ -191,6 +196,22 @@ class LayoutFormat:
         crop = self._whole_picture().expand(*class_ids.shape[:-1], -1)
         return torch.cat([triples.flatten(-2), crop], dim=-1)
 
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of ``write``; nothing is checked, so triples need not be boxes.
+
+        Args:
+            tokens: int64 [..., S].
+
+        Returns:
+            class_ids int64 [..., n] for all ``max_objects``, -1 where a slot is none; sides int64
+            [..., n, 4], of no meaning there.
+        """
+        triples = tokens[..., : SLOTS_PER_OBJECT * self.max_objects]
+        triples = triples.unflatten(-1, (self.max_objects, SLOTS_PER_OBJECT))
+        absent = (triples == self.none).any(dim=-1)
+        class_ids = torch.where(absent, -1, triples[..., 0] - self.class_start)
+        return class_ids, torch.stack(self.corner_place(triples[..., 1:]), dim=-1).flatten(-2)
+
     def corner_token(self, x: Steps, y: Steps) -> Steps:
         """The token of a corner, x and y in steps of the grid; whole numbers or int64 tensors."""
         return self.coordinate_start + y * self.grid + x
@@ -226,14 +247,15 @@ class LayoutFormat:
         self._check(
             "coordinate", torch.cat([present[:, 1:].flatten(), crop]), self.coordinate_range
         )
-        steps = torch.stack(self.corner_place(present[:, 1:]), dim=2).flatten(1)
+        class_ids, steps = self.read(tokens)
+        class_ids, steps = class_ids[class_ids >= 0], steps[class_ids >= 0]
         bad = (steps[:, 2:] <= steps[:, :2]).any(dim=1)
         if bad.any():
             _fail(
                 "a box's bottom-right corner must be below and to the right of its top-left one",
                 f"(left, top, right, bottom) {steps[bad][0].tolist()} on the grid",
             )
-        return Layout((steps / (self.grid - 1)).float(), present[:, 0] - self.class_start)
+        return Layout((steps / (self.grid - 1)).float(), class_ids)
 
     def projection(
         self, table: Tensor, metric: str = "l2", min_size: int | tuple[int, int] | None = 1

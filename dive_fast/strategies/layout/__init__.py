@@ -1,22 +1,26 @@
-"""Searches for the layout that explains an image: generators, like all strategies."""
+"""Searches for the layout that explains an image: generators, like all strategies.
+
+``register_layout_strategy`` takes others from outside.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-from dive_fast.errors import DiveFastError
-from dive_fast.strategies.base import with_settings
 from dive_fast.strategies.layout.board import (
     ANY,
     Board,
-    Box,
     Item,
     Items,
     LayoutAnswer,
     LayoutStrategy,
 )
+from dive_fast.strategies.layout.boxes import Box
 from dive_fast.strategies.layout.guided import Guided
 from dive_fast.strategies.layout.invert import InvertLayout
+from dive_fast.strategies.layout.registry import (
+    layout_strategy_names,
+    register_layout_strategy,
+    resolve_layout_strategy,
+)
 
 __all__ = [
     "ANY",
@@ -28,25 +32,10 @@ __all__ = [
     "Items",
     "LayoutAnswer",
     "LayoutStrategy",
+    "layout_strategy_names",
+    "register_layout_strategy",
     "resolve_layout_strategy",
 ]
 
-STRATEGIES: dict[str, LayoutStrategy] = {"guided": Guided(), "invert": InvertLayout()}
-
-
-def resolve_layout_strategy(
-    strategy: str | LayoutStrategy | None, settings: dict[str, Any]
-) -> LayoutStrategy:
-    """The search that a user asked for by name or as an object, with settings.
-
-    Raises:
-        DiveFastError: an unknown name or setting.
-    """
-    name = "guided" if strategy is None else strategy
-    if isinstance(name, str):
-        if name not in STRATEGIES:
-            raise DiveFastError(
-                f"expected a strategy for layouts of {', '.join(STRATEGIES)}, got {name!r}."
-            )
-        name = STRATEGIES[name]
-    return with_settings(name, settings)
+register_layout_strategy("guided", Guided())
+register_layout_strategy("invert", InvertLayout())

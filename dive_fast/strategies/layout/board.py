@@ -14,19 +14,11 @@ from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.requests import Losses, Request
 from dive_fast.strategies.base import Strategy
+from dive_fast.strategies.layout.boxes import Box
 
 DEFAULT_PROBES = 48
 T_RANGE = (0.1, 0.6)
 ANY = -1  # the mean of all classes' embeddings, in place of a class
-
-
-class Box(NamedTuple):
-    """Sides in steps of the grid, left < right and top < bottom."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
 
 
 class Item(NamedTuple):
@@ -125,15 +117,13 @@ class Board:
 
     def items(self, tokens: Tensor) -> Items:
         """The objects that tokens [S] mean; triples that are no valid box are left out."""
-        form, found = self.format, []
-        n = SLOTS_PER_OBJECT * form.max_objects
-        for c, first, second in tokens[:n].view(-1, SLOTS_PER_OBJECT).tolist():
-            if form.none in (c, first, second):
-                continue
-            (left, top), (right, bottom) = map(form.corner_place, (first, second))
-            if left < right and top < bottom:
-                found.append(Item(c - form.class_start, Box(left, top, right, bottom)))
-        return tuple(found)
+        objects = zip(*(each.tolist() for each in self.format.read(tokens)), strict=True)
+        items = (Item(c, Box(*sides)) for c, sides in objects if c >= 0)
+        return tuple(
+            item
+            for item in items
+            if item.box.left < item.box.right and item.box.top < item.box.bottom
+        )
 
     def _condition(self, items: Items) -> Tensor:
         tokens = self._tokens(items)
@@ -157,13 +147,18 @@ def measure(board: Board, layouts: Sequence[Items], probe_ids: Tensor) -> Steps:
     return losses.double().mean(dim=1) + board.price(layouts)
 
 
-def overlap(a: Box, b: Box) -> float:
-    """Intersection over union."""
-    width = min(a.right, b.right) - max(a.left, b.left)
-    height = min(a.bottom, b.bottom) - max(a.top, b.top)
-    inside = max(width, 0) * max(height, 0)
-    return inside / (_area(a) + _area(b) - inside)
+def replaced(items: Items, i: int, *new: Item) -> Items:
+    """The layout with others in place of object i."""
+    return (*items[:i], *new, *items[i + 1 :])
 
 
-def _area(box: Box) -> int:
-    return (box.right - box.left) * (box.bottom - box.top)
+def without(items: Items, i: int) -> Items:
+    return replaced(items, i)
+
+
+def with_box(items: Items, i: int, box: Box) -> Items:
+    return replaced(items, i, items[i]._replace(box=box))
+
+
+def with_class(items: Items, i: int, class_id: int) -> Items:
+    return replaced(items, i, items[i]._replace(class_id=class_id))

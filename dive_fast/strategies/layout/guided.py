@@ -14,31 +14,14 @@ import torch
 from torch import Tensor
 
 from dive_fast.errors import DiveFastError
-from dive_fast.strategies.layout.board import (
-    ANY,
-    Board,
-    Box,
-    Item,
-    Items,
-    LayoutProbes,
-    Steps,
-    measure,
-)
+from dive_fast.strategies.layout.board import ANY, Board, Item, LayoutProbes, Steps
+from dive_fast.strategies.layout.boxes import Box
 from dive_fast.strategies.layout.invert import InvertLayout
-from dive_fast.strategies.layout.moves import (
-    join,
-    join_as_class,
-    recut,
-    slide,
-    split,
-    split_as_classes,
-    unit,
-)
-from dive_fast.strategies.layout.residual import height, regions, residual
-from dive_fast.strategies.layout.settle import best_classes, drop_duplicates, settle
+from dive_fast.strategies.layout.residual import regions, residual
+from dive_fast.strategies.layout.settle import drop_duplicates, settle
+from dive_fast.strategies.layout.state import State
 
 LEVELS = (0.05, 0.2, 0.4)  # shares of the map's height; where regions begin
-CONTENT = 0.1  # share of the map's height; what holds something
 FINALISTS = 8  # layouts of the relaxed search that are compared
 PROPOSALS = 6  # regions that are measured before an object is added
 DOUBTFUL = 0.1  # share of the error in an object's place that it leaves, if it may be two
@@ -103,38 +86,31 @@ class Guided(LayoutProbes):
             for n in (self.rough_probes, self.step_probes, self.final_probes)
         )
         unexplained = yield from residual(board, (), rough)
-        peak = height(unexplained)
-        content = unexplained > CONTENT * peak
-        begun, loss = yield from self._begin(board, unexplained, rough)
-        items, loss = yield from self._revise(board, begun, loss, rough, content)
-        placed, loss = yield from self._add(board, items, loss, rough, peak)
-        if placed != items:
-            placed, loss = yield from self._revise(board, placed, loss, rough, content)
-        items = yield from best_classes(board, placed, steps)
-        loss = float((yield from measure(board, [items], steps))[0])
-        items, loss = yield from join_as_class(board, items, loss, steps, self.margin)
-        items, loss = yield from self._divide(board, items, loss, steps, unexplained)
-        for i in range(len(items)):
-            items, loss = yield from slide(board, items, i, loss, steps, 1)
-        answer = yield from settle(board, items, final, self.margin)
+        state = State(board, rough, self.margin, unexplained)
+        yield from self._begin(state)
+        begun = state.items
+        yield from self._revise(state)
+        if (yield from self._add(state)):
+            yield from self._revise(state)
+        placed = state.items
+        state.probe_ids = steps
+        yield from state.classify()
+        yield from state.join_as_class()
+        yield from self._divide(state)
+        for i in range(len(state.items)):
+            yield from state.slide(i, step=1)
+        answer = yield from settle(board, state.items, final, self.margin)
         answer.trace.update(begun=begun, placed=placed)
         return answer
 
-    def _begin(self, board: Board, unexplained: Tensor, rough: Tensor) -> Steps:
-        """The best layout of regions, or of a relaxed search; and its loss."""
-        most = board.format.max_objects
-        layouts = [
-            tuple(
-                Item(ANY, box) for box in regions(unexplained, share * height(unexplained))[:most]
-            )
-            for share in LEVELS
-        ]
+    def _begin(self, state: State) -> Steps:
+        """The best layout of regions, or of a relaxed search."""
+        found = [regions(state.unexplained, share * state.peak) for share in LEVELS]
+        most = state.board.format.max_objects
+        layouts = [tuple(Item(ANY, box) for box in boxes[:most]) for boxes in found]
         if self.starts:
-            layouts += yield from self._relaxed(board)
-        layouts = list(dict.fromkeys(layouts))
-        losses = yield from measure(board, layouts, rough)
-        best = int(losses.argmin())
-        return layouts[best], float(losses[best])
+            layouts += yield from self._relaxed(state.board)
+        yield from state.choose(list(dict.fromkeys(layouts)))
 
     def _relaxed(self, board: Board) -> Steps:
         """The best layouts of a relaxed search, without their classes."""
@@ -151,78 +127,45 @@ class Guided(LayoutProbes):
             for items in likely
         ]
 
-    def _revise(
-        self, board: Board, items: Items, loss: float, rough: Tensor, content: Tensor
-    ) -> Steps:
-        """Objects split, joined, removed and moved, with all others in place; and the loss."""
-        step = unit(board.format.grid)
+    def _revise(self, state: State) -> Steps:
+        """Objects split, joined, removed and moved, with all others in place."""
         for _ in range(self.rounds):
-            before = items
-            items, loss = yield from join(board, items, loss, rough, self.margin)
-            items, loss = yield from self._split(board, items, loss, rough, content)
-            items, loss = yield from join(board, items, loss, rough, self.margin)
-            for i in range(len(items)):
-                items, loss = yield from slide(board, items, i, loss, rough, step)
-            if set(items) == set(before):
+            before = set(state.items)
+            yield from state.join()
+            yield from state.split_all()
+            yield from state.join()
+            for i in range(len(state.items)):
+                yield from state.slide(i, state.small_step)
+            if set(state.items) == before:
                 break
-        return (yield from recut(board, items, loss, rough, content))
+        yield from state.recut()
 
-    def _split(
-        self, board: Board, items: Items, loss: float, rough: Tensor, content: Tensor
-    ) -> Steps:
-        """Every object in as many parts as explain more than fewer do; layout and loss."""
-        todo = list(range(len(items)))
-        while todo:
-            i = todo.pop()
-            parts, better = yield from split(board, items, i, loss, rough, self.margin, content)
-            if parts != items:
-                items, loss = parts, better
-                todo = [j + 1 if j > i else j for j in todo] + [i, i + 1]
-        return items, loss
+    def _add(self, state: State) -> Steps:
+        """Objects where the layout does not explain the image yet; whether there were any."""
+        before = len(state.items)
+        while not state.is_full:
+            left = yield from state.residual()
+            boxes = regions(left, LEVELS[1] * state.peak)[:PROPOSALS]
+            if not boxes or not (yield from state.add(boxes, FAR * state.small_step)):
+                break
+        return len(state.items) > before
 
-    def _divide(
-        self, board: Board, items: Items, loss: float, probe_ids: Tensor, unexplained: Tensor
-    ) -> Steps:
+    def _divide(self, state: State) -> Steps:
         """Objects that leave much of their place unexplained, as two with classes."""
-        content = unexplained > CONTENT * height(unexplained)
         tried: set[Item] = set()
-        while True:
-            left = (yield from residual(board, items, probe_ids)) if items else unexplained
-            todo = [
-                i
-                for i, item in enumerate(items)
-                if item not in tried and _share(left, unexplained, item.box) > DOUBTFUL
-            ]
-            if not todo:
-                return items, loss
-            i = max(todo, key=lambda i: _share(left, unexplained, items[i].box))
-            tried.add(items[i])
-            items, loss = yield from split_as_classes(
-                board, items, i, loss, probe_ids, self.margin, content
-            )
-
-    def _add(self, board: Board, items: Items, loss: float, rough: Tensor, peak: float) -> Steps:
-        """Objects where the layout does not explain the image yet; layout and loss."""
-        while len(items) < board.format.max_objects:
-            left = yield from residual(board, items, rough)
-            boxes = regions(left, LEVELS[1] * peak)[:PROPOSALS]
-            if not boxes:
+        while state.items:
+            left = yield from state.residual()
+            shares = {
+                i: share
+                for i, item in enumerate(state.items)
+                if item not in tried
+                and (share := _share(left, state.unexplained, item.box)) > DOUBTFUL
+            }
+            if not shares:
                 break
-            layouts = [(*items, Item(ANY, box)) for box in boxes]
-            losses = yield from measure(board, layouts, rough)
-            best = int(losses.argmin())
-            layout, better = yield from slide(
-                board,
-                layouts[best],
-                len(items),
-                float(losses[best]),
-                rough,
-                FAR * unit(board.format.grid),
-            )
-            if not better < loss * (1 - self.margin):
-                break
-            items, loss = layout, better
-        return items, loss
+            worst = max(shares, key=shares.__getitem__)
+            tried.add(state.items[worst])
+            yield from state.split_as_classes(worst)
 
 
 def _share(left: Tensor, unexplained: Tensor, box: Box) -> float:

@@ -8,12 +8,15 @@ One map, of a few evaluations, shows the places of all objects at once.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from dive_fast.core.requests import ErrorMaps
-from dive_fast.strategies.layout.board import Board, Box, Items, Steps
+from dive_fast.strategies.layout.board import Board, Items, Steps
+from dive_fast.strategies.layout.boxes import Box, labelled_boxes
 
 PEAK = 0.98  # quantile of the cells that is the map's height; the maximum may be an outlier
 LEAST_MASS = 0.02  # share of the whole error that a region holds at least
@@ -43,35 +46,10 @@ def regions(residuals: Tensor, level: float) -> list[Box]:
 
     Cells are connected that touch, if only at a corner.
     """
-    mask = residuals > level
-    labels = _labels(mask)
+    labels = torch.from_numpy(ndimage.label(residuals.numpy() > level, np.ones((3, 3)))[0])
     masses = {
-        _around(labels == label): float(residuals[labels == label].sum())
-        for label in labels[mask].unique().tolist()
+        box: float(residuals[labels == label].sum())
+        for label, box in enumerate(labelled_boxes(labels), start=1)
     }
     least = LEAST_MASS * float(residuals.sum())
     return [box for box in sorted(masses, key=masses.__getitem__)[::-1] if masses[box] >= least]
-
-
-def tightened(box: Box, mask: Tensor) -> Box | None:
-    """The smallest box around the marked cells in a box; None if there are none."""
-    inside = torch.zeros_like(mask)
-    rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
-    inside[rows, columns] = mask[rows, columns]
-    return _around(inside) if inside.any() else None
-
-
-def _labels(mask: Tensor) -> Tensor:
-    """A number for every cell, the same for marked cells that are connected."""
-    labels = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
-    while True:
-        wider = F.max_pool2d(labels[None], 3, stride=1, padding=1)[0] * mask
-        if torch.equal(wider, labels):
-            return labels
-        labels = wider
-
-
-def _around(mask: Tensor) -> Box:
-    rows, columns = mask.nonzero().unbind(1)
-    left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
-    return Box(int(left), int(top), int(right), int(bottom))

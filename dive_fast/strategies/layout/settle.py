@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dive_fast.strategies.layout.board import Board, Items, LayoutAnswer, Steps, measure, overlap
+from dive_fast.strategies.layout.board import (
+    Board,
+    Items,
+    LayoutAnswer,
+    Steps,
+    measure,
+    with_class,
+    without,
+)
+from dive_fast.strategies.layout.boxes import overlap
 
 LIKELY = 3  # classes that are measured on all probes
 DUPLICATE = 0.7  # intersection over union of two objects that are one
-
-
-def without(items: Items, i: int) -> Items:
-    return items[:i] + items[i + 1 :]
-
-
-def with_class(items: Items, i: int, c: int) -> Items:
-    return (*items[:i], items[i]._replace(class_id=c), *items[i + 1 :])
 
 
 def decide(board: Board, items: Items, i: int, probe_ids: Tensor) -> Steps:
@@ -41,15 +42,6 @@ def decide(board: Board, items: Items, i: int, probe_ids: Tensor) -> Steps:
     whole = losses + (1 - share) * (rest[0] - losses[likely[0]])
     whole[likely] = share * losses[likely] + (1 - share) * rest
     return whole
-
-
-def best_classes(board: Board, items: Items, probe_ids: Tensor) -> Steps:
-    """The layout with the best class for each object, one after the other, all others in place."""
-    for i in range(len(items)):
-        layouts = [with_class(items, i, c) for c in range(len(board.format.names))]
-        losses = yield from measure(board, layouts, probe_ids)
-        items = layouts[int(losses.argmin())]
-    return items
 
 
 def settle(board: Board, items: Items, probe_ids: Tensor, margin: float, rounds: int = 2) -> Steps:
