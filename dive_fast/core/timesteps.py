@@ -75,7 +75,7 @@ class TimestepWeights:
         base = low_discrepancy_probes(k, self.n_timesteps, shape, seed)
         total = sum(self.density)
         edges = [x / total for x in itertools.accumulate(self.density, initial=0.0)]
-        placed = [self._place(van_der_corput(i), edges) for i in range(1, k + 1)]
+        placed = [self._place(u, edges) for u in van_der_corput(k)]
         mean = self._mean_weight()
         return dataclasses.replace(
             base,
