@@ -104,8 +104,8 @@ def columns(density: torch.Tensor, rotation: float, timesteps: torch.Tensor) -> 
     edges = torch.cat([torch.zeros(1), density.double().cumsum(0) / density.double().sum()])
     free = torch.ones(len(timesteps), dtype=torch.bool)
     chosen = []
-    for i in range(1, max(COUNTS) + 1):
-        u = (van_der_corput(i) + rotation) % 1
+    for term in van_der_corput(max(COUNTS)):
+        u = (term + rotation) % 1
         b = min(int((edges[1:] <= u).sum()), BINS - 1)
         t = (b + (u - edges[b]) / (edges[b + 1] - edges[b])) * 1000 / BINS
         distance = (timesteps - t).abs().masked_fill(~free, torch.inf)
@@ -118,7 +118,7 @@ def compare(found: dict[str, torch.Tensor]) -> dict[str, dict[str, list[float]]]
     """Accuracy and agreement of every way at every number of probes."""
     losses, labels = found["main"], found["labels"]
     reference = found["ref"].mean(dim=2).argmin(dim=1)
-    timesteps = torch.tensor([int(van_der_corput(i) * 1000) for i in range(1, PROBES + 1)])
+    timesteps = torch.tensor([int(u * 1000) for u in van_der_corput(PROBES)])
     folds = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1)).chunk(FOLDS)
     rotations = torch.rand(ROTATIONS, generator=torch.Generator().manual_seed(0)).tolist()
     rows = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class DiveFastError(ValueError):
     """Something the caller gave cannot be used.
@@ -24,3 +26,10 @@ class DataError(DiveFastError):
 
 class RunError(DiveFastError):
     """A run directory that cannot be written, or that holds another run."""
+
+
+def some(names: Sequence[str], at_most: int = 5) -> str:
+    """The first few names, quoted, and how many more there are: for a sentence."""
+    listed = ", ".join(repr(name) for name in names[:at_most])
+    more = len(names) - at_most
+    return f"{listed} and {more} more" if more > 0 else listed

@@ -78,6 +78,28 @@ class TestFitBeta:
     def test_finds_the_temperature_that_drew_the_labels(self) -> None:
         assert fit_beta(*drawn(4000, 150.0)) == pytest.approx(150, rel=0.1)
 
+    @pytest.mark.parametrize(("n", "c"), [(1, 2), (40, 3), (300, 10)])
+    def test_the_slope_of_the_likelihood_is_0_there(self, n: int, c: int) -> None:
+        losses, labels = drawn(n, 150.0, c)
+        energy = losses.double() - losses.double().mean()
+        target = torch.full((n, c), 1 / (n + 2) / (c - 1), dtype=torch.float64)
+        target[range(n), labels] = (n + 1) / (n + 2)
+
+        def slope(beta: float) -> float:
+            return ((target - (-beta * energy).softmax(dim=1)) * energy).sum().item()
+
+        low, high = 1e-3, 1e7  # it rises with beta, and stays at a border if it never is 0
+        for _ in range(200):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+        assert fit_beta(losses, labels) == pytest.approx(low, rel=1e-5)
+
+    def test_losses_that_favour_wrong_answers(self) -> None:
+        assert fit_beta(torch.eye(4), torch.arange(4)) == pytest.approx(1e-3, rel=1e-5)
+
+    def test_losses_that_say_nothing(self) -> None:
+        assert fit_beta(torch.full((3, 4), 0.3), [0, 1, 2]) == pytest.approx(1e7, rel=1e-5)
+
     def test_stays_finite_where_every_answer_is_right(self) -> None:
         losses = torch.eye(4) * -0.1 + 0.5
         assert 1 < fit_beta(losses, torch.arange(4)) < 1000

@@ -47,7 +47,7 @@ class TestOpen:
         assert stored["config"] == json.loads(json.dumps(CONFIG))
         assert stored["environment"] == {"torch": "2"}
         assert lines(path) == []
-        assert not (path / "run.json.tmp").exists()
+        assert {p.name for p in path.iterdir()} == {"run.json", "results.jsonl", ".lock"}
 
     def test_resume(self, tmp_path: Path) -> None:
         with RunDirectory.open(tmp_path, CONFIG, {"host": "a"}) as run:
@@ -92,10 +92,10 @@ class TestOpen:
 
     def test_killed_before_run_json(self, tmp_path: Path) -> None:
         (tmp_path / ".lock").touch()
-        (tmp_path / "run.json.tmp").write_text('{"conf')
+        (tmp_path / ".run.json.x1y2.tmp").write_text('{"conf')
         with RunDirectory.open(tmp_path, CONFIG) as run:
             run.append(record(0))
-        assert not (tmp_path / "run.json.tmp").exists()
+        assert not list(tmp_path.glob("*.tmp"))
 
     @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}', "\udcff"])
     def test_damaged_run_json(self, tmp_path: Path, content: str) -> None:
@@ -345,7 +345,7 @@ class TestFullDisk:
                 RunDirectory.open(tmp_path, CONFIG)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert not (tmp_path / "run.json").exists() and not (tmp_path / "run.json.tmp").exists()
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
         with RunDirectory.open(tmp_path, CONFIG) as run:
             run.append(record(0))
 

@@ -14,7 +14,7 @@ from tiny import read_json, write_json, write_model
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, ModelError, ProbeList
-from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.probes import low_discrepancy_probes, van_der_corput
 from dive_fast.core.requests import Answer, Gradients
 from dive_fast.core.timesteps import BINS, TimestepWeights, estimate
 from dive_fast.engine import Engine, Job
@@ -41,6 +41,11 @@ class TestList:
         assert torch.equal(found.timesteps, expected.timesteps)
         assert torch.equal(found.noise, expected.noise)
         assert torch.equal(found.weights, torch.ones(300))
+
+    def test_the_sequence_mirrors_binary_digits(self) -> None:
+        mirrored = [int(f"{i:b}"[::-1], 2) / 2 ** i.bit_length() for i in range(1, 10_001)]
+        assert van_der_corput(10_000) == mirrored
+        assert van_der_corput(10) == mirrored[:10] and van_der_corput(1) == [0.5]
 
     def test_a_prefix_of_a_longer_list(self) -> None:
         long, short = LOPSIDED.probes(63, SHAPE, seed=2), LOPSIDED.probes(10, SHAPE, seed=2)

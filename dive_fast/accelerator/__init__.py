@@ -14,6 +14,7 @@ from torch import nn
 from dive_fast.accelerator.base import Accelerated, Statistics
 from dive_fast.accelerator.dit import AcceleratedDiT
 from dive_fast.accelerator.unet import AcceleratedUNet
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.dit import shared_embedder as dit_embedder
 from dive_fast.models.unet import stages
@@ -62,7 +63,7 @@ def accelerate(
         raise ModelError(f"expected a torch.nn.Module to accelerate, got {network!r}.")
     if isinstance(network, Accelerated):
         raise ModelError("expected the network itself, got one that is already accelerated.")
-    if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 0:
+    if not is_whole(cache_bytes, 0):
         raise DiveFastError(f"expected cache_bytes of 0 or more, got {cache_bytes!r}.")
     if dtype is not None and dtype not in AUTOCAST_DTYPES:
         raise DiveFastError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dive_fast.compat.capped_race import CappedRace
+from dive_fast.core.numbers import is_whole
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.schedule import TARGETS
 from dive_fast.engine.objective import NORMS
@@ -45,7 +46,7 @@ class Settings:
             )
         for name in ("n_samples", "to_keep"):
             numbers = getattr(args, name)
-            whole = isinstance(numbers, list | tuple) and all(map(_is_count, numbers))
+            whole = isinstance(numbers, list | tuple) and all(is_whole(n, 1) for n in numbers)
             if not whole or len(numbers) == 0:
                 raise DiveFastError(
                     f"args.{name} must list whole numbers of at least 1, got {numbers!r}."
@@ -144,12 +145,8 @@ def check_noise(all_noise: torch.Tensor, latent: torch.Tensor, n: int) -> None:
         raise DiveFastError(f"all_noise must have shape [N >= {n}, {expected}], got {got}.")
 
 
-def _is_count(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
-
-
 def check_count(name: str, number: Any) -> None:
-    if not _is_count(number):
+    if not is_whole(number, 1):
         raise DiveFastError(f"{name} must be a whole number of at least 1, got {number!r}.")
 
 

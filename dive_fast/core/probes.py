@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import qmc
 
 from dive_fast.errors import DiveFastError
 
@@ -97,7 +98,7 @@ def low_discrepancy_probes(
     """
     _check_count(k)
     # Index 0 would be t = 0, where every condition explains the noise equally badly.
-    timesteps = [int(van_der_corput(i) * n_timesteps) for i in range(1, k + 1)]
+    timesteps = [int(u * n_timesteps) for u in van_der_corput(k)]
     generator = torch.Generator().manual_seed(seed)
     # One draw per probe: a single draw of [k, ...] would not be a prefix of a longer one.
     noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(k)])
@@ -131,10 +132,6 @@ def _check_count(k: int) -> None:
         raise DiveFastError(f"the number of probes must be at least 1, got {k}.")
 
 
-def van_der_corput(i: int) -> float:
-    """The i-th term in base 2: the binary digits of i, mirrored at the point."""
-    value, step = 0.0, 0.5
-    while i:
-        value += step * (i & 1)
-        i, step = i >> 1, step / 2
-    return value
+def van_der_corput(k: int) -> list[float]:
+    """The terms 1 to k of the sequence in base 2, without its first, 0: 1/2, 1/4, 3/4, 1/8, ..."""
+    return qmc.Halton(1, scramble=False).random(k + 1)[1:, 0].tolist()

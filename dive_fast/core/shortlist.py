@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dive_fast.core.numbers import is_number
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
 
@@ -44,8 +44,8 @@ class Shortlist:
 
     def __post_init__(self) -> None:
         values = self.curvature
-        good = isinstance(values, list | tuple) and all(map(_is_number, values)) and len(values) > 0
-        if not good or not _is_number(self.slope) or not self.slope > 0:
+        good = isinstance(values, list | tuple) and all(map(is_number, values)) and len(values) > 0
+        if not good or not is_number(self.slope) or not self.slope > 0:
             raise DiveFastError(
                 "a shortlist needs a slope above 0 and a finite curvature for every class, "
                 f"got a slope of {self.slope!r}."
@@ -122,7 +122,3 @@ def estimate_shortlist(
 
     slope = min(SLOPES, key=mean_rank)
     return slope, (measured - slope * linear).mean(dim=0).float()
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

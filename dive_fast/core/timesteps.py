@@ -11,13 +11,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes, van_der_corput
 from dive_fast.errors import DiveFastError
 
@@ -43,13 +43,13 @@ class TimestepWeights:
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.n_timesteps) or self.n_timesteps < 1:
+        if not is_whole(self.n_timesteps, 1):
             raise DiveFastError(
                 f"n_timesteps must be a whole number of at least 1, got {self.n_timesteps!r}."
             )
         for name in ("density", "weights"):
             values = getattr(self, name)
-            if not isinstance(values, list | tuple) or not all(map(_is_share, values)):
+            if not isinstance(values, list | tuple) or not all(is_number(x, 0) for x in values):
                 raise DiveFastError(f"{name} must be a list of finite numbers of at least 0.")
             object.__setattr__(self, name, tuple(map(float, values)))
         if len(self.density) != len(self.weights) or not self.density:
@@ -75,7 +75,7 @@ class TimestepWeights:
         base = low_discrepancy_probes(k, self.n_timesteps, shape, seed)
         total = sum(self.density)
         edges = [x / total for x in itertools.accumulate(self.density, initial=0.0)]
-        placed = [self._place(van_der_corput(i), edges) for i in range(1, k + 1)]
+        placed = [self._place(u, edges) for u in van_der_corput(k)]
         mean = self._mean_weight()
         return dataclasses.replace(
             base,
@@ -169,12 +169,3 @@ def _smoothed(values: torch.Tensor) -> torch.Tensor:
     """Each bin averaged with its neighbours, 1 : 2 : 1."""
     padded = torch.cat([values[:1], values, values[-1:]])
     return (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_share(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0

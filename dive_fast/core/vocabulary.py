@@ -95,13 +95,14 @@ class Vocabulary:
         return self._projections[metric].index(v.detach()[:, None])[:, 0]
 
     def project(self, v: torch.Tensor, metric: str = "l2") -> tuple[torch.Tensor, torch.Tensor]:
-        """Projection with straight-through gradient: v' = v + stopgrad(P(v) - v).
+        """Projection with straight-through gradient: v' = P(v), dv'/dv = 1.
 
         Args:
             v: float [N, D].
 
         Returns:
-            v' [N, D], equal to the nearest rows up to rounding, with dv'/dv = 1; their index [N].
+            v' [N, D], the nearest rows, differentiable in v; their index [N].
         """
         index = self.nearest(v, metric)
-        return v + (self.table[index] - v).detach(), index
+        # Unlike v + (row - v).detach(), this is the row to the last bit.
+        return self.table[index] + (v - v.detach()), index

@@ -21,13 +21,12 @@ from PIL import Image
 from dive_fast.data import digits, omniglot
 from dive_fast.data.images import read_image
 from dive_fast.data.paths import list_images
-from dive_fast.errors import DataError, ImageError
+from dive_fast.errors import DataError, ImageError, some
 
 _NPZ_PAIRS = {
     "test": (("images", "labels"), ("x_test", "y_test")),
     "train": (("images", "labels"), ("x_train", "y_train")),
 }
-_NAMED_AT_MOST = 5  # classes listed in an error message
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def _open_digits(class_names: Sequence[str], part: str) -> DataSet:
     found = [index_of.get(n) or index_of.get(str(i)) for i, n in enumerate(digits.NAMES)]
     unknown = [name for name, indices in zip(digits.NAMES, found, strict=True) if not indices]
     if unknown:
-        raise DataError(f"digits: the model does not know the classes {_some(unknown)}.")
+        raise DataError(f"digits: the model does not know the classes {some(unknown)}.")
     images, labels = digits.load_digits(part)
     return DataSet(
         name="digits",
@@ -222,7 +221,7 @@ def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
             other = " and ".join(_NPZ_PAIRS[part][1])
             raise DataError(
                 f"{path}: expected the arrays images and labels, or {other}, "
-                f"got {_some(archive.files) or 'none'}."
+                f"got {some(archive.files) or 'none'}."
             )
     except DataError:
         raise
@@ -272,8 +271,8 @@ def _folder_labels(folder: Path, found: list[str], class_names: Sequence[str]) -
     unknown = [name for name, matches in zip(found, indices, strict=True) if not matches]
     if unknown:
         raise DataError(
-            f"{folder}: the model does not know the classes {_some(unknown)}: expected names such "
-            f"as {_some(class_names)} or indices 0 to {len(class_names) - 1}."
+            f"{folder}: the model does not know the classes {some(unknown)}: expected names such "
+            f"as {some(class_names)} or indices 0 to {len(class_names) - 1}."
         )
     for name, matches in zip(found, indices, strict=True):
         if len(matches) > 1:
@@ -322,9 +321,3 @@ def _array_digest(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(repr(name) for name in names[:_NAMED_AT_MOST])
-    more = len(names) - _NAMED_AT_MOST
-    return f"{listed} and {more} more" if more > 0 else listed

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dive_fast.core.numbers import is_number
 from dive_fast.data.coco import CocoDataset
 from dive_fast.errors import DataError, DiveFastError
 
@@ -111,7 +111,7 @@ def _checked(result: Mapping[str, Any], known: set[int]) -> dict[str, Any]:
     """A copy, because pycocotools writes into what it is given."""
     if not isinstance(result, Mapping) or any(key not in result for key in _RESULT_KEYS):
         raise DataError(f"expected results with {', '.join(_RESULT_KEYS)}, got {result!r}.")
-    if not _is_box(result["bbox"]) or not _is_finite(result["score"]):
+    if not _is_box(result["bbox"]) or not is_number(result["score"]):
         raise DataError(
             "expected results with a bbox of four finite numbers and a finite score, got "
             f"{result!r}."
@@ -124,11 +124,7 @@ def _checked(result: Mapping[str, Any], known: set[int]) -> dict[str, Any]:
 
 
 def _is_box(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_finite, value))
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(is_number, value))
 
 
 def _mean(precision: np.ndarray) -> float | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
+from dive_fast.core.files import leftovers, replacing
 from dive_fast.errors import RunError
 
 try:
@@ -23,7 +24,7 @@ try:
 except ImportError:  # not a POSIX system: runs are not locked there
     fcntl = None
 
-_RUN, _TEMPORARY, _RESULTS, _LOCK = "run.json", "run.json.tmp", "results.jsonl", ".lock"
+_RUN, _RESULTS, _LOCK = "run.json", "results.jsonl", ".lock"
 
 
 def is_finished(records: Mapping[str, Mapping], record_id: str) -> bool:
@@ -68,7 +69,7 @@ class RunDirectory:
             if (path / _RUN).exists():
                 _compare(path, _read_config(path / _RUN), config)
             else:
-                _write_atomically(path, {"config": config, "environment": environment})
+                _write_config(path / _RUN, {"config": config, "environment": environment})
             run._open_results()
         except OSError as error:
             run.close()
@@ -188,7 +189,7 @@ def _lock_directory(path: Path) -> BinaryIO | None:
 
 def _refuse_foreign_content(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
-    foreign = sorted(names - {_TEMPORARY, _LOCK})
+    foreign = sorted(names - {_LOCK} - {left.name for left in leftovers(path / _RUN)})
     if foreign and _RUN not in names:
         raise RunError(
             f"{path}: expected an empty directory or one with a {_RUN}, got one with "
@@ -251,18 +252,11 @@ def _first_difference(there: object, here: object, key: str) -> str | None:
     return None
 
 
-def _write_atomically(path: Path, content: dict) -> None:
-    """Write run.json so that it is there whole or not at all."""
-    temporary = path / _TEMPORARY
-    try:
-        with open(temporary, "wb") as file:
-            file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path / _RUN)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write_config(path: Path, content: dict) -> None:
+    for left in leftovers(path):  # the directory is locked: their writers were killed
+        left.unlink()
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def _read_results(path: Path) -> tuple[dict[str, dict], int]:

@@ -29,6 +29,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import GatedSelfAttentionDense
 
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.numbers import is_whole
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
@@ -158,7 +159,7 @@ class Gligen:
     def _describe(self, grid: int, max_objects: int) -> None:
         """The format and the table that follow from the classes and these numbers."""
         for what, value, least in (("grid", grid, 2), ("max_objects", max_objects, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_whole(value, least):
                 raise ModelError(f"{what} must be a number of at least {least}, got {value!r}.")
         if max_objects > MAX_OBJECTS:
             raise ModelError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.optimize import minimize_scalar
 
 from dive_fast.errors import DiveFastError
 
@@ -96,9 +97,9 @@ def calibrate(
 def fit_beta(losses: torch.Tensor, labels: Any) -> float:
     """The beta that gives labelled images the highest likelihood.
 
-    Minimises the cross-entropy of softmax(-beta L) over beta > 0 by golden-section search over
-    log beta (it is convex in beta). The targets are Platt's, (n + 1) / (n + 2) for the label, so
-    that beta stays finite where every image is answered right (Platt, 1999).
+    Minimises the cross-entropy of softmax(-beta L), which is convex in beta, over log beta. The
+    targets are Platt's, (n + 1) / (n + 2) for the label, so that beta stays finite where every
+    image is answered right (Platt, 1999).
 
     A class that was not measured takes no part in its image's softmax. Where that is the label's
     class, p(label) is a floor that does not depend on beta, so the image has no say.
@@ -133,14 +134,8 @@ def fit_beta(losses: torch.Tensor, labels: Any) -> float:
         log_p = _log_softmax(energy, math.exp(log_beta))
         return -(target * log_p.where(measured, 0.0)).sum().item()
 
-    low, high, ratio = math.log(_LOWEST), math.log(_HIGHEST), (math.sqrt(5) - 1) / 2
-    for _ in range(80):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        if cross_entropy(left) < cross_entropy(right):
-            high = right
-        else:
-            low = left
-    return math.exp((low + high) / 2)
+    bounds = math.log(_LOWEST), math.log(_HIGHEST)
+    return math.exp(minimize_scalar(cross_entropy, bounds=bounds, options={"xatol": 1e-10}).x)
 
 
 def fit_beta_with_lapses(losses: torch.Tensor, labels: Any, lapse: float) -> float:

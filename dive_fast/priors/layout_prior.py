@@ -23,7 +23,6 @@ transformer sees the elements without positions.
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.numbers import is_number
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.errors import ModelError
@@ -387,7 +387,7 @@ def load_prior(directory: str | Path, layout: LayoutFormat, table: Tensor) -> La
     directory = Path(directory)
     prior = load_component(LayoutPrior, directory, allow_pickle=False)
     config, scale = directory / "config.json", prior.config.scale
-    if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+    if not (is_number(scale) and scale > 0):
         raise ModelError(f"expected a positive scale in {config}, got {scale!r}.")
     if not fits(prior, layout, table):
         raise ModelError(

@@ -59,9 +59,7 @@ class LayoutPenalty:
             )
         self.prior, self.weight = prior, weight
         steps = len(prior.schedule)
-        self.timesteps = torch.tensor(
-            [1 + int(van_der_corput(i) * (steps - 1)) for i in range(1, probes + 1)]
-        )
+        self.timesteps = torch.tensor([1 + int(u * (steps - 1)) for u in van_der_corput(probes)])
         generator = torch.Generator().manual_seed(seed)
         dim = prior.dim
         of_object = torch.randn(probes, SLOTS_PER_OBJECT, dim, generator=generator)

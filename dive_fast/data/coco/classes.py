@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dive_fast.data.coco.dataset import CocoDataset
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, some
 
 
 def class_categories(dataset: CocoDataset, names: Sequence[str]) -> tuple[int | None, ...]:
@@ -25,7 +25,7 @@ def class_categories(dataset: CocoDataset, names: Sequence[str]) -> tuple[int | 
     if not any(number is not None for number in found):
         raise DataError(
             f"{dataset.source}: expected classes that the model knows, such as "
-            f"{_some(names)}, got {_some(dataset.names) or 'none'}."
+            f"{some(names)}, got {some(dataset.names) or 'none'}."
         )
     return found
 
@@ -39,15 +39,10 @@ def unknown_classes(dataset: CocoDataset, names: Sequence[str]) -> str | None:
         return None
     return (
         f"{dataset.source}: the model does not know the classes "
-        f"{_some([dataset.names[c] for c in missing])}; their boxes "
+        f"{some([dataset.names[c] for c in missing])}; their boxes "
         f"({sum(boxes[c] for c in missing)}) count as missed."
     )
 
 
 def _plain(name: str) -> str:
     return name.casefold().strip()
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    listed = ", ".join(repr(name) for name in names[:most])
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed

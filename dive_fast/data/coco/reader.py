@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.data.coco.dataset import CocoDataset, CocoImage
 from dive_fast.errors import DataError
 
@@ -110,7 +110,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _categories(path: Path, entries: list) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Without its categories a file means nothing, so a bad one is no single problem."""
     for entry in entries:
-        good = isinstance(entry, dict) and _is_id(entry.get("id"))
+        good = isinstance(entry, dict) and is_whole(entry.get("id"))
         if not (good and isinstance(entry.get("name"), str)):
             raise DataError(
                 f"{path}: expected categories with a whole number as id and a name, got "
@@ -125,14 +125,14 @@ def _image_entries(entries: list, problems: list[str]) -> dict[int, _Entry]:
     found: dict[int, _Entry] = {}
     for position, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
-        if not _is_id(number):
+        if not is_whole(number):
             problems.append(
                 f"entry {position} of images: expected a whole number as id, got {_short(number)}; "
                 "left out"
             )
             continue
         size = entry.get("width"), entry.get("height")
-        if not all(_is_id(side) and 0 < side <= _LONGEST for side in size):
+        if not all(is_whole(side, 1) and side <= _LONGEST for side in size):
             problems.append(
                 f"image {number}: expected a width and a height in pixels, got {_short(size[0])} "
                 f"and {_short(size[1])}; left out with its boxes"
@@ -183,11 +183,11 @@ def _objects(
             continue
         name = f"annotation {_short(annotation.get('id', f'at position {position}'))}"
         number, category = annotation.get("image_id"), annotation.get("category_id")
-        if not _is_id(number) or number not in entries:
+        if not is_whole(number) or number not in entries:
             problems.append(f"{name}: there is no usable image {_short(number)}; left out")
             continue
         name = f"{name} of {entries[number]}"
-        if not _is_id(category) or category not in classes:
+        if not is_whole(category) or category not in classes:
             problems.append(f"{name}: unknown category {_short(category)}; left out")
             continue
         box = _cut_box(name, annotation.get("bbox"), entries[number].size, problems)
@@ -200,7 +200,7 @@ def _objects(
                     class_id=classes[category],
                     crowd=annotation.get("iscrowd") in (1, "1"),
                     bbox=bbox,
-                    area=float(area) if _is_number(area) and area >= 0 else width * height,
+                    area=float(area) if is_number(area, 0) else width * height,
                 )
             )
     return found
@@ -210,7 +210,7 @@ def _cut_box(
     name: str, bbox: object, size: tuple[int, int], problems: list[str]
 ) -> tuple[float, float, float, float] | None:
     """xyxy, cut at the image's border, or None for a box that is left out."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
         problems.append(
             f"{name}: expected a box of four numbers [left, top, width, height], got "
             f"{_short(bbox)}; left out"
@@ -253,19 +253,6 @@ def _coco_image(entry: _Entry, path: Path | None, objects: list[_Object]) -> Coc
         bbox=torch.tensor([o.bbox for o in objects], dtype=torch.float64).reshape(-1, 4),
         area=torch.tensor([o.area for o in objects], dtype=torch.float64),
     )
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
-        return False
 
 
 def _exists(path: Path) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dive_fast.core.files import replacing
+from dive_fast.core.numbers import is_number
 from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ModelError
@@ -56,8 +55,7 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
         return Fitted()
     content = read_json(path)
     beta = content.get("beta")
-    good = isinstance(beta, int | float) and not isinstance(beta, bool) and 0 < beta < math.inf
-    if beta is not None and not good:
+    if beta is not None and not (is_number(beta) and beta > 0):
         raise ModelError(f"beta in {path} must be above 0, got {beta!r}.")
     learned = {}
     for key, kind in (("timesteps", TimestepWeights), ("shortlist", Shortlist)):
@@ -89,30 +87,8 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
     content = {key: value for key, value in (content | values).items() if value is not None}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror or error}.") from error
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    """Two writers at once each leave a whole file: the names of their temporary ones differ."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a model directory may be shared.
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-        os.chmod(temporary, mode & 0o777)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

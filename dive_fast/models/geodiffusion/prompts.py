@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import read_extra, read_json
 from dive_fast.models.text.prompts import Classes, ClassPrompts, require_classes
@@ -124,7 +125,7 @@ def read_prompts(
         templates = [config.get("prompt_template", DEFAULT_TEMPLATE)]
     grid = _grid(n_tokens, config.get("num_bucket_per_side"), directory)
     limit = extra.get("max_objects", config.get("max_num_bbox"))
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
+    if limit is not None and not is_whole(limit, 1):
         raise ModelError(
             f"expected at least 1 object as max_num_bbox in {directory / CONFIG} (or max_objects "
             f"in dive_fast.json), got {limit!r}."
@@ -142,7 +143,7 @@ def read_size(directory: Path) -> int | None:
     sides = (config.get("width"), config.get("height"))
     if sides == (None, None):
         return None
-    if sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
+    if sides[0] != sides[1] or not is_whole(sides[0], 1):
         raise ModelError(
             f"expected square pictures in {directory / CONFIG}, got width {sides[0]!r} and "
             f"height {sides[1]!r}."
@@ -198,11 +199,7 @@ def _grid(n_tokens: int, stated: Any, directory: Path) -> int:
                 f"got {n_tokens}."
             )
         return side
-    if (
-        not isinstance(stated, list)
-        or len(stated) != 2
-        or not all(isinstance(n, int) and n > 1 for n in stated)
-    ):
+    if not isinstance(stated, list) or len(stated) != 2 or not all(is_whole(n, 2) for n in stated):
         raise ModelError(
             f"expected two numbers above 1 as num_bucket_per_side in {directory / CONFIG}, "
             f"got {stated!r}."

@@ -8,6 +8,7 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.autoencoder import Autoencoder, latent_channels
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
@@ -82,7 +83,7 @@ def check_pictures(channels: int, vae: Autoencoder | None, space_to_depth: Any) 
     Raises:
         ModelError: it does not.
     """
-    if not isinstance(space_to_depth, int) or space_to_depth < 1:
+    if not is_whole(space_to_depth, 1):
         raise ModelError(f"space_to_depth must be a number of at least 1, got {space_to_depth!r}.")
     if channels % space_to_depth**2:
         raise ModelError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, some
 from dive_fast.models.files.checkpoint import read_class_names, read_extra, read_json
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -67,7 +67,7 @@ class ClassPrompts:
             prompts = [tuple(p.replace("{}", name) for p in patterns) for name in names]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ModelError(f"expected different classes, got {_some(repeated)} more than once.")
+            raise ModelError(f"expected different classes, got {some(repeated)} more than once.")
         if average == "loss" and len(set(map(len, prompts))) > 1:
             raise ModelError(
                 "average='loss' needs as many prompts for every class, got "
@@ -174,10 +174,3 @@ def _texts(values: Any, what: str) -> tuple[str, ...]:
         if not isinstance(text, str) or not text.strip():
             raise ModelError(f"{what} must hold texts that are not empty, got {text!r}.")
     return texts
-
-
-def _some(names: Sequence[str], at_most: int = 5) -> str:
-    """The first few names, quoted."""
-    listed = ", ".join(repr(name) for name in names[:at_most])
-    more = len(names) - at_most
-    return f"{listed} and {more} more" if more > 0 else listed
