@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_transformer import make_transformer
-from toy_layout import ToyLayoutModel
+from toy_layout import PictureModel
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, LayoutDetector
@@ -18,13 +18,6 @@ from dive_fast.engine import EngineOptions
 from dive_fast.models.dit.model import DiT
 
 N, CLASSES, PROBES = 3, 5, 4
-
-
-class ImageModel(ToyLayoutModel):
-    """The toy with images: channel values 0 and 1 are the grey levels 0 and 255."""
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return (images + 1) / 2
 
 
 def classifier(**options) -> DiffusionClassifier:
@@ -122,7 +115,7 @@ def scene() -> Image.Image:
 def test_both_stream_key_and_result_of_images_in_any_form(tmp_path: Path) -> None:
     scene().save(tmp_path / "scene.png")
     pairs = [("image", scene()), ("file", tmp_path / "scene.png"), ("array", np.asarray(scene()))]
-    detector = LayoutDetector(ImageModel())
+    detector = LayoutDetector(PictureModel())
     found = dict(detector.stream(iter(pairs)))
     assert set(found) == {"image", "file", "array"}
     assert all(f.class_id.tolist() == [1] and f.evaluations > 0 for f in found.values())
@@ -136,7 +129,7 @@ def test_both_stream_key_and_result_of_images_in_any_form(tmp_path: Path) -> Non
 
 
 def test_both_keep_a_trace_and_show_progress_if_asked(capsys) -> None:
-    detector, clf = LayoutDetector(ImageModel()), DiffusionClassifier(ToyModel())
+    detector, clf = LayoutDetector(PictureModel()), DiffusionClassifier(ToyModel())
     x0 = torch.zeros(1, 2, 3, 3)
     assert detector(scene())[0].trace is None
     assert clf(latents=x0, probes=4)[0].trace is None
@@ -153,7 +146,7 @@ def test_a_stream_takes_images_or_latents(given) -> None:
 
 
 def test_both_say_what_decides_their_answers() -> None:
-    clf, detector = DiffusionClassifier(ToyModel()), LayoutDetector(ImageModel())
+    clf, detector = DiffusionClassifier(ToyModel()), LayoutDetector(PictureModel())
     assert (
         clf.identity(strategy="race", probes=7, seed=3).items()
         >= {
