@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.detector import LayoutDetector
     from dive_fast.predict.sampling import sample
     from dive_fast.strategies import register_preset, register_strategy
+    from dive_fast.strategies.layout import register_layout_strategy
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOMES = {
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
     "TimestepWeights": "dive_fast.core.timesteps",
+    "register_layout_strategy": "dive_fast.strategies.layout",
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
     "register_strategy": "dive_fast.strategies",
@@ -83,6 +85,7 @@ __all__ = [
     "TimestepWeights",
     "__version__",
     "accelerate",
+    "register_layout_strategy",
     "register_model_family",
     "register_preset",
     "register_strategy",

@@ -272,8 +272,8 @@ class LayoutDetector(DetectorFitting):
 
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
         """The boxes of an answer in pixels of a picture (width, height), float32 xyxy [n, 4]."""
-        boxes = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
-        return boxes.view(-1, 4) * (torch.tensor([*size, *size]) / (self.model.layout.grid - 1))
+        sides = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
+        return sides.view(-1, 4) * (torch.tensor([*size, *size]) / (self.model.layout.grid - 1))
 
     def identity(
         self,

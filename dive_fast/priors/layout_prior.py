@@ -11,7 +11,7 @@ other tokens say: with p over the tokens k that the slot can hold,
     log p(k | v_t) = <a_t c e_k, v_t> / s_t^2 - |a_t c e_k|^2 / (2 s_t^2) + f_phi(v_t, t)_k + const
     eps_phi(v_t, t) = (v_t - a_t c sum_k p(k | v_t) e_k) / s_t
 
-and only f, what is usual beside the others, is left to learn. The same form for words: continuous
+and only f, what the other tokens say, is left to learn. The same form for words: continuous
 diffusion for categorical data (arXiv 2211.15089). Every slot may have a noise of its own (diffusion
 forcing, arXiv 2407.01392); how much it has shows in the p of its token alone, which is what the
 network reads, so it is told no timestep.
@@ -23,7 +23,6 @@ transformer sees the elements without positions.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,13 +32,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from dive_fast.core.layouts import LayoutFormat
-from dive_fast.core.numbers import is_number
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import load_component
+from dive_fast.priors.slots import CORNERS, SlotKinds
 
-CROP_SLOTS = 2
 FEED_FORWARD = 4  # times the width
 
 
@@ -50,6 +47,7 @@ class LayoutPrior(ModelMixin, ConfigMixin):
 
     Attributes:
         embeddings: [V, D], of the tokens, or None.
+        kinds: which slots hold classes and which corners.
 
     Args:
         layout: ``LayoutFormat.to_dict()``, of the layouts that it learned.
@@ -81,15 +79,16 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         if num_train_timesteps < 2:
             raise ModelError(f"expected at least 2 timesteps, got {num_train_timesteps}.")
         self.layout = LayoutFormat.from_dict(layout)
+        self.kinds = SlotKinds(self.layout)
         self.schedule = Schedule.from_betas(make_betas("linear", num_train_timesteps))
         # Not stored: it is the model's.
         self.register_buffer("embeddings", None, persistent=False)
-        n_class, n_corner = len(self.layout.names) + 1, 2 * self.layout.grid + 1
-        self.object_in = nn.Linear(n_class + 2 * n_corner, width)
-        self.object_out = nn.Linear(width, n_class + 2 * n_corner)
+        n_classes, n_sides = len(self.layout.names) + 1, 2 * self.layout.grid + 1
+        self.object_in = nn.Linear(n_classes + 2 * n_sides, width)
+        self.object_out = nn.Linear(width, n_classes + 2 * n_sides)
         if self.layout.crop:
-            self.crop_in = nn.Linear(CROP_SLOTS * n_corner, width)
-            self.crop_out = nn.Linear(width, CROP_SLOTS * n_corner)
+            self.crop_in = nn.Linear(self.layout.crop_slots * n_sides, width)
+            self.crop_out = nn.Linear(width, self.layout.crop_slots * n_sides)
         layer = nn.TransformerEncoderLayer(
             width,
             heads,
@@ -127,8 +126,12 @@ class LayoutPrior(ModelMixin, ConfigMixin):
             table=table_digest(table),
             **sizes,
         )
-        prior.embeddings = table.detach().float().cpu()
+        prior.attach(table)
         return prior
+
+    def attach(self, table: Tensor) -> None:
+        """Takes the table [V, D] whose embeddings it learned; nothing is checked."""
+        self.embeddings = table.detach().float().cpu()
 
     def forward(self, v_t: Tensor, t: Tensor) -> Tensor:
         """The noise in noised embeddings.
@@ -141,11 +144,11 @@ class LayoutPrior(ModelMixin, ConfigMixin):
             [B, S, D].
         """
         a, s = self._factors(t, v_t)
-        classes, corners = self.log_posteriors(v_t, t)
-        class_rows, corner_rows = self._rows(v_t)
         mean = torch.empty_like(v_t)
-        mean[:, self._class_slots(v_t)] = classes.exp() @ class_rows
-        mean[:, self._corner_slots(v_t)] = corners.exp() @ corner_rows
+        for slots, log_p, rows in zip(
+            self.kinds.slots(v_t), self.log_posteriors(v_t, t), self._rows(v_t), strict=True
+        ):
+            mean[:, slots] = log_p.exp() @ rows
         return (v_t - a * mean) / s
 
     def log_posteriors(self, v_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,29 +160,28 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         Returns:
             [B, n, C + 1] and [B, 2 n (+ 2 with a crop), G G + 1]; the last token is none.
         """
-        a, s = (each.expand(-1, v_t.shape[1], -1) for each in self._factors(t, v_t))
-        alone = []
-        for slots, rows in zip(
-            (self._class_slots(v_t), self._corner_slots(v_t)), self._rows(v_t), strict=True
-        ):
-            inner = v_t[:, slots] @ rows.t() - a[:, slots] / 2 * rows.square().sum(dim=1)
-            alone.append(a[:, slots] / s[:, slots].square() * inner)
-        classes, corners = (each.softmax(dim=2) for each in alone)
-        of_classes, of_sides = self._context(classes, self._sides(corners))
-        usual = (of_classes, self._corners(of_sides))
-        classes, corners = (
-            (one + other).log_softmax(dim=2) for one, other in zip(alone, usual, strict=True)
+        own_classes, own_corners = self._own_logits(v_t, t)
+        classes, corners = own_classes.softmax(dim=2), own_corners.softmax(dim=2)
+        sides = self.kinds.side_probabilities(corners)
+        class_context, side_context = self._context(classes, sides)
+        corner_context = self.kinds.corner_logits(side_context)
+        return (
+            (own_classes + class_context).log_softmax(dim=2),
+            (own_corners + corner_context).log_softmax(dim=2),
         )
-        return classes, corners
 
     def positions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Where the tokens [B, S] stand in what ``log_posteriors`` returns, int64."""
+        return self.kinds.positions(tokens)
+
+    def _own_logits(self, v_t: Tensor, t: Tensor) -> list[Tensor]:
+        """<a_t c e_k, v_t> / s_t^2 - |a_t c e_k|^2 / (2 s_t^2): what a slot says of its token."""
+        a, s = (each.expand(-1, v_t.shape[1], -1) for each in self._factors(t, v_t))
         found = []
-        slots = (self._class_slots(tokens), self._corner_slots(tokens))
-        for at, (start, stop) in zip(slots, self._ranges(), strict=True):
-            part = tokens[:, at]
-            found.append(torch.where(part == self.layout.none, stop - start, part - start))
-        return found[0], found[1]
+        for slots, rows in zip(self.kinds.slots(v_t), self._rows(v_t), strict=True):
+            inner = v_t[:, slots] @ rows.t() - a[:, slots] / 2 * rows.square().sum(dim=1)
+            found.append(a[:, slots] / s[:, slots].square() * inner)
+        return found
 
     def _context(self, classes: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         """f: from what each slot says of its own token to what the others make of it.
@@ -198,54 +200,21 @@ class LayoutPrior(ModelMixin, ConfigMixin):
             h = torch.cat([h, self.crop_in(sides[:, 2 * n :].flatten(1))[:, None]], dim=1)
         h = self.blocks(h)
         out = self.object_out(h[:, :n])
-        of_classes, of_sides = out.split([classes.shape[2], 2 * n_sides], dim=2)
-        of_sides = of_sides.unflatten(2, (2, n_sides)).flatten(1, 2)
+        class_logits, side_logits = out.split([classes.shape[2], 2 * n_sides], dim=2)
+        side_logits = side_logits.unflatten(2, (2, n_sides)).flatten(1, 2)
         if self.layout.crop:
-            of_crop = self.crop_out(h[:, n]).unflatten(1, (CROP_SLOTS, n_sides))
-            of_sides = torch.cat([of_sides, of_crop], dim=1)
-        return of_classes, of_sides
-
-    def _sides(self, corners: Tensor) -> Tensor:
-        """Probabilities of corners [..., G G + 1] as those of columns, rows and none.
-
-        A corner is its column and its row: neighbours on the grid share what is learned.
-        """
-        grid = self.layout.grid
-        board = corners[..., :-1].unflatten(-1, (grid, grid))
-        return torch.cat([board.sum(dim=-2), board.sum(dim=-1), corners[..., -1:]], dim=-1)
-
-    def _corners(self, sides: Tensor) -> Tensor:
-        """The sum of a column's and a row's part for each corner [..., G G + 1]; and of none."""
-        columns, rows, none = sides.split([self.layout.grid, self.layout.grid, 1], dim=-1)
-        board = rows[..., :, None] + columns[..., None, :]
-        return torch.cat([board.flatten(-2), none], dim=-1)
+            crop_logits = self.crop_out(h[:, n]).unflatten(1, (self.layout.crop_slots, n_sides))
+            side_logits = torch.cat([side_logits, crop_logits], dim=1)
+        return class_logits, side_logits
 
     def _rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """c times the embeddings that slots for classes and for corners can hold, none last."""
-        table = self.config.scale * self._attached().to(like)
-        none = table[self.layout.none : self.layout.none + 1]
-        classes, corners = (torch.cat([table[slice(*each)], none]) for each in self._ranges())
-        return classes, corners
+        return self.kinds.rows(self.config.scale * self._attached().to(like))
 
     def _attached(self) -> Tensor:
         if self.embeddings is None:
             raise ModelError("expected a prior with its table: load_prior and for_table give one.")
         return self.embeddings
-
-    def _ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The tokens of classes and of corners, (start, stop)."""
-        return self.layout.class_range, self.layout.coordinate_range
-
-    def _class_slots(self, v: Tensor) -> Tensor:
-        return torch.arange(0, self._end(v), SLOTS_PER_OBJECT, device=v.device)
-
-    def _corner_slots(self, v: Tensor) -> Tensor:
-        slots = torch.arange(v.shape[1], device=v.device)
-        return slots[(slots >= self._end(v)) | (slots % SLOTS_PER_OBJECT > 0)]
-
-    def _end(self, v: Tensor) -> int:
-        """Where the slots of the objects end."""
-        return v.shape[1] - (CROP_SLOTS if self.layout.crop else 0)
 
     @property
     def dim(self) -> int:
@@ -310,42 +279,44 @@ class LayoutPrior(ModelMixin, ConfigMixin):
                 f"expected tokens int64 [N, {self.layout.n_slots}], got {tokens.dtype} "
                 f"{list(tokens.shape)}."
             )
-        n = len(tokens)
-        known = tokens >= 0
-        kinds = (self._class_slots(tokens), self._corner_slots(tokens))
-        like = self.object_in.weight
-        total = torch.zeros(n, dtype=like.dtype, device=like.device)
-        sizes = [stop - start + 1 for start, stop in self._ranges()]
-        at = self.positions(tokens)
-        # What is known is certain, what is hidden can be anything.
-        certain = [
-            torch.where(
-                known[:, slots, None],
-                F.one_hot(place.clamp_min(0), size).to(like),
-                torch.full((size,), 1 / size).to(like),
-            )
-            for slots, place, size in zip(kinds, at, sizes, strict=True)
-        ]
-        for kind, slots in enumerate(kinds):
-            m = len(slots)
-            # One layout for every slot of this kind, with that slot hidden.
-            parts = [each[:, None].repeat(1, m, 1, 1) for each in certain]
-            own = torch.arange(m, device=like.device)
-            parts[kind][:, own, own] = 1 / sizes[kind]
-            classes, corners = (part.flatten(0, 1) for part in parts)
-            of_slots = self._context(classes, self._sides(corners))[kind]
-            mine = of_slots.unflatten(0, (n, m))[:, own, own]
-            logs = (mine if kind == 0 else self._corners(mine)).log_softmax(dim=2)
-            picked = logs.gather(2, at[kind].clamp_min(0)[..., None])[..., 0]
-            total -= torch.where(known[:, slots], picked, 0.0).sum(dim=1)
+        known, positions = tokens >= 0, self.positions(tokens)
+        beliefs = self._beliefs(tokens)
+        total = beliefs[0].new_zeros(len(tokens))
+        for kind, slots in enumerate(self.kinds.slots(tokens)):
+            log_p = self._foretold(beliefs, kind)
+            log_p = log_p.gather(2, positions[kind].clamp_min(0)[..., None])[..., 0]
+            total -= torch.where(known[:, slots], log_p, 0.0).sum(dim=1)
         return total
 
+    def _beliefs(self, tokens: Tensor) -> list[Tensor]:
+        """Probabilities of each kind's tokens: a known one is certain, else it can be any."""
+        like, found = self.object_in.weight, []
+        kinds = self.kinds.slots(tokens), self.positions(tokens), self.kinds.sizes
+        for slots, positions, size in zip(*kinds, strict=True):
+            certain = F.one_hot(positions.clamp_min(0), size).to(like)
+            anything = torch.full((size,), 1 / size).to(like)
+            found.append(torch.where(tokens[:, slots, None] >= 0, certain, anything))
+        return found
+
+    def _foretold(self, beliefs: list[Tensor], kind: int) -> Tensor:
+        """log p of every slot of a kind from all other slots, [N, n, C + 1 or G G + 1]."""
+        n_layouts, n_slots, size = beliefs[kind].shape
+        # Every layout once for each of these slots, with that slot hidden.
+        classes, corners = copies = [p[:, None].repeat(1, n_slots, 1, 1) for p in beliefs]
+        hidden = torch.arange(n_slots, device=beliefs[kind].device)
+        copies[kind][:, hidden, hidden] = 1 / size
+        sides = self.kinds.side_probabilities(corners.flatten(0, 1))
+        logits = self._context(classes.flatten(0, 1), sides)[kind]
+        logits = logits.unflatten(0, (n_layouts, n_slots))[:, hidden, hidden]
+        if kind == CORNERS:
+            logits = self.kinds.corner_logits(logits)
+        return logits.log_softmax(dim=2)
+
     def _check(self, v: Tensor, timesteps: Tensor, noises: Tensor) -> None:
-        crop = CROP_SLOTS if self.layout.crop else 0
-        dim = self.dim
+        crop, dim = self.layout.crop_slots, self.dim
         good = v.dim() == 3 and v.shape[2] == dim and v.shape[1] > crop
         if not good or (v.shape[1] - crop) % SLOTS_PER_OBJECT:
-            extra = f" + {CROP_SLOTS}" if crop else ""
+            extra = f" + {crop}" if crop else ""
             raise ModelError(
                 f"expected token embeddings [N, {SLOTS_PER_OBJECT} x objects{extra}, {dim}], "
                 f"got {list(v.shape)}."
@@ -373,31 +344,3 @@ def table_digest(table: Tensor) -> str:
     # Models are saved in half precision at least, and so are these bytes.
     content = table.detach().cpu().half().contiguous().numpy().tobytes()
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def load_prior(directory: str | Path, layout: LayoutFormat, table: Tensor) -> LayoutPrior:
-    """Reads what ``LayoutPrior.save_pretrained`` wrote, frozen, in float32.
-
-    Args:
-        layout, table: of the model that it is to be used with.
-
-    Raises:
-        ModelError: a part is missing or broken, or the prior is of another model's layouts.
-    """
-    directory = Path(directory)
-    prior = load_component(LayoutPrior, directory, allow_pickle=False)
-    config, scale = directory / "config.json", prior.config.scale
-    if not (is_number(scale) and scale > 0):
-        raise ModelError(f"expected a positive scale in {config}, got {scale!r}.")
-    if not fits(prior, layout, table):
-        raise ModelError(
-            f"{directory} holds a prior of another model: expected the layouts and the token table "
-            "of this one (dive-fast train-prior makes one)."
-        )
-    prior.embeddings = table.detach().float().cpu()
-    return prior
-
-
-def fits(prior: LayoutPrior, layout: LayoutFormat, table: Tensor) -> bool:
-    """Whether a prior is over these layouts in the embeddings of this table."""
-    return prior.config.layout == layout.to_dict() and prior.config.table == table_digest(table)

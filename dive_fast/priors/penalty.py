@@ -30,7 +30,7 @@ from dive_fast.core.probes import van_der_corput
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import fingerprint
-from dive_fast.priors.layout_prior import CROP_SLOTS, LayoutPrior
+from dive_fast.priors.layout_prior import LayoutPrior
 
 ROWS = 2048  # (layout, probe) or (layout, slot) rows of one forward without gradient, at most
 
@@ -63,7 +63,7 @@ class LayoutPenalty:
         generator = torch.Generator().manual_seed(seed)
         dim = prior.dim
         of_object = torch.randn(probes, SLOTS_PER_OBJECT, dim, generator=generator)
-        of_crop = torch.randn(probes, CROP_SLOTS if layout.crop else 0, dim, generator=generator)
+        of_crop = torch.randn(probes, layout.crop_slots, dim, generator=generator)
         # Equal for all objects.
         self.noises = torch.cat([of_object.repeat(1, layout.max_objects, 1), of_crop], dim=1)
         snr = (prior.schedule.a / prior.schedule.s).double().square()

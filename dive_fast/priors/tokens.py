@@ -29,7 +29,7 @@ class FittingLayouts(NamedTuple):
 
 
 def layout_tokens(dataset: CocoDataset, layout: LayoutFormat) -> tuple[Tensor, tuple[str, ...]]:
-    """``fitting_layouts`` for those who do not need the pictures: tokens and sentences."""
+    """``fitting_layouts`` for those who do not need the images: tokens and sentences."""
     found = fitting_layouts(dataset, layout)
     return found.tokens, found.left_out
 

@@ -85,14 +85,18 @@ class Guided(LayoutProbes):
             torch.arange(min(n, k))
             for n in (self.rough_probes, self.step_probes, self.final_probes)
         )
+        # 1. Regions of the error map.
         unexplained = yield from residual(board, (), rough)
         state = State(board, rough, self.margin, unexplained)
         yield from self._begin(state)
         begun = state.items
+        # 2. Objects that explain more.
         yield from self._revise(state)
+        # 3. What is not explained yet.
         if (yield from self._add(state)):
             yield from self._revise(state)
         placed = state.items
+        # 4. Classes, on more probes.
         state.probe_ids = steps
         yield from state.classify()
         yield from state.join_as_class()
