@@ -1,5 +1,6 @@
-// dive_fast._build_info: how the library was compiled, and nothing else. The ops are reached through
-// torch's dispatcher; pybind11 stays out of the stable-ABI library, for it ties to one Python.
+// dive_fast._build_info: how the library was compiled, and nothing else. The ops are reached
+// through torch's dispatcher; pybind11 ties to one Python, so it stays out of the stable-ABI
+// library.
 
 #include <pybind11/pybind11.h>
 

@@ -61,8 +61,8 @@ inline void check_same_images(const char* op, const char* name, const Tensor& te
                               const char* other_name, const Tensor& other) {
   for (int64_t d = 1; d < 4; ++d) {
     check(tensor.size(d) == other.size(d), op, ": ", name, " must have the [C, h, w] of ",
-          other_name, ", but got ", tensor.size(d), " instead of ", other.size(d),
-          " in dimension ", d);
+          other_name, ", but got ", tensor.size(d), " instead of ", other.size(d), " in dimension ",
+          d);
   }
 }
 
@@ -110,8 +110,7 @@ class Coefficient {
     data_ = tensor_.const_data_ptr();
   }
   double operator[](int64_t m) const {
-    return is_double_ ? static_cast<const double*>(data_)[m]
-                      : static_cast<const float*>(data_)[m];
+    return is_double_ ? static_cast<const double*>(data_)[m] : static_cast<const float*>(data_)[m];
   }
 
  private:
@@ -120,8 +119,8 @@ class Coefficient {
   bool is_double_;
 };
 
-// Rows of contiguous elements ([C, h, w] images, [D] embeddings, [G, G] maps), any number of elements
-// apart: a tensor whose rows are not contiguous is copied, one that is merely a slice of them is not.
+// Rows of contiguous elements ([C, h, w] images, [D] embeddings, [G, G] maps), any number of
+// elements apart: a tensor whose rows are not contiguous is copied, a mere slice of them is not.
 class Rows {
  public:
   explicit Rows(const Tensor& tensor)

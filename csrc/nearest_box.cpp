@@ -54,8 +54,7 @@ Box nearest_box_of(const T* cost_tl, const T* cost_br, int64_t grid, int64_t min
     double row_cost = kInfinity;
     int64_t row_x = 0;
     for (int64_t x = 0; x + min_width < grid; ++x) {
-      const double cost =
-          cost_of(cost_of(static_cast<double>(above[x])) + suffix[x + min_width]);
+      const double cost = cost_of(cost_of(static_cast<double>(above[x])) + suffix[x + min_width]);
       if (cost < row_cost) {
         row_cost = cost;
         row_x = x;
@@ -78,7 +77,7 @@ Box nearest_box_of(const T* cost_tl, const T* cost_br, int64_t grid, int64_t min
   return best;  // not reached: best_corner is one of them
 }
 
-// tl, br, cost of the cheapest box in which br is at least min_height below and min_width right of tl
+// tl, br, cost of the cheapest box that is at least min_height high and min_width wide
 std::tuple<Tensor, Tensor, Tensor> nearest_box(const Tensor& cost_tl,  // [N, G, G]
                                                const Tensor& cost_br,  // [N, G, G]
                                                int64_t min_height, int64_t min_width) {

@@ -25,7 +25,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kQueryBlock = 128;
-constexpr int64_t kDepthBlock = 1024;        // elements of D at a time
+constexpr int64_t kDepthBlock = 1024;  // elements of D at a time
 constexpr double kMultiplicationsPerTask = 1 << 18;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -115,21 +115,23 @@ class Search {
   std::vector<Best> run() const {
     const int64_t blocks = (queries_ + kQueryBlock - 1) / kQueryBlock;
     const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    const int64_t per_thread = threads > 1 ? std::max<int64_t>(1, 4 / std::max<int64_t>(1, blocks)) : 1;
-    const int64_t chunks = std::max<int64_t>(
-        1, std::min(threads * per_thread, rows_ / (8 * kernels_.tile_rows)));
+    const int64_t per_thread =
+        threads > 1 ? std::max<int64_t>(1, 4 / std::max<int64_t>(1, blocks)) : 1;
+    const int64_t chunks =
+        std::max<int64_t>(1, std::min(threads * per_thread, rows_ / (8 * kernels_.tile_rows)));
     const int64_t tasks = blocks * chunks;
     const double work = static_cast<double>(queries_) * static_cast<double>(rows_) *
-                        static_cast<double>(dim_) / static_cast<double>(std::max<int64_t>(tasks, 1));
+                        static_cast<double>(dim_) /
+                        static_cast<double>(std::max<int64_t>(tasks, 1));
     const int64_t grain = static_cast<int64_t>(std::max(1.0, kMultiplicationsPerTask / (work + 1)));
     std::vector<Best> found(static_cast<size_t>(chunks * queries_));
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         // Consecutive tasks go to one thread: spread the chunks, for ranges leave some empty.
         const int64_t chunk = task % chunks, block = task / chunks;
-        const int64_t spread = chunks % threads == 0
-                                   ? chunk / (chunks / threads) + chunk % (chunks / threads) * threads
-                                   : chunk;
+        const int64_t spread = chunks % threads == 0 ? chunk / (chunks / threads) +
+                                                           chunk % (chunks / threads) * threads
+                                                     : chunk;
         search_range(block * kQueryBlock, std::min(queries_, (block + 1) * kQueryBlock),
                      rows_ * spread / chunks, rows_ * (spread + 1) / chunks,
                      found.data() + spread * queries_);
@@ -175,10 +177,11 @@ class Search {
         }
       }
       if (active.empty()) continue;
-      search_panel(active, end, panel_stop - panel, [panel](int64_t j) { return panel + j; },
-                   [&](int64_t n, int64_t row, double key) {
-                     if (row >= allowed_.start(n) && row < allowed_.stop(n)) best[n].offer(key, row);
-                   });
+      search_panel(
+          active, end, panel_stop - panel, [panel](int64_t j) { return panel + j; },
+          [&](int64_t n, int64_t row, double key) {
+            if (row >= allowed_.start(n) && row < allowed_.stop(n)) best[n].offer(key, row);
+          });
     }
   }
 
@@ -195,11 +198,12 @@ class Search {
           active.push_back(tile);
         }
         for (int64_t panel = 0; panel < count; panel += kernels_.tile_rows) {
-          search_panel(active, block_end, std::min(kernels_.tile_rows, count - panel),
-                       [&](int64_t j) { return extra[static_cast<size_t>(panel + j)]; },
-                       [&](int64_t n, int64_t row, double key) {
-                         if (best[n].row >= 0 || key < kInfinity) best[n].offer(key, row);
-                       });
+          search_panel(
+              active, block_end, std::min(kernels_.tile_rows, count - panel),
+              [&](int64_t j) { return extra[static_cast<size_t>(panel + j)]; },
+              [&](int64_t n, int64_t row, double key) {
+                if (best[n].row >= 0 || key < kInfinity) best[n].offer(key, row);
+              });
         }
       }
     });

@@ -44,14 +44,13 @@ class LossInputs {
         target_(static_cast<cpu::Target>(target)),
         norm_(static_cast<cpu::Norm>(norm)) {
     const bool same = data_dtype_ == prediction_dtype;
-    const bool narrow_prediction = prediction_dtype == cpu::Dtype::bfloat16 ||
-                                   prediction_dtype == cpu::Dtype::float16;
+    const bool narrow_prediction =
+        prediction_dtype == cpu::Dtype::bfloat16 || prediction_dtype == cpu::Dtype::float16;
     check(same || (narrow_prediction && data_dtype_ == cpu::Dtype::float32), op,
           ": noise must have the dtype of prediction, or be float32 beside bfloat16 or float16, "
           "but got ",
           torch::headeronly::toString(noise.scalar_type()));
-    check(dtype_of(op, "x0", x0) == data_dtype_, op,
-          ": x0 must have the dtype of noise, but got ",
+    check(dtype_of(op, "x0", x0) == data_dtype_, op, ": x0 must have the dtype of noise, but got ",
           torch::headeronly::toString(x0.scalar_type()));
     if (weight) weight_.emplace(op, "weight", *weight, rows);
   }
@@ -81,10 +80,10 @@ class LossInputs {
   // Calls `task(m)` for every row, in parallel.
   template <typename Task>
   void for_each_row(const Task& task) const {
-    torch::stable::parallel_for(
-        0, rows, rows_per_task(channels * pixels), [&](int64_t begin, int64_t end) {
-          for (int64_t m = begin; m < end; ++m) task(m);
-        });
+    torch::stable::parallel_for(0, rows, rows_per_task(channels * pixels),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t m = begin; m < end; ++m) task(m);
+                                });
   }
 
   const int64_t rows;      // M
@@ -119,13 +118,13 @@ class LossInputs {
 };
 
 // loss[m] = weight[m] * mean over C, h, w of norm(target - prediction)
-Tensor noise_prediction_loss(const Tensor& prediction,   // [M, C or 2C, h, w]
-                             const Tensor& noise,        // [N, C, h, w]
-                             const Tensor& noise_index,  // [M]
-                             const Tensor& x0,           // [B, C, h, w]
-                             const Tensor& image_index,  // [M]
-                             const Tensor& a,            // [M]
-                             const Tensor& s,            // [M]
+Tensor noise_prediction_loss(const Tensor& prediction,             // [M, C or 2C, h, w]
+                             const Tensor& noise,                  // [N, C, h, w]
+                             const Tensor& noise_index,            // [M]
+                             const Tensor& x0,                     // [B, C, h, w]
+                             const Tensor& image_index,            // [M]
+                             const Tensor& a,                      // [M]
+                             const Tensor& s,                      // [M]
                              const std::optional<Tensor>& weight,  // [M]
                              int64_t target, int64_t norm) {
   const LossInputs inputs("noise_prediction_loss", prediction, noise, noise_index, x0, image_index,
@@ -147,14 +146,14 @@ Tensor noise_prediction_loss(const Tensor& prediction,   // [M, C or 2C, h, w]
 }
 
 // d loss[m] / d prediction = -weight[m] / (C h w) * norm'(target - prediction), times grad[m]
-Tensor noise_prediction_loss_backward(const Tensor& grad,         // [M]
-                                      const Tensor& prediction,   // [M, C or 2C, h, w]
-                                      const Tensor& noise,        // [N, C, h, w]
-                                      const Tensor& noise_index,  // [M]
-                                      const Tensor& x0,           // [B, C, h, w]
-                                      const Tensor& image_index,  // [M]
-                                      const Tensor& a,            // [M]
-                                      const Tensor& s,            // [M]
+Tensor noise_prediction_loss_backward(const Tensor& grad,                   // [M]
+                                      const Tensor& prediction,             // [M, C or 2C, h, w]
+                                      const Tensor& noise,                  // [N, C, h, w]
+                                      const Tensor& noise_index,            // [M]
+                                      const Tensor& x0,                     // [B, C, h, w]
+                                      const Tensor& image_index,            // [M]
+                                      const Tensor& a,                      // [M]
+                                      const Tensor& s,                      // [M]
                                       const std::optional<Tensor>& weight,  // [M]
                                       int64_t target, int64_t norm) {
   constexpr const char* op = "noise_prediction_loss_backward";
@@ -180,13 +179,13 @@ Tensor noise_prediction_loss_backward(const Tensor& grad,         // [M]
 }
 
 // map[m] = weight[m] * mean over C of norm(target - prediction), [M, h, w]
-Tensor noise_prediction_error_map(const Tensor& prediction,   // [M, C or 2C, h, w]
-                                  const Tensor& noise,        // [N, C, h, w]
-                                  const Tensor& noise_index,  // [M]
-                                  const Tensor& x0,           // [B, C, h, w]
-                                  const Tensor& image_index,  // [M]
-                                  const Tensor& a,            // [M]
-                                  const Tensor& s,            // [M]
+Tensor noise_prediction_error_map(const Tensor& prediction,             // [M, C or 2C, h, w]
+                                  const Tensor& noise,                  // [N, C, h, w]
+                                  const Tensor& noise_index,            // [M]
+                                  const Tensor& x0,                     // [B, C, h, w]
+                                  const Tensor& image_index,            // [M]
+                                  const Tensor& a,                      // [M]
+                                  const Tensor& s,                      // [M]
                                   const std::optional<Tensor>& weight,  // [M]
                                   int64_t target, int64_t norm) {
   const LossInputs inputs("noise_prediction_error_map", prediction, noise, noise_index, x0,

@@ -13,7 +13,7 @@ class DiveFastError(ValueError):
 
 
 class ImageError(DiveFastError):
-    """A picture that cannot be read, or an array that is no picture."""
+    """An image that cannot be read, or an array that is none."""
 
 
 class ModelError(DiveFastError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +44,7 @@ def residual(p_prediction, p_noise, p_x0, a, s, o_n, m_n, ACC: tl.constexpr, TAR
 
 @triton.jit
 def loss_kernel(
+    p_loss,  # [M]
     p_prediction,  # [M, n and more], rows prediction_stride apart
     p_noise,  # [N, n], rows noise_stride apart
     p_noise_index,  # [M]
@@ -50,7 +53,6 @@ def loss_kernel(
     p_a,  # [M]
     p_s,  # [M]
     p_weight,  # [M]
-    p_loss,  # [M]
     n_noises,
     n_images,
     n,
@@ -90,6 +92,7 @@ def loss_kernel(
 
 @triton.jit
 def backward_kernel(
+    p_result,  # [M, n_result]
     p_grad,  # [M]
     p_prediction,  # [M, n and more], rows prediction_stride apart
     p_noise,  # [N, n], rows noise_stride apart
@@ -99,14 +102,13 @@ def backward_kernel(
     p_a,  # [M]
     p_s,  # [M]
     p_weight,  # [M]
-    p_result,  # [M, n_result]
     n_noises,
     n_images,
     n,
-    n_result,
     prediction_stride,
     noise_stride,
     x0_stride,
+    n_result,
     blocks,  # programs per row
     ACC: tl.constexpr,
     TARGET: tl.constexpr,
@@ -138,53 +140,42 @@ def backward_kernel(
     tl.store(p_result + i_m * n_result + o_n, b_result, mask=o_n < n_result)
 
 
-def noise_prediction_loss(
-    prediction: Tensor,  # [M, C or 2C, h, w]
-    noise: Tensor,  # [N, C, h, w]
-    noise_index: Tensor,  # [M]
-    x0: Tensor,  # [B, C, h, w]
-    image_index: Tensor,  # [M]
-    a: Tensor,  # [M]
-    s: Tensor,  # [M]
-    weight: Tensor | None,  # [M]
-    target: int,
-    norm: int,
-) -> Tensor:
-    """Losses [M]; arguments as `dive_fast.ops.noise_prediction_loss`, which checks them."""
-    rows, n = prediction.shape[0], noise.shape[1:].numel()
+def noise_prediction_loss(*inputs: Tensor | int | None) -> Tensor:
+    """Losses [M]; inputs as of `shared`."""
+    pointers, sizes, constants = shared(*inputs)
+    prediction, noise = pointers[:2]
     acc = torch.float64 if prediction.dtype == torch.float64 else torch.float32
-    loss = torch.empty(rows, dtype=acc, device=prediction.device)
-    if rows == 0:
-        return loss
-    prediction, noise, x0 = first_channels(prediction, noise), as_rows(noise), as_rows(x0)
-    loss_kernel[(rows,)](
-        prediction,
-        noise,
-        noise_index.contiguous(),
-        x0,
-        image_index.contiguous(),
-        a.contiguous(),
-        s.contiguous(),
-        a if weight is None else weight.contiguous(),
-        loss,
-        noise.shape[0],
-        x0.shape[0],
-        n,
-        prediction.stride(0),
-        noise.stride(0),
-        x0.stride(0),
-        ACC=accumulator(prediction.dtype),
-        TARGET=target,
-        NORM=norm,
-        HAS_WEIGHT=weight is not None,
-        BLOCK=block_size(n),
-        **OPTIONS,
-    )
+    loss = torch.empty(len(prediction), dtype=acc, device=prediction.device)
+    if len(loss) > 0:
+        block = block_size(noise.shape[1:].numel())
+        loss_kernel[(len(loss),)](loss, *pointers, *sizes, BLOCK=block, **constants)
     return loss
 
 
 def noise_prediction_loss_backward(
-    grad: Tensor,  # [M]
+    grad: Tensor, prediction: Tensor, *inputs: Tensor | int | None
+) -> Tensor:
+    """The gradient to the prediction, of its shape and dtype, contiguous; grad is [M]."""
+    result = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    if len(result) > 0:
+        pointers, sizes, constants = shared(prediction, *inputs)
+        n_result = result.shape[1:].numel()
+        block = block_size(n_result)
+        blocks = triton.cdiv(n_result, block)
+        backward_kernel[(len(result) * blocks,)](
+            result,
+            grad.contiguous(),
+            *pointers,
+            *sizes,
+            n_result,
+            blocks,
+            BLOCK=block,
+            **constants,
+        )
+    return result
+
+
+def shared(
     prediction: Tensor,  # [M, C or 2C, h, w]
     noise: Tensor,  # [N, C, h, w]
     noise_index: Tensor,  # [M]
@@ -195,44 +186,23 @@ def noise_prediction_loss_backward(
     weight: Tensor | None,  # [M]
     target: int,
     norm: int,
-) -> Tensor:
-    """The gradient to the prediction, of its shape and dtype, contiguous."""
-    result = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
-    rows, n, n_result = prediction.shape[0], noise.shape[1:].numel(), prediction.shape[1:].numel()
-    if rows == 0:
-        return result
-    prediction, noise, x0 = first_channels(prediction, noise), as_rows(noise), as_rows(x0)
-    block = block_size(n_result)
-    blocks = triton.cdiv(n_result, block)
-    backward_kernel[(rows * blocks,)](
-        grad.contiguous(),
-        prediction,
-        noise,
-        noise_index.contiguous(),
-        x0,
-        image_index.contiguous(),
-        a.contiguous(),
-        s.contiguous(),
-        a if weight is None else weight.contiguous(),
-        result,
-        noise.shape[0],
-        x0.shape[0],
-        n,
-        n_result,
-        prediction.stride(0),
-        noise.stride(0),
-        x0.stride(0),
-        blocks,
-        ACC=accumulator(prediction.dtype),
-        TARGET=target,
-        NORM=norm,
-        HAS_WEIGHT=weight is not None,
-        BLOCK=block,
+) -> tuple[list[Tensor], list[int], dict[str, Any]]:
+    """What both kernels take, `p_prediction` to `x0_stride` in their order, and constants.
+
+    Arguments as `dive_fast.ops.noise_prediction_loss`, which checks them. The channels that are
+    read stay in place where their rows are contiguous.
+    """
+    read = as_rows(prediction[:, : noise.shape[1]])
+    noise, x0 = as_rows(noise), as_rows(x0)
+    vectors = [x.contiguous() for x in (a, s, a if weight is None else weight)]
+    pointers = [read, noise, noise_index.contiguous(), x0, image_index.contiguous(), *vectors]
+    strides = [rows.stride(0) for rows in (read, noise, x0)]
+    sizes = [len(noise), len(x0), noise.shape[1:].numel(), *strides]
+    constants = {
+        "ACC": accumulator(prediction.dtype),
+        "TARGET": target,
+        "NORM": norm,
+        "HAS_WEIGHT": weight is not None,
         **OPTIONS,
-    )
-    return result
-
-
-def first_channels(prediction: Tensor, noise: Tensor) -> Tensor:
-    """The channels that are read, in place where their rows are contiguous."""
-    return as_rows(prediction[:, : noise.shape[1]])
+    }
+    return pointers, sizes, constants

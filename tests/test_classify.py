@@ -179,7 +179,7 @@ def test_bad_input(classifier, toy):
     good = torch.zeros(1, 1, 8, 8)
     bad = [
         ({}, DiveFastError, "expected either images or latents"),
-        ({"images": [], "strategy": "invert"}, ImageError, "expected at least one picture"),
+        ({"images": [], "strategy": "invert"}, ImageError, "expected at least one image"),
         ({"latents": good[0]}, ImageError, r"shape \[B, 1, 8, 8\], got \[1, 8, 8\]"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, ImageError, r"\[B, 1, 8, 8\]"),
         ({"latents": good / 0}, ImageError, "finite"),

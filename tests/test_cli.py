@@ -274,9 +274,9 @@ def test_bad_arrays(pixels: Path) -> None:
         (np.zeros((8, 8), dtype=np.int64), "uint8, uint16 or floating point"),
         (np.zeros(8), r"got shape \(8,\)"),
         (np.zeros((0, 8)), "at least 1 pixel"),
-        ([], "at least one picture"),
-        ([good, np.full((8, 8), np.nan)], "picture 1: expected finite pixels"),
-        ([good, 3], "picture 1: .*got int"),
+        ([], "at least one image"),
+        ([good, np.full((8, 8), np.nan)], "image 1: expected finite pixels"),
+        ([good, 3], "image 1: .*got int"),
     ):
         with pytest.raises(ImageError, match=message):
             clf(bad)

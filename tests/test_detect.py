@@ -118,9 +118,9 @@ def test_bad_settings(detector, picture, settings, said: str) -> None:
 
 
 def test_bad_pictures(detector, picture) -> None:
-    with pytest.raises(ImageError, match="picture 1: "):
+    with pytest.raises(ImageError, match="image 1: "):
         detector([picture, "nowhere.png"])
-    with pytest.raises(ImageError, match="at least one picture"):
+    with pytest.raises(ImageError, match="at least one image"):
         detector([])
 
 

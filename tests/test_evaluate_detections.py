@@ -223,7 +223,7 @@ def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, capsys)
     assert records["13"]["error"].endswith("expected 60 x 40 pixels as annotated, got 40 x 60.")
     assert "expected 16-bit values" in records["14"]["error"]
     first, second, third = capsys.readouterr().err.splitlines()  # the missing one is known already
-    assert first.startswith("dive-fast: ") and "2.png: expected a picture" in first
+    assert first.startswith("dive-fast: ") and "2.png: expected an image" in first
     assert "3.png: expected 60 x 40 pixels" in second
     assert "4.png: expected 16-bit values" in third
 

@@ -110,7 +110,7 @@ class TestReadImage:
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_exif_orientation(self, tmp_path: Path, orientation: int) -> None:
-        # By the EXIF standard: where the stored first row and first column lie in the picture.
+        # By the EXIF standard: where the stored first row and first column lie in the image.
         stored_to_shown = {
             1: lambda a: a,
             2: lambda a: a[:, ::-1],
@@ -131,7 +131,7 @@ class TestReadImage:
         # Turned once: what read_image gives is not turned again.
         np.testing.assert_array_equal(np.asarray(as_image(read_image(path))), shown)
 
-    def test_damaged_exif_leaves_the_picture(self, tmp_path: Path) -> None:
+    def test_damaged_exif_leaves_the_image(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", GREY, exif=b"Exif\0\0this is no TIFF header")
         np.testing.assert_array_equal(np.asarray(read_image(path)), GREY)
 
@@ -202,7 +202,7 @@ class TestToMode:
             to_mode(Image.new("L", (2, 2)), channels)
 
     @pytest.mark.parametrize("mode", ["L", "I", "F", "RGBA"])
-    def test_picture_without_pixels(self, mode: str) -> None:
+    def test_image_without_pixels(self, mode: str) -> None:
         with pytest.raises(ImageError, match="at least 1 pixel, got 0 x 3"):
             to_mode(Image.new(mode, (0, 3)), 1)
 
@@ -261,7 +261,7 @@ class TestAsImages:
         ]
 
     @pytest.mark.parametrize("size, channels", [(8, 1), (8, 3), (17, 1), (40, 3)])
-    def test_one_grey_picture_in_every_form(self, tmp_path: Path, size: int, channels: int) -> None:
+    def test_one_grey_image_in_every_form(self, tmp_path: Path, size: int, channels: int) -> None:
         expected = torch.from_numpy(adm_crop(GREY, size).astype(np.float32) / 127.5 - 1)
         expected = expected.expand(channels, size, size)
         for form in self.grey_forms(tmp_path):
@@ -269,7 +269,7 @@ class TestAsImages:
             assert tensor.dtype == torch.float32 and tensor.shape == (channels, size, size)
             assert torch.equal(tensor, expected), type(form)
 
-    def test_one_colour_picture_in_every_form(self, tmp_path: Path) -> None:
+    def test_one_colour_image_in_every_form(self, tmp_path: Path) -> None:
         opaque = np.concatenate([COLOUR, np.full((21, 17, 1), 255, np.uint8)], axis=2)
         channels_first = torch.from_numpy(COLOUR).permute(2, 0, 1)
         forms = [
@@ -303,7 +303,7 @@ class TestAsImages:
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
     @pytest.mark.parametrize("width", [1, 3, 4])
-    def test_last_dimension_of_a_picture_goes_before_a_batch(self, width: int) -> None:
+    def test_last_dimension_of_an_image_goes_before_a_batch(self, width: int) -> None:
         assert len(as_images(np.zeros((5, 6, width), np.uint8), 8, 1)) == 1
 
     def test_slight_overshoot_of_a_resize(self) -> None:
@@ -313,9 +313,9 @@ class TestAsImages:
     @pytest.mark.parametrize(
         "images, message",
         [
-            ([], "at least one picture"),
-            (np.zeros((0, 8, 8), np.uint8), "at least one picture"),
-            (torch.zeros(0, 1, 8, 8), "at least one picture"),
+            ([], "at least one image"),
+            (np.zeros((0, 8, 8), np.uint8), "at least one image"),
+            (torch.zeros(0, 1, 8, 8), "at least one image"),
             (np.zeros((0, 8), np.uint8), "at least 1 pixel"),
             (torch.zeros(1, 0, 8), "at least 1 pixel"),
             (np.full((8, 8), np.nan), "finite pixels, got NaN"),
@@ -338,19 +338,19 @@ class TestAsImages:
             (7, "got int"),
             ([[1, 2]], "got list"),
             ("nowhere.png", "no such file"),
-            ([np.zeros((2, 8, 8), np.uint8)], r"one picture \[h, w\].*shape \(2, 8, 8\)"),
+            ([np.zeros((2, 8, 8), np.uint8)], r"one image \[h, w\].*shape \(2, 8, 8\)"),
         ],
     )
     def test_bad_input(self, images: object, message: str) -> None:
         with pytest.raises(ImageError, match=message):
             as_images(images, 8, 1)
 
-    def test_channel_first_array_is_not_taken_for_three_pictures(self) -> None:
-        with pytest.raises(ImageError, match="one channel-first picture or three"):
+    def test_channel_first_array_is_not_taken_for_three_images(self) -> None:
+        with pytest.raises(ImageError, match="one channel-first image or three"):
             as_images(np.zeros((3, 8, 8), np.uint8), 8, 3)
 
-    def test_bad_picture_is_named_by_its_number(self, tmp_path: Path) -> None:
-        with pytest.raises(ImageError, match="picture 1: .*no such file"):
+    def test_bad_image_is_named_by_its_number(self, tmp_path: Path) -> None:
+        with pytest.raises(ImageError, match="image 1: .*no such file"):
             as_images([GREY, tmp_path / "missing.png"], 8, 1)
 
     def test_truncated_pil_image(self, tmp_path: Path) -> None:

@@ -8,16 +8,16 @@ namespace dive_fast::cpu {
 namespace plain {
 extern const Kernels table;
 extern const SearchKernels search_table;
-}
+}  // namespace plain
 #ifdef DIVE_FAST_X86
 namespace avx2 {
 extern const Kernels table;
 extern const SearchKernels search_table;
-}
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels table;
 extern const SearchKernels search_table;
-}
+}  // namespace avx512
 #endif
 
 namespace {

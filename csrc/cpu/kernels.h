@@ -1,6 +1,5 @@
-// The row kernels of the CPU ops, compiled once per instruction set (rows.cpp,
-// search.cpp) and chosen at run
-// time (dispatch.cpp), so that one binary runs on any processor.
+// The row kernels of the CPU ops, compiled once per instruction set (rows.cpp, search.cpp) and
+// chosen at run time (dispatch.cpp), so that one binary runs on any processor.
 //
 // Rows are handed over as untyped pointers: a switch on the dtype once per row costs nothing beside
 // the row, and keeps this interface free of templates and of torch.
@@ -60,7 +59,7 @@ enum class Metric : int { l2, cosine };
 // A tile of pairs, some queries against some rows. Its size depends on the registers of a set.
 struct SearchKernels {
   int64_t tile_queries, tile_rows;
-  // scores[i * tile_rows + j] += sum over k in [begin, end) of (q_i[k] - r_j[k])^2 or q_i[k] r_j[k].
+  // scores[i * tile_rows + j] += sum of (q_i[k] - r_j[k])^2 or q_i[k] r_j[k], k in [begin, end).
   // The order of the sum is the same for every pair, so equal rows have equal scores.
   void (*add_scores)(const void* const* queries, const void* const* rows, int64_t begin,
                      int64_t end, Dtype dtype, Metric metric, double* scores);

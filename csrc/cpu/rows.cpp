@@ -34,10 +34,14 @@ inline void stream_block(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)
 #if defined(__AVX512F__)
   using Vector = __m512i;
-  const auto store = [](char* at, Vector v) { _mm512_stream_si512(reinterpret_cast<Vector*>(at), v); };
+  const auto store = [](char* at, Vector v) {
+    _mm512_stream_si512(reinterpret_cast<Vector*>(at), v);
+  };
 #elif defined(__AVX2__)
   using Vector = __m256i;
-  const auto store = [](char* at, Vector v) { _mm256_stream_si256(reinterpret_cast<Vector*>(at), v); };
+  const auto store = [](char* at, Vector v) {
+    _mm256_stream_si256(reinterpret_cast<Vector*>(at), v);
+  };
 #else
   using Vector = __m128i;
   const auto store = [](char* at, Vector v) { _mm_stream_si128(reinterpret_cast<Vector*>(at), v); };
@@ -287,9 +291,8 @@ void loss_gradient(const LossRow& row, double scale, void* gradient) {
 }
 
 void error_map(const LossRow& row, double scale, void* map) {
-  with_types(row, [&](auto p, auto t) {
-    error_map_row<decltype(p), decltype(t)>(row, scale, map);
-  });
+  with_types(row,
+             [&](auto p, auto t) { error_map_row<decltype(p), decltype(t)>(row, scale, map); });
 }
 
 }  // namespace

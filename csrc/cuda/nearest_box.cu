@@ -3,8 +3,8 @@
 //   S[y, x]  = min over y' >= y, x' >= x of cost_br[y', x']          (2-D suffix minimum)
 //   cost     = min over y, x of cost_tl[y, x] + S[y + min_height, x + min_width]
 //
-// Rows are taken from the bottom up: a thread keeps its column's minimum, the block's suffix scan of
-// these is a row of S, and no more than that row is ever stored.
+// Rows are taken from the bottom up: a thread keeps its column's minimum, the block's suffix scan
+// of these is a row of S, and no more than that row is ever stored.
 
 #include <tuple>
 
@@ -46,10 +46,9 @@ __device__ Corner best_of_block(Corner corner, Corner* of_warps) {
     return a.cost < b.cost || (a.cost == b.cost && a.token < b.token);
   };
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    const Corner other = {
-        __shfl_xor_sync(kWholeWarp, corner.cost, step),
-        __shfl_xor_sync(kWholeWarp, static_cast<long long>(corner.token), step),
-        __shfl_xor_sync(kWholeWarp, corner.other, step)};
+    const Corner other = {__shfl_xor_sync(kWholeWarp, corner.cost, step),
+                          __shfl_xor_sync(kWholeWarp, static_cast<long long>(corner.token), step),
+                          __shfl_xor_sync(kWholeWarp, corner.other, step)};
     if (better(other, corner)) corner = other;
   }
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = corner;
@@ -66,9 +65,9 @@ template <typename T>
 __global__ void nearest_box_kernel(const T* cost_tl,  // [N, G, G]
                                    const T* cost_br,  // [N, G, G]
                                    int64_t grid, int64_t min_height, int64_t min_width,
-                                   int64_t* tl,    // [N]
-                                   int64_t* br,    // [N]
-                                   T* cost) {      // [N]
+                                   int64_t* tl,  // [N]
+                                   int64_t* br,  // [N]
+                                   T* cost) {    // [N]
   __shared__ double suffix[kMostThreads];
   __shared__ double of_warps[kMostThreads / kWarp];
   __shared__ Corner corners[kMostThreads / kWarp];
@@ -123,7 +122,7 @@ void launch(const Tensor& cost_tl, const Tensor& cost_br, int64_t min_height, in
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// tl, br, cost of the cheapest box in which br is at least min_height below and min_width right of tl
+// tl, br, cost of the cheapest box that is at least min_height high and min_width wide
 std::tuple<Tensor, Tensor, Tensor> nearest_box(const Tensor& cost_tl,  // [N, G, G]
                                                const Tensor& cost_br,  // [N, G, G]
                                                int64_t min_height, int64_t min_width) {

@@ -1,5 +1,5 @@
-// nearest_row on CUDA: one launch that tiles queries against rows, folds the argmin in, and lets the
-// last block of every query tile choose among the chunks of the table.
+// nearest_row on CUDA: one launch that tiles queries against rows, folds the argmin in, and lets
+// the last block of every query tile choose among the chunks of the table.
 
 // A range outside the table must stop the kernel in release builds, too.
 #undef NDEBUG
@@ -21,17 +21,17 @@ constexpr int kFlush = 512;  // elements of D that one fp32 sum runs over before
 static_assert(kWarps * kPerThread == kTileQueries && kWarp * kPerThread == kTileRows);
 
 struct Problem {
-  const void* v;             // [N, D], rows v_stride apart
-  const void* table;         // [V, D], rows table_stride apart
-  const int64_t* allowed;    // [N, 2] or null
-  const int64_t* extra;      // [E] or null
+  const void* v;                       // [N, D], rows v_stride apart
+  const void* table;                   // [V, D], rows table_stride apart
+  const int64_t* allowed;              // [N, 2] or null
+  const int64_t* extra;                // [E] or null
   int64_t queries, rows, dim, extras;  // N, V, D, E
   int64_t v_stride, table_stride;
-  double* chunk_keys;     // [chunks, N]
-  int64_t* chunk_rows;    // [chunks, N]
-  int32_t* tickets;       // [query tiles], zero before the launch
-  int64_t* index;         // [N]
-  void* distance;         // [N]
+  double* chunk_keys;   // [chunks, N]
+  int64_t* chunk_rows;  // [chunks, N]
+  int32_t* tickets;     // [query tiles], zero before the launch
+  int64_t* index;       // [N]
+  void* distance;       // [N]
 
   __device__ int64_t start(int64_t n) const { return allowed ? allowed[2 * n] : 0; }
   __device__ int64_t stop(int64_t n) const { return allowed ? allowed[2 * n + 1] : rows; }
@@ -65,8 +65,9 @@ __device__ Best best_of_warp(Best best) {
   return best;
 }
 
-// Keys of one tile of queries against kTileRows rows. A warp holds kPerThread queries, and its lanes
-// hold the rows lane, lane + 32, ...; every pair is summed in the order of k, so equal rows tie.
+// Keys of one tile of queries against kTileRows rows. A warp holds kPerThread queries, and its
+// lanes hold the rows lane, lane + 32, ...; every pair is summed in the order of k, so equal rows
+// tie.
 template <typename T, cpu::Metric metric, typename RowOf, typename Offer>
 __device__ void search_tile(const Problem& p, int64_t first_query, const RowOf& row_of,
                             const Offer& offer) {
@@ -176,9 +177,9 @@ __device__ void finish_query(const Problem& p, int64_t n, int64_t chunks) {
   Best best = none();
   for (int64_t chunk = lane; chunk < chunks; chunk += kWarp) {
     // Written by other blocks: past the first-level cache.
-    const Best other = {__ldcg(p.chunk_keys + chunk * p.queries + n),
-                        __ldcg(reinterpret_cast<const long long*>(p.chunk_rows) +
-                               chunk * p.queries + n)};
+    const Best other = {
+        __ldcg(p.chunk_keys + chunk * p.queries + n),
+        __ldcg(reinterpret_cast<const long long*>(p.chunk_rows) + chunk * p.queries + n)};
     best.row < 0 ? void(best = other) : best.offer(other.key, other.row);
   }
   best = best_of_warp(best);

@@ -1,6 +1,6 @@
-"""From whatever holds a picture to the network's input: float32 [channels, size, size] in [-1, 1].
+"""From whatever holds an image to the network's input: float32 [channels, size, size] in [-1, 1].
 
-Every input first becomes an 8-bit picture (``as_image``), so the same picture gives the identical
+Every input first becomes an 8-bit image (``as_image``), so the same image gives the identical
 tensor whether it comes as a file, a PIL image, an array or a tensor. Input that is in model space
 already goes to the classifier as ``latents=`` and never comes here.
 """
@@ -36,13 +36,13 @@ _UPRIGHT = {
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read and decode one picture file, turned upright by its EXIF orientation.
+    """Read and decode one image file, turned upright by its EXIF orientation.
 
     The whole file is decoded here, so that a truncated one fails here and not later. Of an
     animation the first frame is read.
 
     Raises:
-        ImageError: the file is missing, a directory, empty, truncated, no picture, or has more
+        ImageError: the file is missing, a directory, empty, truncated, no image, or has more
             than ``MAX_PIXELS`` pixels.
     """
     path = os.fspath(path)
@@ -54,7 +54,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             image = Image.open(path)
     except Image.UnidentifiedImageError as error:
         raise ImageError(
-            f"{path}: expected a picture, got a file of no known image format."
+            f"{path}: expected an image, got a file of no known image format."
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got more.") from error
@@ -76,11 +76,11 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """
     if channels not in (1, 3):
         raise ImageError(
-            f"pictures can be made for models of 1 or 3 channels, got {channels}: "
+            f"images can be made for models of 1 or 3 channels, got {channels}: "
             "give the input in model space as latents=."
         )
     if min(image.size) < 1:
-        raise ImageError(f"expected a picture of at least 1 pixel, got {_by(image.size)}.")
+        raise ImageError(f"expected an image of at least 1 pixel, got {_by(image.size)}.")
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8bit(_deep_values(image)))
     try:
@@ -92,33 +92,29 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         # Through RGB: Pillow has no direct way to grey from every mode.
         return image.convert("RGB").convert("L" if channels == 1 else "RGB")
     except ValueError as error:
-        raise ImageError(f"a picture of mode {image.mode} cannot be used ({error}).") from error
+        raise ImageError(f"an image of mode {image.mode} cannot be used ({error}).") from error
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to ``size`` and cut out the central square.
 
     The crop of ADM (arXiv 2105.05233), as the DiT and DIVE scripts use it: halve with a box
-    filter while the shorter side is at least twice ``size``, then one bicubic resize. A picture
+    filter while the shorter side is at least twice ``size``, then one bicubic resize. An image
     of ``size`` x ``size`` passes unchanged. Convert with ``to_mode`` first: Pillow does not
-    interpolate palette pictures.
+    interpolate palette images.
 
     Raises:
-        ImageError: ``size`` or a side of the picture is below 1, or the picture is so long and
+        ImageError: ``size`` or a side of the image is below 1, or the image is so long and
             thin that the resized one would exceed ``MAX_PIXELS``.
     """
-    if size < 1 or min(image.size) < 1:
-        raise ImageError(
-            f"expected a picture and a size of at least 1 pixel, got a picture of "
-            f"{_by(image.size)} and size {size}."
-        )
+    _check_sides(image, size)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"a picture of {_by(image.size)} is too long and thin: with its shorter side resized "
+            f"an image of {_by(image.size)} is too long and thin: with its shorter side resized "
             f"to {size} it would exceed {MAX_PIXELS:,} pixels."
         )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -130,26 +126,22 @@ def squash(image: Image.Image, size: int) -> Image.Image:
     """Resize to ``size`` x ``size`` whatever the proportions, so that no object is cut off.
 
     Boxes in the unit interval stay where they are. Bicubic, widened where it shrinks, as Pillow
-    does. Convert with ``to_mode`` first: Pillow does not interpolate palette pictures.
+    does. Convert with ``to_mode`` first: Pillow does not interpolate palette images.
 
     Raises:
-        ImageError: ``size`` or a side of the picture is below 1.
+        ImageError: ``size`` or a side of the image is below 1.
     """
-    if size < 1 or min(image.size) < 1:
-        raise ImageError(
-            f"expected a picture and a size of at least 1 pixel, got a picture of "
-            f"{_by(image.size)} and size {size}."
-        )
+    _check_sides(image, size)
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def image_to_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
-    """One picture as float32 [channels, size, size] in [-1, 1]: value / 127.5 - 1."""
+    """One image as float32 [channels, size, size] in [-1, 1]: value / 127.5 - 1."""
     return _to_tensor(center_crop(to_mode(image, channels), size), channels)
 
 
-def as_image(picture: object) -> Image.Image:
-    """One picture in any accepted form as a decoded PIL image.
+def as_image(image: object) -> Image.Image:
+    """One image in any accepted form as a decoded PIL image.
 
     Accepted: a PIL image; a path; a numpy array [h, w] or [h, w, c]; a torch tensor [h, w] or
     [c, h, w]; with c of 1, 3 or 4 (alpha). Arrays and tensors are uint8, uint16 (divided by 257),
@@ -158,50 +150,58 @@ def as_image(picture: object) -> Image.Image:
     Raises:
         ImageError: anything else, NaN or infinity, or values outside the range.
     """
-    if isinstance(picture, Image.Image):
-        return _decode(picture, f"the PIL image of {_by(picture.size)}")
-    if isinstance(picture, (str, os.PathLike)):
-        return read_image(picture)
-    if isinstance(picture, torch.Tensor):
-        return _array_to_image(_channels_last(picture))
-    if isinstance(picture, np.ndarray):
-        return _array_to_image(picture)
+    if isinstance(image, Image.Image):
+        return _decode(image, f"the PIL image of {_by(image.size)}")
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if isinstance(image, torch.Tensor):
+        return _array_to_image(_channels_last(image))
+    if isinstance(image, np.ndarray):
+        return _array_to_image(image)
     raise ImageError(
-        "expected a picture as PIL image, path, numpy array or torch tensor, "
-        f"got {type(picture).__name__}."
+        "expected an image as PIL image, path, numpy array or torch tensor, "
+        f"got {type(image).__name__}."
     )
 
 
 def as_images(images: object, size: int, channels: int) -> list[torch.Tensor]:
-    """One or many pictures as a list of float32 [channels, size, size] in [-1, 1].
+    """One or many images as a list of float32 [channels, size, size] in [-1, 1].
 
     Args:
-        images: one picture as ``as_image`` takes it, a list or tuple of such, or a batch:
+        images: one image as ``as_image`` takes it, a list or tuple of such, or a batch:
             a numpy array [n, h, w] or [n, h, w, c], or a torch tensor [n, c, h, w]. An array of
-            three dimensions is one picture [h, w, c] if its last dimension is 1, 3 or 4, and
+            three dimensions is one image [h, w, c] if its last dimension is 1, 3 or 4, and
             a batch [n, h, w] otherwise.
         size: side of the model's input in pixels.
         channels: 1 or 3.
 
     Raises:
-        ImageError: there is no picture, or one of them cannot be used; with several pictures the
+        ImageError: there is no image, or one of them cannot be used; with several images the
             message begins with the number of the bad one, counted from 0.
     """
-    return _each(images, channels, lambda picture: image_to_tensor(picture, size, channels))
+    return _each(images, channels, lambda image: image_to_tensor(image, size, channels))
 
 
 def as_pictures(images: object, channels: int) -> list[Image.Image]:
-    """The pictures that ``as_images`` takes, whole, as grey or RGB PIL images.
+    """The images that ``as_images`` takes, whole, as grey or RGB PIL images.
 
     Raises:
         ImageError: as for ``as_images``.
     """
-    return _each(images, channels, lambda picture: to_mode(picture, channels))
+    return _each(images, channels, lambda image: to_mode(image, channels))
 
 
 def squashed_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
-    """One picture ``squash``ed, as float32 [channels, size, size] in [-1, 1]."""
+    """One image ``squash``ed, as float32 [channels, size, size] in [-1, 1]."""
     return _to_tensor(squash(to_mode(image, channels), size), channels)
+
+
+def _check_sides(image: Image.Image, size: int) -> None:
+    if size < 1 or min(image.size) < 1:
+        raise ImageError(
+            f"expected an image and a size of at least 1 pixel, got an image of "
+            f"{_by(image.size)} and size {size}."
+        )
 
 
 def _check_file(path: str) -> None:
@@ -212,11 +212,11 @@ def _check_file(path: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ImageError(f"{path!r}: cannot be read ({_reason(error)}).") from error
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{path}: expected a picture file, got a directory.")
+        raise ImageError(f"{path}: expected an image file, got a directory.")
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path}: expected a picture file, got a device, pipe or socket.")
+        raise ImageError(f"{path}: expected an image file, got a device, pipe or socket.")
     if status.st_size == 0:
-        raise ImageError(f"{path}: expected a picture file, got an empty one (0 bytes).")
+        raise ImageError(f"{path}: expected an image file, got an empty one (0 bytes).")
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -247,30 +247,30 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _each(images: object, channels: int, make: Callable[[Image.Image], T]) -> list[T]:
-    """What ``make`` makes of every picture; errors tell the number of the bad one of several."""
-    pictures = _split(images, channels)
-    if not pictures:
-        raise ImageError("expected at least one picture, got none.")
+    """What ``make`` makes of every image; errors tell the number of the bad one of several."""
+    images = _split(images, channels)
+    if not images:
+        raise ImageError("expected at least one image, got none.")
     found = []
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         try:
-            found.append(make(as_image(picture)))
+            found.append(make(as_image(image)))
         except ImageError as error:
-            if len(pictures) == 1:
+            if len(images) == 1:
                 raise
-            raise ImageError(f"picture {index}: {error}") from error
+            raise ImageError(f"image {index}: {error}") from error
     return found
 
 
 def _to_tensor(image: Image.Image, channels: int) -> torch.Tensor:
-    """A square picture of the right mode as float32 [channels, size, size] in [-1, 1]."""
+    """A square image of the right mode as float32 [channels, size, size] in [-1, 1]."""
     pixels = np.array(image, dtype=np.float32)
     pixels = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1.0
 
 
 def _split(images: object, channels: int) -> list[object]:
-    """One or many, as a list of single pictures."""
+    """One or many, as a list of single images."""
     if isinstance(images, (list, tuple)):
         return list(images)
     if isinstance(images, torch.Tensor):
@@ -280,7 +280,7 @@ def _split(images: object, channels: int) -> list[object]:
     if images.ndim == 3 and images.shape[-1] not in _ARRAY_CHANNELS:
         if channels == 3 and images.shape[0] == 3:
             raise ImageError(
-                f"an array of shape {images.shape} could be one channel-first picture or three "
+                f"an array of shape {images.shape} could be one channel-first image or three "
                 "grey ones: expected [h, w, c] or [n, h, w, c], or a channel-first torch tensor."
             )
         return list(images)
@@ -306,14 +306,14 @@ def _channels_last(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _array_to_image(array: np.ndarray) -> Image.Image:
-    """[h, w] or [h, w, c] to a picture of mode L, RGB or RGBA."""
+    """[h, w] or [h, w, c] to an image of mode L, RGB or RGBA."""
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in _ARRAY_CHANNELS):
         raise ImageError(
-            "expected one picture [h, w] or [h, w, c] with c of 1, 3 or 4, or an array [n, h, w] "
+            "expected one image [h, w] or [h, w, c] with c of 1, 3 or 4, or an array [n, h, w] "
             f"or [n, h, w, c] of several, got shape {array.shape}."
         )
     if array.size == 0:
-        raise ImageError(f"expected a picture of at least 1 pixel, got shape {array.shape}.")
+        raise ImageError(f"expected an image of at least 1 pixel, got shape {array.shape}.")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return Image.fromarray(np.ascontiguousarray(_to_8bit(array)))
@@ -347,7 +347,7 @@ def _deep_values(image: Image.Image) -> np.ndarray:
         return values
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(
-            f"expected 16-bit values 0 to 65535 in a picture of mode {image.mode}, got "
+            f"expected 16-bit values 0 to 65535 in an image of mode {image.mode}, got "
             f"{values.min()} to {values.max()}."
         )
     return values.astype(np.uint16)

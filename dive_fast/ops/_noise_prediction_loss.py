@@ -7,6 +7,7 @@ prediction with a learned sigma only the first C channels are read, in place.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,17 +36,27 @@ EPSILON, V_PREDICTION, SAMPLE, FLOW = range(4)
 L2, L1, HUBER = range(3)
 
 
-def _residual(
-    prediction: Tensor,
-    noise: Tensor,
-    noise_index: Tensor,
-    x0: Tensor,
-    image_index: Tensor,
-    a: Tensor,
-    s: Tensor,
-    target: int,
-) -> Tensor:
+class _Inputs(NamedTuple):
+    """What the three ops take, in the order of their schemas.
+
+    The public functions know target and norm by their names, the ops by their codes.
+    """
+
+    prediction: Tensor  # [M, C or 2C, h, w]
+    noise: Tensor  # [N, C, h, w]
+    noise_index: Tensor  # [M]
+    x0: Tensor  # [B, C, h, w]
+    image_index: Tensor  # [M]
+    a: Tensor  # [M]
+    s: Tensor  # [M]
+    weight: Tensor | None  # [M]
+    target: str | int
+    norm: str | int
+
+
+def _residual(inputs: _Inputs) -> Tensor:
     """target - prediction[:, :C], [M, C, h, w], in the accumulation dtype."""
+    prediction, noise, noise_index, x0, image_index, a, s, _, target, _ = inputs
     check_index_range("noise_prediction_loss", "noise_index", noise_index, noise.shape[0])
     check_index_range("noise_prediction_loss", "image_index", image_index, x0.shape[0])
     dtype = accumulation_dtype(prediction.dtype)
@@ -82,46 +93,25 @@ def _error_slope(residual: Tensor, norm: int) -> Tensor:
     return residual.clamp(-1, 1)
 
 
-def _loss_reference(
-    prediction: Tensor,
-    noise: Tensor,
-    noise_index: Tensor,
-    x0: Tensor,
-    image_index: Tensor,
-    a: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    target: int,
-    norm: int,
-) -> Tensor:
-    residual = _residual(prediction, noise, noise_index, x0, image_index, a, s, target)
-    loss = _error(residual, norm).mean(dim=(1, 2, 3))
-    return loss if weight is None else loss * weight.to(loss.dtype)
+def _loss_reference(*arguments) -> Tensor:
+    inputs = _Inputs(*arguments)
+    loss = _error(_residual(inputs), inputs.norm).mean(dim=(1, 2, 3))
+    return loss if inputs.weight is None else loss * inputs.weight.to(loss.dtype)
 
 
 def _loss_fake(prediction: Tensor, *_arguments) -> Tensor:
     return prediction.new_empty(prediction.shape[0], dtype=accumulation_dtype(prediction.dtype))
 
 
-def _backward_reference(
-    grad: Tensor,
-    prediction: Tensor,
-    noise: Tensor,
-    noise_index: Tensor,
-    x0: Tensor,
-    image_index: Tensor,
-    a: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    target: int,
-    norm: int,
-) -> Tensor:
-    residual = _residual(prediction, noise, noise_index, x0, image_index, a, s, target)
-    row_scale = -grad.to(residual.dtype) / math.prod(noise.shape[1:])
-    if weight is not None:
-        row_scale = row_scale * weight.to(residual.dtype)
+def _backward_reference(grad: Tensor, *arguments) -> Tensor:
+    inputs = _Inputs(*arguments)
+    prediction, channels = inputs.prediction, inputs.noise.shape[1]
+    residual = _residual(inputs)
+    row_scale = -grad.to(residual.dtype) / math.prod(residual.shape[1:])
+    if inputs.weight is not None:
+        row_scale = row_scale * inputs.weight.to(residual.dtype)
     result = torch.zeros(prediction.shape, dtype=prediction.dtype, device=prediction.device)
-    result[:, : noise.shape[1]] = row_scale.view(-1, 1, 1, 1) * _error_slope(residual, norm)
+    result[:, :channels] = row_scale.view(-1, 1, 1, 1) * _error_slope(residual, inputs.norm)
     return result
 
 
@@ -129,22 +119,11 @@ def _backward_fake(grad: Tensor, prediction: Tensor, *_arguments) -> Tensor:
     return prediction.new_empty(prediction.shape)
 
 
-def _error_map_reference(
-    prediction: Tensor,
-    noise: Tensor,
-    noise_index: Tensor,
-    x0: Tensor,
-    image_index: Tensor,
-    a: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    target: int,
-    norm: int,
-) -> Tensor:
-    residual = _residual(prediction, noise, noise_index, x0, image_index, a, s, target)
-    error = _error(residual, norm).mean(dim=1)
-    if weight is not None:
-        error = error * weight.to(error.dtype).view(-1, 1, 1)
+def _error_map_reference(*arguments) -> Tensor:
+    inputs = _Inputs(*arguments)
+    error = _error(_residual(inputs), inputs.norm).mean(dim=1)
+    if inputs.weight is not None:
+        error = error * inputs.weight.to(error.dtype).view(-1, 1, 1)
     return error.contiguous()
 
 
@@ -165,7 +144,7 @@ define(
     _backward_fake,
 )
 define(f"noise_prediction_error_map({_ARGUMENTS}) -> Tensor", _error_map_reference, _error_map_fake)
-# The map is for pictures and keeps its reference there.
+# The map is for drawings and keeps its reference there.
 define_triton("noise_prediction_loss", "noise_prediction_loss")
 define_triton("noise_prediction_loss_backward", "noise_prediction_loss")
 
@@ -181,7 +160,7 @@ def _backward(ctx, grad: Tensor):
         grad_prediction = torch.ops.dive_fast.noise_prediction_loss_backward(
             grad, *ctx.saved_tensors, ctx.target, ctx.norm
         )
-    return grad_prediction, None, None, None, None, None, None, None, None, None
+    return grad_prediction, *[None] * (len(_Inputs._fields) - 1)
 
 
 def _refuse_double_backward(ctx, grad: Tensor):
@@ -254,9 +233,11 @@ def noise_prediction_loss(
         >>> noise_prediction_loss(prediction, noise, row, noise, row, one, one)
         tensor([4., 4.])
     """
-    arguments = (prediction, noise, noise_index, x0, image_index, a, s, weight)
-    codes = _check("noise_prediction_loss", *arguments, target, norm)
-    return torch.ops.dive_fast.noise_prediction_loss(*arguments, *codes)
+    inputs = _checked(
+        "noise_prediction_loss",
+        _Inputs(prediction, noise, noise_index, x0, image_index, a, s, weight, target, norm),
+    )
+    return torch.ops.dive_fast.noise_prediction_loss(*inputs)
 
 
 def noise_prediction_error_map(
@@ -278,7 +259,7 @@ def noise_prediction_error_map(
 
     Returns:
         [M, h, w] errors, the mean over C alone, fp32 (fp64 for an fp64 prediction), so that
-        `map.mean(dim=(1, 2))` is the loss. For pictures; it has no gradient.
+        `map.mean(dim=(1, 2))` is the loss. For drawings; it has no gradient.
 
     Raises:
         DiveFastError: as `noise_prediction_loss`, and also if `prediction` requires a gradient.
@@ -293,26 +274,16 @@ def noise_prediction_error_map(
                  [1., 1.]]])
     """
     op = "noise_prediction_error_map"
-    arguments = (prediction, noise, noise_index, x0, image_index, a, s, weight)
-    codes = _check(op, *arguments, target, norm)
+    inputs = _checked(
+        op, _Inputs(prediction, noise, noise_index, x0, image_index, a, s, weight, target, norm)
+    )
     check_no_gradient(op, prediction=prediction)
-    return torch.ops.dive_fast.noise_prediction_error_map(*arguments, *codes)
+    return torch.ops.dive_fast.noise_prediction_error_map(*inputs)
 
 
-def _check(
-    op: str,
-    prediction: Tensor,
-    noise: Tensor,
-    noise_index: Tensor,
-    x0: Tensor,
-    image_index: Tensor,
-    a: Tensor,
-    s: Tensor,
-    weight: Tensor | None,
-    target: str,
-    norm: str,
-) -> tuple[int, int]:
-    """Checks every argument; returns the codes of `target` and `norm`."""
+def _checked(op: str, given: _Inputs) -> _Inputs:
+    """With the codes of `target` and `norm` in place of their names."""
+    prediction, noise, noise_index, x0, image_index, a, s, weight, target, norm = given
     check_images(op, "prediction", prediction, FLOAT_DTYPES)
     narrow = prediction.dtype in (torch.bfloat16, torch.float16)
     data_dtypes = (prediction.dtype, torch.float32) if narrow else (prediction.dtype,)
@@ -335,4 +306,5 @@ def _check(
     vectors = {"noise_index": noise_index, "image_index": image_index, "a": a, "s": s}
     check_same_device(op, "prediction", prediction, noise=noise, x0=x0, weight=weight, **vectors)
     check_no_gradient(op, noise=noise, x0=x0, a=a, s=s, weight=weight)
-    return check_choice(op, "target", target, TARGETS), check_choice(op, "norm", norm, NORMS)
+    codes = check_choice(op, "target", target, TARGETS), check_choice(op, "norm", norm, NORMS)
+    return _Inputs(*given[:-2], *codes)

@@ -304,4 +304,4 @@ def test_an_index_out_of_range_is_refused(argument, limit, wrong):
         with pytest.raises(IndexError, match=message):
             function(**inputs)
     with pytest.raises(IndexError, match=message):
-        _noise_prediction_loss._loss_reference(**inputs, weight=None, target=0, norm=0)
+        _noise_prediction_loss._loss_reference(*inputs.values(), None, 0, 0)
