@@ -120,7 +120,10 @@ def _make_scheduler(config: Mapping[str, Any]) -> Any:
         given = {key: config[key] for key in expected - {"rescale_betas_zero_snr"}}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about sampling, which is not done here
-            scheduler = kind(**given)
+            try:
+                scheduler = kind(**given)
+            except NotImplementedError as error:
+                raise ValueError(str(error).replace(str(kind), kind.__name__)) from error
         if hasattr(scheduler, "betas") and hasattr(scheduler, "alphas_cumprod"):
             return scheduler
     raise ModelError(f"expected a scheduler that states its betas, got {name}.")

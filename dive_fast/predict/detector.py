@@ -18,7 +18,7 @@ from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models import load_model, own_directory, prior_directory
+from dive_fast.models import Source, load_model, resolve
 from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
 from dive_fast.models.protocol import optional
 from dive_fast.models.text.prompts import Classes
@@ -77,7 +77,7 @@ class LayoutDetector:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | Source,
         prior: str | Path | None = "auto",
         *,
         prior_weight: float | None = None,
@@ -108,6 +108,7 @@ class LayoutDetector:
                 broken or another model's.
         """
         options = EngineOptions(**engine)
+        source = resolve(source, allow_pickle=allow_pickle)
         model = load_model(
             source,
             dtype=dtype,
@@ -118,7 +119,7 @@ class LayoutDetector:
         )
         _check_layout(model)
         if prior == "auto":
-            prior = prior_directory(source, allow_pickle=allow_pickle)
+            prior = source.prior
         if prior is not None:
             prior = load_prior(prior, model.layout, model.vocabulary.table)
         detector = cls(
@@ -129,7 +130,7 @@ class LayoutDetector:
             batch_size=batch_size,
             options=options,
         )
-        detector.directory = own_directory(source)
+        detector.directory = source.own_directory
         return detector
 
     @property

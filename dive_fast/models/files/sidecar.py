@@ -1,4 +1,4 @@
-"""What is fitted to a model and kept beside it, in ``dive_fast.json``."""
+"""What is kept beside a model in ``dive_fast.json``: what diffusers' files have no place for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
@@ -33,6 +34,16 @@ class Fitted:
     shortlist: Shortlist | None = None
 
 
+def read_extra(directory: Path) -> dict[str, Any]:
+    """The content of ``dive_fast.json`` beside ``model_index.json``; empty where there is none.
+
+    Raises:
+        ModelError: it is there, but cannot be read.
+    """
+    path = directory / FILE
+    return read_json(path) if path.exists() else {}
+
+
 def apply_fitted(model: Model, fitted: Fitted) -> None:
     """Sets on a model what was fitted to it; a shortlist of other classes is left out."""
     if fitted.beta is not None:
@@ -52,9 +63,7 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
         ModelError: the file is missing though required, unreadable, or holds values that are none.
     """
     path = directory / FILE
-    if not required and not path.exists():
-        return Fitted()
-    content = read_json(path)
+    content = read_json(path) if required else read_extra(directory)
     beta = content.get("beta")
     good = isinstance(beta, int | float) and not isinstance(beta, bool) and 0 < beta < math.inf
     if beta is not None and not good:
@@ -80,7 +89,7 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
         ModelError: the file there is damaged, or cannot be written.
     """
     path = directory / FILE
-    content = read_json(path) if path.exists() else {}
+    content = read_extra(directory)
     values = {
         "beta": fitted.beta,
         "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),

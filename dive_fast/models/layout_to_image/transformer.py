@@ -14,9 +14,8 @@ from torch import nn
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError
-from dive_fast.models.layout_to_image.base import LayoutModel, build_encoder
+from dive_fast.models.layout_to_image.base import LayoutModel, build_encoder, check_sizes
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
-from dive_fast.models.layout_to_image.support import check_sizes
 
 
 class LayoutTransformerModel(LayoutModel):

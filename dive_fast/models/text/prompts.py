@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import read_class_names, read_extra, read_json
+from dive_fast.models.files.checkpoint import read_class_names, read_json
+from dive_fast.models.files.sidecar import read_extra
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 AVERAGES = ("embedding", "loss")

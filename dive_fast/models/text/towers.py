@@ -18,6 +18,7 @@ from dive_fast.models.files.checkpoint import first_line, load_component, read_j
 from dive_fast.models.text.prompts import ClassPrompts
 
 ENCODE_BATCH = 32  # prompts
+SUFFIXES = ("", "_2")  # of the folders tokenizer and text_encoder
 
 
 class TextTower(NamedTuple):
@@ -157,6 +158,27 @@ class PromptEncoder:
         finally:
             for tower in self.towers:
                 tower.encoder.to("cpu")
+
+
+def load_text(directory: Path, class_names: Sequence[str], allow_pickle: bool) -> PromptEncoder:
+    """All tokenizers and text encoders of a model directory.
+
+    Args:
+        class_names: of the encoders, in the order of ``SUFFIXES``.
+
+    Raises:
+        ModelError: as ``load_tower``, or they take prompts of different lengths.
+    """
+    towers = [
+        load_tower(directory, suffix, class_name, allow_pickle)
+        for suffix, class_name in zip(SUFFIXES, class_names, strict=False)
+    ]
+    if len({tower.length for tower in towers}) > 1:
+        raise ModelError(
+            f"expected text encoders of one length in {directory}, got "
+            f"{' and '.join(str(tower.length) for tower in towers)} tokens."
+        )
+    return PromptEncoder(towers)
 
 
 def load_tower(directory: Path, suffix: str, class_name: str, allow_pickle: bool) -> TextTower:
