@@ -164,3 +164,22 @@ def sample_side(network: nn.Module) -> int | None:
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         size = size[0]
     return size if isinstance(size, int) else None
+
+
+def check_sizes(network: nn.Module, what: str) -> None:
+    """That the latents are square and the prediction has their channels, or twice as many.
+
+    Raises:
+        ModelError: they are not, or it has not.
+    """
+    config = network.config
+    if sample_side(network) is None:
+        raise ModelError(
+            f"expected the {what} to state one sample_size for both sides, "
+            f"got {config.sample_size!r}."
+        )
+    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
+        raise ModelError(
+            f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
+            f"{what}, got {config.out_channels}."
+        )

@@ -12,16 +12,16 @@ import torch
 
 from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import Autoencoder, load_vae
+from dive_fast.models.autoencoder import AUTOENCODERS, Autoencoder, latent_channels
 from dive_fast.models.files.checkpoint import load_component, read_json
 from dive_fast.models.files.sidecar import read_extra
 from dive_fast.models.text.prompts import (
     DEFAULT_TEMPLATES,
     Classes,
     ClassPrompts,
-    choose_prompts,
+    require_classes,
 )
-from dive_fast.models.text.towers import PromptEncoder, load_text
+from dive_fast.models.text.towers import SUFFIXES, PromptEncoder, load_tower
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,42 @@ class Pipeline:
 
     def vae(self, channels: int, class_name: str = "AutoencoderKL") -> Autoencoder:
         """The autoencoder of a network that takes latents of so many channels."""
-        return load_vae(self.directory, channels, self.allow_pickle, class_name)
+        vae = self.component(AUTOENCODERS[class_name], "vae")
+        if not isinstance(vae.config.scaling_factor, int | float):
+            raise ModelError(
+                f"scaling_factor of the VAE in {self.directory} must be a number, "
+                f"got {vae.config.scaling_factor!r}."
+            )
+        if latent_channels(vae) != channels:
+            raise ModelError(
+                f"the network in {self.directory} takes {channels} channels, "
+                f"but its VAE gives {latent_channels(vae)}."
+            )
+        return vae
 
     def text(self, class_names: Sequence[str]) -> PromptEncoder:
-        """The tokenizers and text encoders, of these classes."""
-        return load_text(self.directory, class_names, self.allow_pickle)
+        """All tokenizers and text encoders, which are of these classes."""
+        towers = [
+            load_tower(self.directory, suffix, class_name, self.allow_pickle)
+            for suffix, class_name in zip(SUFFIXES, class_names, strict=False)
+        ]
+        if len({tower.length for tower in towers}) > 1:
+            raise ModelError(
+                f"expected text encoders of one length in {self.directory}, got "
+                f"{' and '.join(str(tower.length) for tower in towers)} tokens."
+            )
+        return PromptEncoder(towers)
 
     def prompts(self, default_templates: Sequence[str] = DEFAULT_TEMPLATES) -> ClassPrompts:
-        """The classes that were asked for, or those that the directory states."""
-        asked = (self.classes, self.templates, self.average)
-        return choose_prompts(self.directory, *asked, default_templates)
+        """The prompts that were asked for; what is None is what the model directory states.
+
+        A directory states "classes", "templates" and "average" in ``dive_fast.json``; names of
+        classes may also stand as ``id2label`` in ``model_index.json``. Where neither says, names
+        are put into ``default_templates``.
+        """
+        classes, templates = require_classes(self.directory, self.classes), self.templates
+        if templates is None and not isinstance(classes, Mapping):
+            stated = self.extra.get("templates")
+            templates = default_templates if stated is None else stated
+        average = self.extra.get("average") if self.average is None else self.average
+        return ClassPrompts.make(classes, templates, average)

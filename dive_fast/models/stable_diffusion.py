@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dive_fast.errors import ModelError
-from dive_fast.models.base import sample_side
+from dive_fast.models.base import check_sizes
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.text.prompted import PromptedModel
 from dive_fast.models.text.towers import SUFFIXES, PromptEncoder
@@ -116,11 +116,7 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
             f"expected odd kernels in the unet in {directory}, which keep the size, got "
             f"{config.conv_in_kernel} (conv_in) and {config.conv_out_kernel} (conv_out)."
         )
-    if sample_side(unet) is None:
-        raise ModelError(
-            f"expected the unet in {directory} to state one sample_size for both sides, "
-            f"got {config.sample_size!r}."
-        )
+    check_sizes(unet, f"unet in {directory}")
     # Where a projection stands before the network, it is what takes the text.
     projected = config.encoder_hid_dim is not None
     widths = config.encoder_hid_dim if projected else config.cross_attention_dim
@@ -149,11 +145,6 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
                 f"the unet in {directory} takes {config.projection_class_embeddings_input_dim} "
                 f"added values, but six sizes and the pooled text give {given}."
             )
-    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ModelError(
-            f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
-            f"unet in {directory}, got {config.out_channels}."
-        )
 
 
 def _flat(values: Any) -> list[int]:

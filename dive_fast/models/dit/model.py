@@ -19,7 +19,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.models.base import LatentModel
+from dive_fast.models.base import LatentModel, check_sizes
 from dive_fast.models.files.checkpoint import read_class_names
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.protocol import State
@@ -167,11 +167,7 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
     config = transformer.config
     has_vae = (pipeline.index.get("vae") or [None])[0] is not None
     vae = pipeline.vae(config.in_channels) if has_vae else None
-    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
-        raise ModelError(
-            f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
-            f"transformer in {directory}, got {config.out_channels}."
-        )
+    check_sizes(transformer, f"transformer in {directory}")
     return DiT(
         transformer,
         vae,

@@ -22,7 +22,7 @@ from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.autoencoder import Autoencoder, latent_channels
-from dive_fast.models.base import LayoutConditioned, sample_side
+from dive_fast.models.base import LayoutConditioned
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
 
@@ -186,25 +186,6 @@ def read_format(encoder: LayoutEncoder) -> LayoutFormat:
             f"slots for its layout, got {given[0]} and {given[1]}."
         )
     return layout
-
-
-def check_sizes(denoiser: ModelMixin) -> None:
-    """That the latents are square and the noise has their channels, or twice as many.
-
-    Raises:
-        ModelError: they are not, or it has not.
-    """
-    config = denoiser.config
-    if sample_side(denoiser) is None:
-        raise ModelError(
-            f"expected the denoiser to state one sample_size for both sides, "
-            f"got {config.sample_size!r}."
-        )
-    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise ModelError(
-            f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
-            f"denoiser, got {config.out_channels}."
-        )
 
 
 def check_images(channels: int, vae: Autoencoder | None, space_to_depth: Any) -> None:

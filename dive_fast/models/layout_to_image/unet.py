@@ -10,11 +10,11 @@ from diffusers import ModelMixin, UNet2DConditionModel
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError
+from dive_fast.models.base import check_sizes
 from dive_fast.models.layout_to_image.base import (
     EncodedLayout,
     LayoutModel,
     build_encoder,
-    check_sizes,
 )
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
 from dive_fast.models.unet.staged import StagedUNet
@@ -131,4 +131,4 @@ def check_unet(unet: UNet2DConditionModel, encoder: LayoutEncoder) -> None:
             f"expected a unet that is conditioned on the layout alone, got one with "
             f"addition_embed_type {config.addition_embed_type!r}."
         )
-    check_sizes(unet)
+    check_sizes(unet, "denoiser")

@@ -87,31 +87,6 @@ class ClassPrompts:
         return {"prompts": named, "average": self.average}
 
 
-def choose_prompts(
-    directory: Path,
-    classes: Classes | None,
-    templates: Sequence[str] | None,
-    average: str | None,
-    default_templates: Sequence[str] = DEFAULT_TEMPLATES,
-) -> ClassPrompts:
-    """The prompts that were asked for; what is None is what the model directory states.
-
-    A directory states "classes", "templates" and "average" in ``dive_fast.json``; names of classes
-    may also stand as ``id2label`` in ``model_index.json``. Where neither says, names are put into
-    ``default_templates``.
-
-    Raises:
-        ModelError: there are no classes, or they cannot be used.
-    """
-    extra = read_extra(directory)
-    classes = require_classes(directory, classes)
-    if templates is None and not isinstance(classes, Mapping):
-        stated = extra.get("templates")
-        templates = default_templates if stated is None else stated
-    average = extra.get("average") if average is None else average
-    return ClassPrompts.make(classes, templates, average)
-
-
 def require_classes(directory: Path, classes: Classes | None) -> Classes:
     """``classes``, or those that the model directory itself names.
 

@@ -160,27 +160,6 @@ class PromptEncoder:
                 tower.encoder.to("cpu")
 
 
-def load_text(directory: Path, class_names: Sequence[str], allow_pickle: bool) -> PromptEncoder:
-    """All tokenizers and text encoders of a model directory.
-
-    Args:
-        class_names: of the encoders, in the order of ``SUFFIXES``.
-
-    Raises:
-        ModelError: as ``load_tower``, or they take prompts of different lengths.
-    """
-    towers = [
-        load_tower(directory, suffix, class_name, allow_pickle)
-        for suffix, class_name in zip(SUFFIXES, class_names, strict=False)
-    ]
-    if len({tower.length for tower in towers}) > 1:
-        raise ModelError(
-            f"expected text encoders of one length in {directory}, got "
-            f"{' and '.join(str(tower.length) for tower in towers)} tokens."
-        )
-    return PromptEncoder(towers)
-
-
 def load_tower(directory: Path, suffix: str, class_name: str, allow_pickle: bool) -> TextTower:
     """``tokenizer`` and ``text_encoder`` of a model directory.
 
