@@ -159,9 +159,9 @@ def test_any_object_of_the_protocol_is_a_model(toy):
 
 
 def test_a_family_registers_from_outside(tmp_path, monkeypatch):
-    from dive_fast import models
+    from dive_fast.models import source
 
-    monkeypatch.setattr(models, "_FAMILIES", dict(models._FAMILIES))
+    monkeypatch.setattr(source, "FAMILIES", dict(source.FAMILIES))
     (tmp_path / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
     with pytest.raises(ModelError, match="ToyPipeline', which is not supported; supported are"):
         DiffusionClassifier.from_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from toy_layout import SCENE, PictureModel
 
 from dive_fast import LayoutDetector, zoo
 from dive_fast.errors import ModelError
-from dive_fast.models import load_model, prior_directory
+from dive_fast.models import load_model, resolve
 from dive_fast.priors import LayoutPrior
 from dive_fast.strategies.layout import Board
 
@@ -152,7 +152,7 @@ class TestFromPretrained:
         monkeypatch.setattr(zoo, "_WEIGHTS", model.parent)
         name = model.name
         assert name in zoo.names()
-        assert prior_directory(name) == model / "prior"
+        assert resolve(name).prior == model / "prior"
         assert LayoutDetector.from_pretrained(name).prior is not None
 
     def test_of_another_model(self, model: Path, bare: Path) -> None:

@@ -19,7 +19,7 @@ from tiny_unet import make_unet
 from dive_fast import Detections, DiffusionClassifier
 from dive_fast.data.coco import CocoDataset, CocoImage
 from dive_fast.data.digits import load_digits
-from dive_fast.models import _FAMILIES
+from dive_fast.models.source import FAMILIES
 from dive_fast.strategies import base
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "_STRATEGIES", dict(base._STRATEGIES))
-    monkeypatch.setitem(_FAMILIES, "MyPipeline", None)
+    monkeypatch.setitem(FAMILIES, "MyPipeline", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     held_out = load_digits("test")

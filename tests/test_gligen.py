@@ -19,7 +19,7 @@ from dive_fast import LayoutDetector
 from dive_fast.core.layouts import Layout
 from dive_fast.engine import EngineOptions
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models import load_model, needs_classes
+from dive_fast.models import load_model, resolve
 from dive_fast.models.gligen import Gligen, StagedGligen
 from dive_fast.models.protocol import StagedModel
 from dive_fast.models.unet import stages
@@ -244,7 +244,7 @@ def change_extra(directory: Path, tmp_path: Path, content: dict) -> Path:
 def test_what_a_directory_states(directory, model, tmp_path):
     stated = {"classes": ["cat", "fox"], "templates": ["a {}"], "caption": "a photo"}
     copy = change_extra(directory, tmp_path, stated | {"grid": 17, "max_objects": 4})
-    assert not needs_classes(copy) and needs_classes(directory)
+    assert not resolve(copy).needs_classes and resolve(directory).needs_classes
     other = load_model(copy)
     assert other.classes.prompts == (("a cat",), ("a fox",))
     assert (other.layout.grid, other.layout.max_objects) == (17, 4)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
+from tiny_layout import make_layout_model
 from tiny_sd import write_to_hub
 
-from dive_fast import ModelError
-from dive_fast.models import _FAMILIES, load_model
+from dive_fast import DiffusionClassifier, LayoutDetector, ModelError
+from dive_fast.cli.options import add_model_options, load_classifier
+from dive_fast.models import load_model, resolve
 from dive_fast.models.files.hub import download, patterns, pickle_patterns
+from dive_fast.models.source import FAMILIES
 
 # As published: stable-diffusion-v1-5, with every variant that lies beside.
 SD_WANTED = """
@@ -41,7 +48,7 @@ text_encoder/pytorch_model.bin unet/diffusion_pytorch_model.bin vae/diffusion_py
 
 
 def folders(pipeline_class: str) -> tuple[str, ...]:
-    return _FAMILIES[pipeline_class].folders
+    return FAMILIES[pipeline_class].folders
 
 
 def test_stable_diffusion():
@@ -90,6 +97,56 @@ def test_a_hub_id_loads(hub):
     model = load_model("someone/tiny-sd", device="cpu", classes=["cat", "dog"])
     assert model.name == "someone/tiny-sd" and model.vocabulary.names == ("cat", "dog")
     assert model.identity() == load_model(hub, device="cpu", classes=["cat", "dog"]).identity()
+
+
+ONCE = {"hf_hub_download": 1, "snapshot_download": 1}
+
+
+@pytest.fixture
+def asked(hub, monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often ``huggingface_hub`` was asked for one file, and for a snapshot."""
+    counts: Counter = Counter()
+
+    def counted(name: str, original, *args, **options):
+        counts[name] += 1
+        return original(*args, **options)
+
+    for name in ONCE:
+        original = getattr(huggingface_hub, name)
+        monkeypatch.setattr(huggingface_hub, name, partial(counted, name, original))
+    return counts
+
+
+def test_a_hub_id_is_resolved_once(hub, asked):
+    """Whoever holds what it was resolved to asks the hub no more."""
+    source = resolve("someone/tiny-sd")
+    assert str(source) == "someone/tiny-sd" and source.directory == hub
+    assert not source.own and source.own_directory is None and source.prior is None
+    assert source.needs_classes and resolve(source) is source
+    classifier = DiffusionClassifier.from_pretrained(source, device="cpu", classes=["cat", "dog"])
+    assert classifier.model.name == "someone/tiny-sd" and asked == ONCE
+
+
+def test_from_pretrained_resolves_once(hub, asked, tmp_path):
+    DiffusionClassifier.from_pretrained("someone/tiny-sd", device="cpu", classes=["cat", "dog"])
+    assert asked == ONCE
+    asked.clear()
+    write_to_hub(tmp_path / "hub", "someone/layouts", write_layout_model)
+    detector = LayoutDetector.from_pretrained("someone/layouts", device="cpu")
+    assert detector.directory is None and asked == ONCE
+
+
+def test_the_command_line_resolves_once(hub, asked):
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    options = parser.parse_args(["--model", "someone/tiny-sd", "--device", "cpu"])
+    assert load_classifier(options, ["cat", "dog"]).names == ("cat", "dog")
+    assert asked == ONCE
+
+
+def write_layout_model(directory: Path) -> Path:
+    make_layout_model().save_pretrained(directory)
+    return directory
 
 
 def test_pickles_of_the_hub_are_for_those_who_ask(hub):

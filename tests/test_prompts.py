@@ -16,7 +16,7 @@ from dive_fast.core.requests import Answer, Gradients, Losses
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
-from dive_fast.models import load_model, needs_classes
+from dive_fast.models import load_model, resolve
 from dive_fast.models.text.prompts import ClassPrompts
 from dive_fast.predict.sampling import sample
 from dive_fast.strategies.averaged import averaged
@@ -84,14 +84,14 @@ def test_classes_are_needed(sd):
         load_model(sd)
     with pytest.raises(ModelError, match="digits has classes of its own: templates is for text"):
         load_model("digits", templates=["{}"])
-    assert needs_classes(sd) and not needs_classes("digits")
+    assert resolve(sd).needs_classes and not resolve("digits").needs_classes
 
 
 def test_classes_that_the_directory_states(tmp_path):
     write_sd(tmp_path)
     index = read_json(tmp_path / "model_index.json")
     write_json(tmp_path / "model_index.json", index | {"id2label": {"1": "dog", "0": "cat"}})
-    assert not needs_classes(tmp_path)
+    assert not resolve(tmp_path).needs_classes
     assert load_model(tmp_path).vocabulary.names == ("cat", "dog")
     write_json(
         tmp_path / "dive_fast.json",

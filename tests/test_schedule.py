@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -17,11 +17,13 @@ from diffusers import (
 )
 
 from dive_fast import DiveFastError, ModelError, ProbeList
-from dive_fast.core.schedule import _DEFAULT_BETAS, Schedule
+from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.core.vocabulary import Vocabulary
 
 
-@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(
+    "beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
+)
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction", "sample"])
 def test_read_from_a_scheduler_config(beta_schedule, target):
     scheduler = DDPMScheduler(
@@ -54,11 +56,73 @@ def test_every_sampler_describes_the_same_training(sampler, target, tmp_path):
     torch.testing.assert_close(schedule.a**2, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(_DEFAULT_BETAS))
-def test_what_a_config_leaves_out_is_what_diffusers_takes(name):
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
-    expected = [parameters[key].default for key in ("beta_schedule", "beta_start", "beta_end")]
-    assert _DEFAULT_BETAS[name] == tuple(expected)
+# beta_schedule, beta_start and beta_end where a configuration says nothing (diffusers 0.42).
+LINEAR = ("linear", 1e-4, 0.02)
+HEUN = ("linear", 0.00085, 0.012)
+SCALED = ("scaled_linear", 0.00085, 0.012)
+SAMPLERS = {
+    "DDIMInverseScheduler": LINEAR,
+    "DDIMParallelScheduler": LINEAR,
+    "DDIMScheduler": LINEAR,
+    "DDPMParallelScheduler": LINEAR,
+    "DDPMScheduler": LINEAR,
+    "DEISMultistepScheduler": LINEAR,
+    "DPMSolverMultistepScheduler": LINEAR,
+    "DPMSolverSinglestepScheduler": LINEAR,
+    "EulerAncestralDiscreteScheduler": LINEAR,
+    "EulerDiscreteScheduler": LINEAR,
+    "HeunDiscreteScheduler": HEUN,
+    "KDPM2AncestralDiscreteScheduler": HEUN,
+    "KDPM2DiscreteScheduler": HEUN,
+    "LCMScheduler": SCALED,
+    "LMSDiscreteScheduler": LINEAR,
+    "PNDMScheduler": LINEAR,
+    "SASolverScheduler": LINEAR,
+    "TCDScheduler": SCALED,
+    "UniPCMultistepScheduler": LINEAR,
+}
+
+
+def expected_alpha_bar(kind: str, start: float, end: float) -> torch.Tensor:
+    root = kind == "scaled_linear"
+    ends = (start**0.5, end**0.5) if root else (start, end)
+    betas = np.linspace(*ends, 1000) ** (2 if root else 1)
+    return torch.from_numpy(np.cumprod(1 - betas))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_what_a_config_leaves_out_is_what_the_scheduler_takes(name: str, zero_snr: bool) -> None:
+    """The factors of 19 samplers, in float64 and ending in exactly zero where that is said."""
+    schedule = Schedule.from_config({"_class_name": name, "rescale_betas_zero_snr": zero_snr})
+    alpha_bar = expected_alpha_bar(*SAMPLERS[name])
+    if zero_snr:
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        assert schedule.a[-1] == 0 and schedule.s[-1] == 1
+    for got, expected in ((schedule.a, alpha_bar.sqrt()), (schedule.s, (1 - alpha_bar).sqrt())):
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["RePaintScheduler", "UnCLIPScheduler", "CogVideoXDDIMScheduler"])
+def test_any_scheduler_of_diffusers_with_betas_is_read(name: str) -> None:
+    """Also one that changes alpha_bar after the betas (CogVideoX: by snr_shift_scale)."""
+    scheduler = getattr(diffusers, name)()
+    schedule = Schedule.from_config({"_class_name": name, **scheduler.config})
+    expected = scheduler.alphas_cumprod.float()
+    torch.testing.assert_close(schedule.a**2, expected, rtol=2e-4, atol=1e-7)
+
+
+def test_a_scheduler_that_diffusers_does_not_have_must_state_its_betas() -> None:
+    stated = {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.01}
+    schedule = Schedule.from_config({"_class_name": "MyScheduler", **stated})
+    expected = expected_alpha_bar("scaled_linear", 0.001, 0.01).sqrt()
+    torch.testing.assert_close(schedule.a.double(), expected, rtol=0, atol=1e-7)
+    assert len(Schedule.from_config({"_class_name": "MyScheduler", "trained_betas": [0.1]})) == 1
+    guesses = [{k: v for k, v in stated.items() if k != key} for key in stated]
+    for config in (*guesses, {}, {**stated, "snr_shift_scale": 3.0}):
+        with pytest.raises(ModelError, match="states its betas, got MyScheduler"):
+            Schedule.from_config({"_class_name": "MyScheduler", **config})
 
 
 def test_trained_betas_and_zero_snr():
@@ -72,8 +136,10 @@ def test_trained_betas_and_zero_snr():
 
 
 def test_bad_schedules():
-    with pytest.raises(ModelError, match="beta_schedule of linear, .* got 'sigmoid'"):
-        Schedule.from_config({"beta_schedule": "sigmoid"})
+    with pytest.raises(ModelError, match="betas cannot be read: cubic is not implemented for DDPM"):
+        Schedule.from_config({"beta_schedule": "cubic"})
+    with pytest.raises(ModelError, match="beta_schedule of linear, .* got 'cubic'"):
+        make_betas("cubic", 10)
     with pytest.raises(ModelError, match="prediction_type of epsilon, .* got 'flow'"):
         Schedule.from_config({"prediction_type": "flow"})
     for config in (

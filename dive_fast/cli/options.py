@@ -6,9 +6,12 @@ import argparse
 import ast
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dive_fast.cli.prior_options import add_prior_options
+
+if TYPE_CHECKING:
+    from dive_fast.models import Source
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
 SCENES = "scenes"  # its annotated pictures
@@ -285,17 +288,19 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
         classes: of a text-conditional model for which neither the options nor its directory name
             any.
     """
+    from dive_fast.models import resolve
     from dive_fast.predict.classifier import DiffusionClassifier
 
+    source = resolve(options.model, allow_pickle=options.allow_pickle)
     classifier = DiffusionClassifier.from_pretrained(
-        options.model,
+        source,
         dtype=options.dtype,
         device=options.device,
         batch_size=options.batch_size,
         allow_pickle=options.allow_pickle,
         timestep_embedding=options.timestep_embedding,
         **_engine(options),
-        classes=_chosen_classes(options, classes),
+        classes=_chosen_classes(options, classes, source),
         templates=options.template,
         average=options.average,
     )
@@ -310,10 +315,12 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     Args:
         classes: as in ``load_classifier``.
     """
+    from dive_fast.models import resolve
     from dive_fast.predict.detector import LayoutDetector
 
+    source = resolve(options.model, allow_pickle=options.allow_pickle)
     detector = LayoutDetector.from_pretrained(
-        options.model,
+        source,
         {None: "auto", "none": None}.get(options.prior, options.prior),
         prior_weight=options.prior_weight,
         dtype=options.dtype,
@@ -321,7 +328,7 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
         batch_size=options.batch_size,
         allow_pickle=options.allow_pickle,
         **_engine(options),
-        classes=_chosen_classes(options, classes),
+        classes=_chosen_classes(options, classes, source),
         templates=options.template,
     )
     if options.fitted is not None:
@@ -330,16 +337,12 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
 
 
 def _chosen_classes(
-    options: argparse.Namespace, classes: Sequence[str] | None
+    options: argparse.Namespace, classes: Sequence[str] | None, source: Source
 ) -> Sequence[str] | None:
     """What ``--classes`` says; else ``classes``, if the model cannot do without."""
-    from dive_fast.models import needs_classes
-
     if options.classes is not None:
         return class_names(options.classes)
-    if classes is None or not needs_classes(options.model, allow_pickle=options.allow_pickle):
-        return None
-    return classes
+    return classes if classes is not None and source.needs_classes else None
 
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
     x_t = a_t x0 + s_t eps        a_t = sqrt(alpha_bar_t),  s_t = sqrt(1 - alpha_bar_t)
 
-Source: DDPM (arXiv 2006.11239); cosine: arXiv 2102.09672; rescaling: arXiv 2305.08891.
+Source: DDPM (arXiv 2006.11239); rescaling: arXiv 2305.08891.
 """
 
 from __future__ import annotations
 
-import math
+import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,34 +17,11 @@ import torch
 
 from dive_fast.errors import ModelError
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+BETA_SCHEDULES = ("linear", "scaled_linear")  # of make_betas; configurations have more
 TARGETS = ("epsilon", "v_prediction", "sample")
 
-# The betas that diffusers' schedulers have where a configuration leaves them out. Samplers of all
-# kinds describe the same training schedule; those that are not listed have none of this form.
-_LINEAR = ("linear", 1e-4, 0.02)
-_SCALED = ("scaled_linear", 0.00085, 0.012)
-_DEFAULT_BETAS = {
-    "DDIMInverseScheduler": _LINEAR,
-    "DDIMParallelScheduler": _LINEAR,
-    "DDIMScheduler": _LINEAR,
-    "DDPMParallelScheduler": _LINEAR,
-    "DDPMScheduler": _LINEAR,
-    "DEISMultistepScheduler": _LINEAR,
-    "DPMSolverMultistepScheduler": _LINEAR,
-    "DPMSolverSinglestepScheduler": _LINEAR,
-    "EulerAncestralDiscreteScheduler": _LINEAR,
-    "EulerDiscreteScheduler": _LINEAR,
-    "HeunDiscreteScheduler": ("linear", 0.00085, 0.012),
-    "KDPM2AncestralDiscreteScheduler": ("linear", 0.00085, 0.012),
-    "KDPM2DiscreteScheduler": ("linear", 0.00085, 0.012),
-    "LCMScheduler": _SCALED,
-    "LMSDiscreteScheduler": _LINEAR,
-    "PNDMScheduler": _LINEAR,
-    "SASolverScheduler": _LINEAR,
-    "TCDScheduler": _SCALED,
-    "UniPCMultistepScheduler": _LINEAR,
-}
+# What must be stated of a scheduler that diffusers does not have, or trained_betas instead.
+_STATED = ("beta_schedule", "beta_start", "beta_end")
 
 
 @dataclass(frozen=True)
@@ -91,7 +69,7 @@ class Schedule:
         """Reads the ``scheduler_config.json`` of a diffusers scheduler (DDPM, DDIM, Euler ...).
 
         Raises:
-            ModelError: a scheduler, a beta schedule or a prediction type that is not supported.
+            ModelError: a scheduler, betas or a prediction type that are not supported.
         """
         if "FlowMatch" in str(config.get("_class_name", "")) or config.get("use_flow_sigmas"):
             raise ModelError(f"flow schedules are not supported, got {config.get('_class_name')}.")
@@ -99,35 +77,60 @@ class Schedule:
         if target not in TARGETS:
             raise ModelError(f"expected a prediction_type of {', '.join(TARGETS)}, got {target!r}.")
         try:
-            betas = _read_betas(config)
+            alpha_bar = _read_alpha_bar(config)
         except ModelError:
             raise
-        except (TypeError, ValueError, RuntimeError) as error:
+        # Whatever a scheduler's constructor meets in a configuration that it does not expect.
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
             raise ModelError(f"the scheduler's betas cannot be read: {error}.") from error
-        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ModelError("the scheduler's betas must be a list of numbers between 0 and 1.")
         if config.get("rescale_betas_zero_snr", False):
-            return cls.from_alpha_bar(_rescale_to_zero_snr(torch.cumprod(1 - betas, 0)), target)
-        return cls.from_betas(betas, target)
+            alpha_bar = _rescale_to_zero_snr(alpha_bar)
+        return cls.from_alpha_bar(alpha_bar, target)
 
 
-def _read_betas(config: Mapping[str, Any]) -> torch.Tensor:
-    if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float64)
-    name = config.get("_class_name", "DDPMScheduler")
-    if name not in _DEFAULT_BETAS and "beta_schedule" not in config:
-        raise ModelError(f"expected a scheduler that states its betas, got {name}.")
-    schedule, start, end = _DEFAULT_BETAS.get(name, _LINEAR)
-    return make_betas(
-        config.get("beta_schedule", schedule),
-        config.get("num_train_timesteps", 1000),
-        config.get("beta_start", start),
-        config.get("beta_end", end),
-    )
+def _read_alpha_bar(config: Mapping[str, Any]) -> torch.Tensor:
+    """alpha_bar_t, float64 [T], of the scheduler that a configuration describes; not rescaled."""
+    scheduler = _make_scheduler(config)
+    betas, alpha_bar = scheduler.betas.double(), scheduler.alphas_cumprod.double()
+    if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+        raise ModelError("the scheduler's betas must be a list of numbers between 0 and 1.")
+    exact = torch.cumprod(1 - betas, dim=0)
+    # diffusers multiplies in float32. What differs by more (CogVideoX) was changed afterwards.
+    return exact if torch.allclose(alpha_bar, exact, rtol=1e-3, atol=1e-6) else alpha_bar
+
+
+def _make_scheduler(config: Mapping[str, Any]) -> Any:
+    """diffusers' own scheduler, which knows what the configuration leaves out.
+
+    Not rescaled to a zero terminal SNR: some samplers do not let that become 0.
+
+    Raises:
+        ModelError: it has none with betas, and the configuration does not state them.
+    """
+    import diffusers
+
+    name = str(config.get("_class_name", "DDPMScheduler"))
+    kind = getattr(diffusers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    stated = config.get("trained_betas") is not None or all(key in config for key in _STATED)
+    if not known and stated and config.get("snr_shift_scale") is None:
+        kind, known = diffusers.DDPMScheduler, True
+    if known:
+        expected = inspect.signature(kind.__init__).parameters.keys() & config.keys()
+        given = {key: config[key] for key in expected - {"rescale_betas_zero_snr"}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about sampling, which is not done here
+            try:
+                scheduler = kind(**given)
+            except NotImplementedError as error:
+                raise ValueError(str(error).replace(str(kind), kind.__name__)) from error
+        if hasattr(scheduler, "betas") and hasattr(scheduler, "alphas_cumprod"):
+            return scheduler
+    raise ModelError(f"expected a scheduler that states its betas, got {name}.")
 
 
 def make_betas(schedule: str, n: int, start: float = 1e-4, end: float = 0.02) -> torch.Tensor:
-    """beta_t as float64 [n] for one of ``BETA_SCHEDULES``; start and end do not enter the cosine.
+    """beta_t as float64 [n] for one of ``BETA_SCHEDULES``.
 
     Raises:
         ModelError: another schedule is asked for.
@@ -136,13 +139,6 @@ def make_betas(schedule: str, n: int, start: float = 1e-4, end: float = 0.02) ->
         return torch.linspace(start, end, n, dtype=torch.float64)
     if schedule == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
-    if schedule == "squaredcos_cap_v2":
-
-        def alpha_bar(t: float) -> float:
-            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        betas = [min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)]
-        return torch.tensor(betas, dtype=torch.float64)
     raise ModelError(f"expected a beta_schedule of {', '.join(BETA_SCHEDULES)}, got {schedule!r}.")
 
 

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL, VQModel
-
-from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import load_component
 
 ENCODE_BATCH = 16
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 Autoencoder = AutoencoderKL | VQModel
-
-
-def load_vae(
-    directory: Path, channels: int, allow_pickle: bool, class_name: str = "AutoencoderKL"
-) -> Autoencoder:
-    """The ``vae`` of a model directory whose network takes latents of that many channels.
-
-    Args:
-        class_name: one of ``AUTOENCODERS``.
-
-    Raises:
-        ModelError: it is missing, broken, or does not fit the network.
-    """
-    vae = load_component(AUTOENCODERS[class_name], directory / "vae", allow_pickle)
-    if not isinstance(vae.config.scaling_factor, int | float):
-        raise ModelError(
-            f"scaling_factor of the VAE in {directory} must be a number, "
-            f"got {vae.config.scaling_factor!r}."
-        )
-    if latent_channels(vae) != channels:
-        raise ModelError(
-            f"the network in {directory} takes {channels} channels, "
-            f"but its VAE gives {latent_channels(vae)}."
-        )
-    return vae
 
 
 def latent_channels(vae: Autoencoder) -> int:

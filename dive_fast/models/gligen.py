@@ -18,8 +18,6 @@ the order of 1, so that one learning rate moves classes and corners alike.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +32,23 @@ from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
-from dive_fast.models.files.checkpoint import fingerprint, load_component, read_extra, read_json
-from dive_fast.models.gligen_support import check_grounding
-from dive_fast.models.layout_to_image.support import embed_tokens
+from dive_fast.models.base import LayoutConditioned
+from dive_fast.models.files.checkpoint import read_json
+from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.protocol import State
-from dive_fast.models.stable_diffusion import check_parts, check_unet
-from dive_fast.models.text.prompts import Classes, ClassPrompts, choose_prompts
-from dive_fast.models.text.towers import PromptEncoder, load_tower
+from dive_fast.models.stable_diffusion import check_unet, parts
+from dive_fast.models.text.prompted import PromptedModel
+from dive_fast.models.text.prompts import ClassPrompts
+from dive_fast.models.text.towers import PromptEncoder
 from dive_fast.models.unet import stages
-from dive_fast.models.unet.support import sample_side
+from dive_fast.models.unet.staged import StagedUNet, WholeUNet
 
+ENCODERS = ("CLIPTextModel",)
 MAX_OBJECTS = 30  # grounding tokens in training, absent ones included
 GRID = 33
-TEMPLATES = ("{}",)
 
 
-class Gligen:
+class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
     """A GLIGEN as layout-to-image model; see ``models.protocol.Model`` for the attributes.
 
     The network runs whole; ``StagedGligen`` also offers it in parts. The gated attention is always
@@ -79,6 +77,9 @@ class Gligen:
         ModelError: the parts do not fit together.
     """
 
+    family = "gligen"
+    templates = ("{}",)
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -90,46 +91,17 @@ class Gligen:
         caption: str = "",
         grid: int = GRID,
         max_objects: int = MAX_OBJECTS,
-        name: str = "gligen",
+        name: str | None = None,
         device: torch.device | str = "cpu",
-        beta: float | None = None,
     ) -> None:
-        check_grounding(unet, text, name)
+        check_grounding(unet, text, name or self.family)
         for module in unet.modules():
             if isinstance(module, GatedSelfAttentionDense):
                 module.enabled = True
-        self.name = name
-        self.unet = self.network = unet
-        self.vae = vae
-        self.schedule = schedule
-        self.text = text
         self.caption = caption
-        self.device, self.dtype = unet.device, unet.dtype
-        side = sample_side(unet)
-        self.latent_shape = (unet.config.in_channels, side, side)
-        self.image_shape = image_shape(self.latent_shape, vae)
-        # Unfitted, beta L is half the squared error summed over the latent: unit variance.
-        self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
+        self._sizes = (grid, max_objects)
         self._caption = text.encode([caption], torch.device(device)).unflatten(1, text.shape)
-        self._set(classes, grid, max_objects, torch.device(device))
-        self._place()
-
-    def set_classes(
-        self,
-        classes: Classes,
-        templates: Sequence[str] | None = None,
-        average: str | None = None,
-    ) -> None:
-        """Asks about other classes from now on; the arguments are those of ``load_model``.
-
-        Raises:
-            ModelError: see ``ClassPrompts.make``.
-        """
-        if templates is None and not isinstance(classes, Mapping):
-            templates = TEMPLATES
-        prompts = ClassPrompts.make(classes, templates, average)
-        self._set(prompts, self.layout.grid, self.layout.max_objects, self.device)
-        self._place()
+        super().__init__(unet, vae, schedule, text, classes, name=name, device=device)
 
     def set_layout(self, *, grid: int | None = None, max_objects: int | None = None) -> None:
         """Another grid or number of objects from now on; what is None stays.
@@ -141,9 +113,7 @@ class Gligen:
         max_objects = self.layout.max_objects if max_objects is None else max_objects
         self._describe(grid, max_objects)
 
-    def _set(
-        self, classes: ClassPrompts, grid: int, max_objects: int, device: torch.device
-    ) -> None:
+    def _set(self, classes: ClassPrompts, device: torch.device) -> None:
         if classes.average == "loss":
             raise ModelError(
                 "expected average='embedding' for a layout-to-image model, got 'loss': the objects "
@@ -154,7 +124,8 @@ class Gligen:
         groups = pooled.split([len(group) for group in classes.prompts])
         self.classes = classes
         self.phrases = torch.stack([group.mean(dim=0) for group in groups])
-        self._describe(grid, max_objects)
+        self._describe(*self._sizes)
+        self._place()
 
     def _describe(self, grid: int, max_objects: int) -> None:
         """The format and the table that follow from the classes and these numbers."""
@@ -166,6 +137,7 @@ class Gligen:
                 f"expected max_objects of at most {MAX_OBJECTS}, with which GLIGEN was trained, "
                 f"got {max_objects}."
             )
+        self._sizes = (grid, max_objects)
         n = len(self.classes.names)
         self.layout = LayoutFormat.compact(self.classes.names, max_objects, grid)
         table = torch.zeros(self.layout.vocabulary_size, n + 2)
@@ -182,47 +154,19 @@ class Gligen:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Gligen:
         """Moves the network; the VAE stays in float32, the text encoder on the CPU."""
-        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
-        torch.nn.Module.to(self.unet, device, dtype)
-        self.vae.to(device)
-        self.device, self.dtype = torch.device(device), dtype
+        super().to(device, dtype)
         self._place()
         return self
 
-    def identity(self) -> dict[str, Any]:
-        """Precision, format, prompts and fingerprints of the weights; not where the model lies."""
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "caption": self.caption}
+
+    def arguments(self, condition: torch.Tensor) -> dict[str, Any]:
+        """The caption, and the objects as ``position_net`` takes them."""
         return {
-            "family": "gligen",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layout": self.layout.to_dict(),
-            "caption": self.caption,
-            **self.classes.to_dict(),
-            "weights": fingerprint(self.unet),
-            "text_weights": [fingerprint(tower.encoder) for tower in self.text.towers],
-            "vae_weights": fingerprint(self.vae),
-            "schedule": self.schedule.identity(),
+            "encoder_hidden_states": self._placed_caption.expand(len(condition), -1, -1),
+            "cross_attention_kwargs": {"gligen": self.grounding(condition)},
         }
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """x0 = (posterior mean - shift) x scaling factor."""
-        return encode_latents(self.vae, images, self.device)
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [N, S] to conditions, float32 [N, S D] on the CPU.
-
-        Raises:
-            ModelError: another shape or dtype, or tokens outside the vocabulary.
-        """
-        return embed_tokens(self.layout, self.vocabulary.table, tokens)
-
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """See ``models.protocol.Model.predict``; condition is [M, S D]."""
-        return self.unet(
-            x_t.to(self.dtype),
-            t,
-            encoder_hidden_states=self._placed_caption.expand(len(condition), -1, -1),
-            cross_attention_kwargs={"gligen": self.grounding(condition)},
-        ).sample
 
     def grounding(self, condition: torch.Tensor) -> dict[str, torch.Tensor]:
         """What ``position_net`` takes for conditions [N, S D], in the network's precision.
@@ -231,17 +175,10 @@ class Gligen:
             boxes [N, 30, 4] as left, top, right, bottom in the unit interval; masks [N, 30], 1 for
             an object that is there; positive_embeddings [N, 30, P]. Differentiable.
         """
-        n, form = len(self.layout.names), self.layout
-        shape = (form.max_objects, SLOTS_PER_OBJECT, n + 2)
-        if condition.dim() != 2 or condition.shape[1] != math.prod(shape):
-            raise ModelError(
-                f"the condition of the layout-to-image model {self.name} is the embeddings of "
-                f"{form.n_slots} tokens, expected [N, {math.prod(shape)}], "
-                f"got {list(condition.shape)}."
-            )
-        objects = condition.unflatten(1, shape)
+        n = len(self.layout.names)
+        objects = self.slots(condition).unflatten(1, (-1, SLOTS_PER_OBJECT))
         # All 30 are given: absent ones are attended to as well.
-        objects = F.pad(objects, (0, 0, 0, 0, 0, MAX_OBJECTS - form.max_objects))
+        objects = F.pad(objects, (0, 0, 0, 0, 0, MAX_OBJECTS - self.layout.max_objects))
         weights, corners = objects[:, :, 0, :n], objects[:, :, 1:, n:]
         found = {
             "boxes": (corners.flatten(2) + 1) / 2,
@@ -251,8 +188,8 @@ class Gligen:
         return {key: value.to(self.dtype) for key, value in found.items()}
 
 
-class StagedGligen(Gligen):
-    """One whose network can be cut: ``models.protocol.StagedModel`` by ``models.unet``.
+class StagedGligen(StagedUNet, Gligen):
+    """One whose network can be cut.
 
     ``position_net`` runs once per condition; the caption's keys and values are computed once.
     """
@@ -262,65 +199,39 @@ class StagedGligen(Gligen):
         with torch.inference_mode(False), torch.no_grad():
             self._kv = stages.project(self.unet, self._placed_caption.clone())
 
-    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
-        """See ``models.unet.prefix``."""
-        return stages.prefix(self.unet, x_t.to(self.dtype), t)
-
     def project(self, condition: torch.Tensor) -> State:
         """The grounding tokens, as every block takes them."""
         tokens = self.unet.position_net(**self.grounding(condition))
         return stages.grounding(self.unet, tokens)
 
-    def encoder(self, prefix: State, projected: State) -> State:
-        """The rest of the down blocks."""
-        return stages.encoder(self.unet, prefix, self._caption_for(projected), projected)
-
-    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
-        """Mid block, up blocks and output."""
-        return stages.decoder(self.unet, encoded, self._caption_for(projected), projected)
-
-    def _caption_for(self, projected: State) -> State:
-        """The caption's keys and values for as many rows."""
-        return tuple(x.expand(len(projected[0]), -1, -1) for x in self._kv)
+    def attended(self, projected: State) -> tuple[State, State]:
+        """The caption's keys and values for as many rows, and the grounding tokens."""
+        return tuple(x.expand(len(projected[0]), -1, -1) for x in self._kv), projected
 
 
-def load(
-    directory: Path,
-    *,
-    name: str,
-    allow_pickle: bool = False,
-    timestep_embedding: str = "auto",
-    classes: Classes | None = None,
-    templates: Sequence[str] | None = None,
-    average: str | None = None,
-    device: torch.device | str = "cpu",
-) -> Gligen:
+def load(directory: Path, **asked: Any) -> Gligen:
     """Reads what ``StableDiffusionGLIGENPipeline.save_pretrained`` writes.
 
-    The model comes in parts (``StagedGligen``) where its UNet can be cut. ``classes``,
-    ``templates`` and ``average`` are read by ``prompts.choose_prompts``; names stand as they are
-    unless said. ``dive_fast.json`` may state ``caption``, ``grid`` and ``max_objects`` too.
+    The model comes in parts (``StagedGligen``) where its UNet can be cut. Names of classes stand as
+    they are unless said. ``dive_fast.json`` may state ``caption``, ``grid`` and ``max_objects``.
+
+    Args:
+        asked: see ``Pipeline``.
 
     Raises:
         ModelError: a part is missing, broken or unsupported, or there are no classes.
     """
-    if timestep_embedding != "auto":
-        raise ModelError(
-            f"timestep_embedding is for models of the family dit, got {timestep_embedding!r} "
-            f"for {name}."
-        )
-    index, extra = read_json(directory / "model_index.json"), read_extra(directory)
-    check_parts(directory, index, ("CLIPTextModel",))
-    prompts = choose_prompts(directory, classes, templates, average, TEMPLATES)
-    caption = extra.get("caption", "")
+    pipeline = Pipeline(directory, **asked)
+    pipeline.check_parts(parts(ENCODERS))
+    prompts = pipeline.prompts(Gligen.templates)
+    caption = pipeline.extra.get("caption", "")
     if not isinstance(caption, str):
         raise ModelError(f"expected a text as caption in {directory}, got {caption!r}.")
-    schedule = Schedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
-    text = PromptEncoder([load_tower(directory, "", "CLIPTextModel", allow_pickle)])
-    unet = load_component(UNet2DConditionModel, directory / "unet", allow_pickle)
+    schedule, text = pipeline.schedule(), pipeline.text(ENCODERS)
+    unet = pipeline.component(UNet2DConditionModel, "unet")
     check_grounding(unet, text, directory)
     check_unet(unet, text, directory)
-    vae = load_vae(directory, unet.config.in_channels, allow_pickle)
+    vae = pipeline.vae(unet.config.in_channels)
     family = StagedGligen if stages.can_be_cut(unet) else Gligen
     return family(
         unet,
@@ -329,8 +240,48 @@ def load(
         text,
         prompts,
         caption=caption,
-        grid=extra.get("grid", GRID),
-        max_objects=extra.get("max_objects", MAX_OBJECTS),
-        name=name,
-        device=device,
+        grid=pipeline.extra.get("grid", GRID),
+        max_objects=pipeline.extra.get("max_objects", MAX_OBJECTS),
+        name=pipeline.name,
+        device=pipeline.device,
     )
+
+
+def is_gligen(directory: Path) -> bool:
+    """Whether the UNet of a model directory is grounded; published indices do not always say so.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    path = directory / "unet" / "config.json"
+    return path.exists() and str(read_json(path).get("attention_type")).startswith("gated")
+
+
+def check_grounding(unet: UNet2DConditionModel, text: PromptEncoder, where: str | Path) -> None:
+    """That the network is grounded on boxes with phrases of this text encoder.
+
+    Raises:
+        ModelError: it is not.
+    """
+    kind, network = unet.config.attention_type, getattr(unet, "position_net", None)
+    if kind == "gated-text-image":
+        raise ModelError(
+            f"the unet in {where} also takes a picture of every object (attention_type {kind!r}), "
+            f"expected one that takes phrases alone ('gated')."
+        )
+    if kind != "gated" or network is None:
+        raise ModelError(
+            f"expected a unet with a position_net (attention_type 'gated') in {where}, "
+            f"got attention_type {kind!r}."
+        )
+    if network.positive_len != text.shape[1]:
+        raise ModelError(
+            f"the position_net in {where} takes phrases of {network.positive_len} values, but its "
+            f"text encoder gives {text.shape[1]}."
+        )
+    channels, out = unet.config.in_channels, unet.config.out_channels
+    if channels == 2 * out + 1:
+        raise ModelError(
+            f"the unet in {where} paints into pictures ({channels} channels), expected one that "
+            f"makes whole ones ({out} channels)."
+        )

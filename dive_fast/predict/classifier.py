@@ -15,7 +15,7 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_images
 from dive_fast.engine import EngineOptions, Finished
 from dive_fast.errors import DiveFastError, ImageError, ModelError
-from dive_fast.models import load_model, own_directory
+from dive_fast.models import Source, load_model, resolve
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
 from dive_fast.predict.fitting import Fitting
@@ -38,7 +38,7 @@ class DiffusionClassifier(Fitting):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | Source,
         *,
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
@@ -59,6 +59,7 @@ class DiffusionClassifier(Fitting):
             ModelError: the source is unknown, broken, or of a family that is not supported.
         """
         options = EngineOptions(**engine)
+        source = resolve(source, allow_pickle=allow_pickle)
         model = load_model(
             source,
             dtype=dtype,
@@ -70,7 +71,7 @@ class DiffusionClassifier(Fitting):
             average=average,
         )
         classifier = cls(model, batch_size=batch_size, options=options)
-        classifier.directory = own_directory(source)
+        classifier.directory = source.own_directory
         return classifier
 
     @property

@@ -14,7 +14,7 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_image, as_pictures, squashed_tensor
 from dive_fast.engine import EngineOptions, Finished, Job
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models import load_model, own_directory, prior_directory
+from dive_fast.models import Source, load_model, resolve
 from dive_fast.models.protocol import optional
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.detections import Detections
@@ -68,7 +68,7 @@ class LayoutDetector(DetectorFitting):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | Source,
         prior: str | Path | None = "auto",
         *,
         prior_weight: float | None = None,
@@ -99,6 +99,7 @@ class LayoutDetector(DetectorFitting):
                 broken or another model's.
         """
         options = EngineOptions(**engine)
+        source = resolve(source, allow_pickle=allow_pickle)
         model = load_model(
             source,
             dtype=dtype,
@@ -109,7 +110,7 @@ class LayoutDetector(DetectorFitting):
         )
         _check_layout(model)
         if prior == "auto":
-            prior = prior_directory(source, allow_pickle=allow_pickle)
+            prior = source.prior
         if prior is not None:
             prior = load_prior(prior, model.layout, model.vocabulary.table)
         detector = cls(
@@ -120,7 +121,7 @@ class LayoutDetector(DetectorFitting):
             batch_size=batch_size,
             options=options,
         )
-        detector.directory = own_directory(source)
+        detector.directory = source.own_directory
         return detector
 
     @property

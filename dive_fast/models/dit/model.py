@@ -17,17 +17,11 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from dive_fast.core.schedule import Schedule
-from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
-from dive_fast.models.files.checkpoint import (
-    fingerprint,
-    load_component,
-    read_class_names,
-    read_extra,
-    read_json,
-)
+from dive_fast.models.base import LatentModel, check_sizes
+from dive_fast.models.files.checkpoint import read_class_names
+from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.protocol import State
 
 # The frequencies are max_period^(-i / (half - shift)): diffusers builds the DiT with shift 1,
@@ -46,7 +40,7 @@ class _Given(torch.nn.Module):
         return class_labels[:, self.copy]
 
 
-class DiT:
+class DiT(LatentModel):
     """A DiT as classifier; see ``models.protocol.Model`` for the common attributes.
 
     Args:
@@ -57,13 +51,12 @@ class DiT:
         timestep_embedding: "diffusers" or "original", see ``FREQ_SHIFT``.
         tied: all blocks' embedders hold equal copies, so the class vector has the width D of one
             row. Otherwise it is the rows of all copies end to end, [copies * D].
-        beta: fitted; half the squared error summed over the latent if None.
-        timesteps: learned; strategies take their probes evenly if None.
 
     Attributes:
         encoder_blocks: how many blocks ``encoder`` runs; half of them unless set.
     """
 
+    family = "dit"
     # The class enters the first block, so that the prefix is patches and timestep embedding alone:
     # nothing worth keeping.
     default_cache = "off"
@@ -75,27 +68,15 @@ class DiT:
         schedule: Schedule,
         names: tuple[str, ...],
         *,
-        name: str = "dit",
+        name: str | None = None,
         timestep_embedding: str = "diffusers",
         tied: bool = True,
-        beta: float | None = None,
-        timesteps: TimestepWeights | None = None,
     ) -> None:
-        config = transformer.config
-        self.name = name
-        self.transformer = self.network = transformer
-        self.vae = vae
-        # diffusers' own properties walk all modules at every call.
-        self.device, self.dtype = transformer.device, transformer.dtype
-        self.schedule = schedule
+        super().__init__(transformer, vae, schedule, name=name)
+        self.transformer = transformer
         self.timestep_embedding = timestep_embedding
         self.width = transformer.inner_dim
         self.encoder_blocks = len(transformer.transformer_blocks) // 2
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.image_shape = image_shape(self.latent_shape, vae)
-        # Unfitted, beta L is half the squared error summed over the latent: unit variance.
-        self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
-        self.timesteps = timesteps
 
         embedders = [block.norm1.emb for block in transformer.transformer_blocks]
         for i, block in enumerate(transformer.transformer_blocks):
@@ -104,36 +85,15 @@ class DiT:
         self.timestep_embedders = torch.nn.ModuleList(e.timestep_embedder for e in kept)
         tables = [e.class_embedder.embedding_table.weight for e in kept]
         rows = torch.cat([table.detach() for table in tables], dim=1)
-        n = config.num_embeds_ada_norm
+        n = transformer.config.num_embeds_ada_norm
         unconditional = rows[n] if len(rows) > n else None
         self.vocabulary = Vocabulary(rows[:n], names, unconditional)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> DiT:
-        """Moves the network; the VAE stays in float32, as it runs once per image."""
-        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
-        torch.nn.Module.to(self.transformer, device, dtype)
-        self.timestep_embedders.to(device, dtype)
-        if self.vae is not None:
-            self.vae.to(device)
-        self.device, self.dtype = device, dtype
-        return self
+    def moved(self) -> tuple[torch.nn.Module, ...]:
+        return self.transformer, self.timestep_embedders
 
-    def identity(self) -> dict[str, Any]:
-        """Precision, conventions and a fingerprint of the weights; not where the model lies."""
-        return {
-            "family": "dit",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "timestep_embedding": self.timestep_embedding,
-            "weights": fingerprint(self.transformer),
-            "vae_weights": None if self.vae is None else fingerprint(self.vae),
-            "schedule": self.schedule.identity(),
-        }
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """x0 = (posterior mean - shift) x scaling factor; the pictures themselves without a VAE."""
-        if self.vae is None:
-            return images.float()
-        return encode_latents(self.vae, images, self.device)
+    def facts(self) -> dict[str, Any]:
+        return {"timestep_embedding": self.timestep_embedding}
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``."""
@@ -189,41 +149,33 @@ class DiT:
         return torch.stack([embed(frequencies) for embed in self.timestep_embedders], dim=1)
 
 
-def load(
-    directory: Path,
-    *,
-    name: str,
-    allow_pickle: bool = False,
-    timestep_embedding: str = "auto",
-) -> DiT:
+def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> DiT:
     """Reads what ``DiTPipeline.save_pretrained`` writes; without a ``vae`` it is a model of pixels.
 
-    An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding`` and
-    what was fitted, which ``load_model`` sets.
+    An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding``.
+
+    Args:
+        timestep_embedding: see ``choose_timestep_embedding``.
+        asked: see ``Pipeline``.
 
     Raises:
         ModelError: a part is missing, broken or unsupported.
     """
-    index = read_json(directory / "model_index.json")
-    extra = read_extra(directory)
-    schedule = Schedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
-    transformer = load_component(DiTTransformer2DModel, directory / "transformer", allow_pickle)
-    has_vae = (index.get("vae") or [None])[0] is not None
+    pipeline = Pipeline(directory, **asked)
+    schedule = pipeline.schedule()
+    transformer = pipeline.component(DiTTransformer2DModel, "transformer")
     config = transformer.config
-    vae = load_vae(directory, config.in_channels, allow_pickle) if has_vae else None
-    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
-        raise ModelError(
-            f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
-            f"transformer in {directory}, got {config.out_channels}."
-        )
+    has_vae = (pipeline.index.get("vae") or [None])[0] is not None
+    vae = pipeline.vae(config.in_channels) if has_vae else None
+    check_sizes(transformer, f"transformer in {directory}")
     return DiT(
         transformer,
         vae,
         schedule,
-        read_class_names(index, config.num_embeds_ada_norm),
-        name=name,
+        read_class_names(pipeline.index, config.num_embeds_ada_norm),
+        name=pipeline.name,
         timestep_embedding=choose_timestep_embedding(
-            timestep_embedding, extra.get("timestep_embedding"), config
+            timestep_embedding, pipeline.extra.get("timestep_embedding"), config
         ),
         tied=embedders_are_equal(transformer),
     )

@@ -56,16 +56,6 @@ def read_diffusers(
         )
 
 
-def read_extra(directory: Path) -> dict[str, Any]:
-    """``dive_fast.json`` beside ``model_index.json``: what diffusers' files have no place for.
-
-    Raises:
-        ModelError: it is there, but cannot be read.
-    """
-    path = directory / "dive_fast.json"
-    return read_json(path) if path.exists() else {}
-
-
 def load_component(
     model_class: type,
     directory: Path,

@@ -10,8 +10,9 @@ from typing import Any
 from dive_fast import zoo
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import first_line, read_json
+from dive_fast.models.files.sidecar import FILE
 
-TOP_FILES = ["model_index.json", "dive_fast.json", "generation_config.json"]
+TOP_FILES = ["model_index.json", FILE, "generation_config.json"]
 SHARD = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
 SAFE_WEIGHTS = ["diffusion_pytorch_model", "model"]
 PICKLED_WEIGHTS = ["diffusion_pytorch_model", "pytorch_model"]

@@ -1,10 +1,11 @@
-"""What is fitted to a model and kept beside it, in ``dive_fast.json``."""
+"""What is kept beside a model in ``dive_fast.json``: what diffusers' files have no place for."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dive_fast.core.files import replacing
 from dive_fast.core.numbers import is_number
@@ -32,6 +33,16 @@ class Fitted:
     shortlist: Shortlist | None = None
 
 
+def read_extra(directory: Path) -> dict[str, Any]:
+    """The content of ``dive_fast.json`` beside ``model_index.json``; empty where there is none.
+
+    Raises:
+        ModelError: it is there, but cannot be read.
+    """
+    path = directory / FILE
+    return read_json(path) if path.exists() else {}
+
+
 def apply_fitted(model: Model, fitted: Fitted) -> None:
     """Sets on a model what was fitted to it; a shortlist of other classes is left out."""
     if fitted.beta is not None:
@@ -51,9 +62,7 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
         ModelError: the file is missing though required, unreadable, or holds values that are none.
     """
     path = directory / FILE
-    if not required and not path.exists():
-        return Fitted()
-    content = read_json(path)
+    content = read_json(path) if required else read_extra(directory)
     beta = content.get("beta")
     if beta is not None and not (is_number(beta) and beta > 0):
         raise ModelError(f"beta in {path} must be above 0, got {beta!r}.")
@@ -78,7 +87,7 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
         ModelError: the file there is damaged, or cannot be written.
     """
     path = directory / FILE
-    content = read_json(path) if path.exists() else {}
+    content = read_extra(directory)
     values = {
         "beta": fitted.beta,
         "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),

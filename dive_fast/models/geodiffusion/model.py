@@ -1,14 +1,11 @@
 """The family "geodiffusion": Stable Diffusion whose prompts hold location tokens (2306.04607).
 
 A model directory of ``StableDiffusionPipeline`` is of this family if its tokenizer knows location
-tokens; see ``location_prompts`` for how layouts are written and ``location_encoder`` for how they
-are relaxed.
+tokens; see ``prompts`` for how layouts are written and ``encoder`` for how they are relaxed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +17,16 @@ from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import encode_latents, image_shape, load_vae
-from dive_fast.models.files.checkpoint import fingerprint, load_component, read_json
+from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.models.geodiffusion.encoder import LocationPromptEncoder
 from dive_fast.models.geodiffusion.prompts import location_token, read_prompts, read_size
-from dive_fast.models.layout_to_image.stages import LayoutStages
-from dive_fast.models.stable_diffusion import TEXT_ENCODERS, check_parts, check_unet
-from dive_fast.models.text.prompts import Classes
-from dive_fast.models.text.towers import PromptEncoder, load_tower
-from dive_fast.models.unet.support import check_supported, sample_side
+from dive_fast.models.layout_to_image.unet import LayoutUNet
+from dive_fast.models.pipeline import Pipeline
+from dive_fast.models.stable_diffusion import TEXT_ENCODERS, check_unet, parts
+from dive_fast.models.unet.support import check_supported
 
 
-class GeoDiffusion(LayoutStages):
+class GeoDiffusion(LayoutUNet):
     """A GeoDiffusion checkpoint as layout-to-image model; see ``models.protocol.Model``.
 
     Args:
@@ -49,6 +44,8 @@ class GeoDiffusion(LayoutStages):
         ModelError: the UNet does not come in parts, or the VAE does not divide the size.
     """
 
+    family = "geodiffusion"
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -57,25 +54,17 @@ class GeoDiffusion(LayoutStages):
         encoder: LocationPromptEncoder,
         *,
         image_size: int | None = None,
-        name: str = "geodiffusion",
-        beta: float | None = None,
+        name: str | None = None,
     ) -> None:
         check_supported(unet)
-        self.name = name
-        self.network = unet
-        self.vae = vae
-        self.schedule = schedule
-        self.layout_encoder = encoder
-        self.layout = encoder.layout
-        self.device, self.dtype = unet.device, unet.dtype
-        side = sample_side(unet)
+        shape = None
         if image_size is not None:
             side = _latent_side(vae, image_size)
-        self.latent_shape = (unet.config.in_channels, side, side)
-        self.image_shape = image_shape(self.latent_shape, vae)
+            shape = (unet.config.in_channels, side, side)
+        super().__init__(unet, vae, schedule, name=name, latent_shape=shape)
+        self.layout_encoder = encoder
+        self.layout = encoder.layout
         self.vocabulary = Vocabulary(encoder.table, self.layout.token_names())
-        # Unfitted, beta L is half the squared error summed over the latent: unit variance.
-        self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
 
     def prompt(self, layout: Layout) -> str:
         """What the pipeline would be given for a layout.
@@ -88,42 +77,31 @@ class GeoDiffusion(LayoutStages):
         first = torch.tensor([form.class_start, *(form.coordinate_start,) * 2])
         return self.layout_encoder.prompts.write([tuple(x) for x in (triples - first).tolist()])
 
-    def identity(self) -> dict[str, Any]:
-        """Precision, prompts and fingerprints of the weights; not where the model lies."""
+    def facts(self) -> dict[str, Any]:
         prompts = self.layout_encoder.prompts
         return {
-            "family": "geodiffusion",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layout": self.layout.to_dict(),
+            **super().facts(),
             "phrases": list(prompts.phrases),
             "template": prompts.template,
             "image_size": self.image_shape[1],
-            "weights": fingerprint(self.unet),
             "text_weights": fingerprint(self.layout_encoder.text_encoder),
-            "vae_weights": fingerprint(self.vae),
-            "schedule": self.schedule.identity(),
         }
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """x0 = (posterior mean - shift) x scaling factor."""
-        return encode_latents(self.vae, images, self.device)
 
 
 def load(
     directory: Path,
     *,
-    name: str,
-    allow_pickle: bool = False,
     timestep_embedding: str = "auto",
-    classes: Classes | None = None,
-    templates: Sequence[str] | None = None,
     average: str | None = None,
-    device: torch.device | str = "cpu",
+    **asked: Any,
 ) -> GeoDiffusion:
     """Reads what GeoDiffusion's training saves: a ``StableDiffusionPipeline`` and its tokens.
 
-    ``classes`` and ``templates`` are read by ``location_prompts.read_prompts``; ``device`` is where
-    the model will be.
+    Classes and templates are read by ``geodiffusion.prompts.read_prompts``.
+
+    Args:
+        timestep_embedding, average: refused.
+        asked: see ``Pipeline``.
 
     Raises:
         ModelError: a part is missing, broken or unsupported, or there are no classes.
@@ -131,25 +109,25 @@ def load(
     for option, value in (("timestep_embedding", timestep_embedding), ("average", average)):
         if value not in (None, "auto"):
             raise ModelError(f"{option} is not for models with location tokens, got {value!r}.")
-    index = read_json(directory / "model_index.json")
-    encoders = TEXT_ENCODERS[index["_class_name"]]
+    pipeline = Pipeline(directory, **asked)
+    encoders = TEXT_ENCODERS[pipeline.index["_class_name"]]
     if len(encoders) > 1:
         raise ModelError(
             f"{directory} has location tokens and {len(encoders)} text encoders; expected one, as "
             f"in Stable Diffusion 1.x and 2.x."
         )
-    check_parts(directory, index, encoders)
-    schedule = Schedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
-    tower = load_tower(directory, "", encoders[0], allow_pickle)
+    pipeline.check_parts(parts(encoders))
+    schedule, text = pipeline.schedule(), pipeline.text(encoders)
+    (tower,) = text.towers
     known = tower.tokenizer.get_vocab()
     n_tokens = next(i for i in range(len(known) + 1) if location_token(i) not in known)
-    prompts = read_prompts(directory, n_tokens, classes, templates)
+    prompts = read_prompts(directory, n_tokens, pipeline.classes, pipeline.templates)
     encoder = LocationPromptEncoder(tower, prompts)
-    unet = load_component(UNet2DConditionModel, directory / "unet", allow_pickle)
-    check_unet(unet, PromptEncoder([tower]), directory)
-    vae = load_vae(directory, unet.config.in_channels, allow_pickle)
+    unet = pipeline.component(UNet2DConditionModel, "unet")
+    check_unet(unet, text, directory)
+    vae = pipeline.vae(unet.config.in_channels)
     size = read_size(directory)
-    return GeoDiffusion(unet, vae, schedule, encoder, image_size=size, name=name)
+    return GeoDiffusion(unet, vae, schedule, encoder, image_size=size, name=pipeline.name)
 
 
 def _latent_side(vae: AutoencoderKL, image_size: int) -> int:

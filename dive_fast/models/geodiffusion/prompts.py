@@ -26,7 +26,8 @@ from typing import Any
 
 from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import read_extra, read_json
+from dive_fast.models.files.checkpoint import read_json
+from dive_fast.models.files.sidecar import FILE, read_extra
 from dive_fast.models.text.prompts import Classes, ClassPrompts, require_classes
 
 OBJECTS = "{bbox}"
@@ -128,7 +129,7 @@ def read_prompts(
     if limit is not None and not is_whole(limit, 1):
         raise ModelError(
             f"expected at least 1 object as max_num_bbox in {directory / CONFIG} (or max_objects "
-            f"in dive_fast.json), got {limit!r}."
+            f"in {FILE}), got {limit!r}."
         )
     return LocationPrompts(names, phrases, _template(templates), grid, limit)
 

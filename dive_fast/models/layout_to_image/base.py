@@ -7,8 +7,7 @@ into what the denoiser attends to, [M, S, D].
 from __future__ import annotations
 
 import json
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,55 +18,29 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.numbers import is_whole
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import Autoencoder, encode_latents, image_shape
+from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.models.autoencoder import Autoencoder, latent_channels
+from dive_fast.models.base import LayoutConditioned
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
-from dive_fast.models.layout_to_image.support import check_pictures, embed_tokens, read_format
-from dive_fast.models.unet.support import sample_side
 
 PIPELINE = "LayoutToImagePipeline"
 
 
-class LayoutConditioned:
-    """What takes the token embeddings of a layout as condition; subclasses set the attributes.
+class EncodedLayout(LayoutConditioned):
+    """A model whose network attends to an encoded layout.
 
     Attributes:
-        network: the denoiser, frozen.
         layout_encoder: token embeddings [N, S, D] to what the denoiser attends to, [N, L, W].
-        vae: encodes pictures to latents, or None.
-        layout: what the tokens mean.
-        vocabulary: of the tokens: table [V, D] and what each one means.
     """
 
-    name: str
-    network: nn.Module
     layout_encoder: nn.Module
-    vae: Autoencoder | None
-    layout: LayoutFormat
-    vocabulary: Vocabulary
-    device: torch.device
-    dtype: torch.dtype
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> LayoutConditioned:
-        """Moves the denoiser and the layout encoder; the VAE stays in float32."""
-        # ModelMixin.to() warns about modules to keep in float32 even where there are none.
-        torch.nn.Module.to(self.network, device, dtype)
-        torch.nn.Module.to(self.layout_encoder, device, dtype)
-        if self.vae is not None:
-            self.vae.to(device)
-        self.device, self.dtype = torch.device(device), dtype
-        return self
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [N, S] to conditions, float32 [N, S D] on the CPU.
-
-        Raises:
-            ModelError: another shape or dtype, or tokens outside the vocabulary.
-        """
-        return embed_tokens(self.layout, self.vocabulary.table, tokens)
+    def moved(self) -> tuple[nn.Module, ...]:
+        return self.network, self.layout_encoder
 
     def encode_layout(self, condition: torch.Tensor) -> torch.Tensor:
         """[N, S D] to what the denoiser attends to, [N, L, W]; differentiable.
@@ -75,16 +48,10 @@ class LayoutConditioned:
         Raises:
             ModelError: another shape.
         """
-        shape = (self.layout.n_slots, self.vocabulary.dim)
-        if condition.dim() != 2 or condition.shape[1] != math.prod(shape):
-            raise ModelError(
-                f"the condition of the layout-to-image model {self.name} is the embeddings of "
-                f"{shape[0]} tokens, expected [N, {math.prod(shape)}], got {list(condition.shape)}."
-            )
-        return self.layout_encoder(condition.to(self.dtype).unflatten(1, shape))
+        return self.layout_encoder(self.slots(condition.to(self.dtype)))
 
 
-class LayoutModel(LayoutConditioned, ABC):
+class LayoutModel(EncodedLayout):
     """A layout-to-image model; see ``models.protocol.Model`` for the attributes.
 
     Subclasses name the folder of their denoiser, check it in ``_check`` and call it in ``predict``.
@@ -97,14 +64,11 @@ class LayoutModel(LayoutConditioned, ABC):
         space_to_depth: r, without a VAE: x0 is the picture with every r x r pixels in one place,
             an exact rearrangement to r r times the channels.
 
-    Attributes:
-        layout: what the tokens mean.
-        vocabulary: of the tokens: table [V, D] and what each one means. A condition is S rows.
-
     Raises:
         ModelError: the parts do not fit together.
     """
 
+    family = "layout-to-image"
     folder: ClassVar[str]
 
     def __init__(
@@ -115,57 +79,35 @@ class LayoutModel(LayoutConditioned, ABC):
         vae: Autoencoder | None = None,
         *,
         space_to_depth: int = 1,
-        name: str = "layout-to-image",
-        beta: float | None = None,
+        name: str | None = None,
     ) -> None:
         self.layout = read_format(encoder)
         self._check(denoiser, encoder)
-        channels, side = denoiser.config.in_channels, sample_side(denoiser)
-        check_pictures(channels, vae, space_to_depth)
-        self.name = name
-        self.network = denoiser
-        self.layout_encoder = encoder
-        self.vae = vae
-        self.space_to_depth = space_to_depth
-        self.scheduler, self.schedule = None, scheduler
+        check_images(denoiser.config.in_channels, vae, space_to_depth)
+        schedule, self.scheduler = scheduler, None
         if not isinstance(scheduler, Schedule):
             self.scheduler = scheduler
             config = {"_class_name": type(scheduler).__name__, **scheduler.config}
-            self.schedule = Schedule.from_config(config)
-        self.device, self.dtype = denoiser.device, denoiser.dtype
-        self.latent_shape = (channels, side, side)
-        self.image_shape = image_shape(self.latent_shape, vae)
-        if space_to_depth > 1:
-            side *= space_to_depth
-            self.image_shape = (channels // space_to_depth**2, side, side)
+            schedule = Schedule.from_config(config)
+        super().__init__(denoiser, vae, schedule, name=name)
+        self.layout_encoder = encoder
+        self.space_to_depth = r = space_to_depth
+        channels, *sides = self.image_shape
+        self.image_shape = (channels // r**2, *(r * side for side in sides))
         # Cloned: the vocabulary stays in float32 on the CPU and as it is.
         table = encoder.token_embedding.weight.detach().float().cpu().clone()
         self.vocabulary = Vocabulary(table, self.layout.token_names())
-        # Unfitted, beta L is half the squared error summed over the latent: unit variance.
-        self.beta = math.prod(self.latent_shape) / 2 if beta is None else beta
 
-    def identity(self) -> dict[str, Any]:
-        """Precision, format and fingerprints of the weights; not where the model lies."""
+    def facts(self) -> dict[str, Any]:
         return {
-            "family": "layout-to-image",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layout": self.layout.to_dict(),
+            **super().facts(),
             "space_to_depth": self.space_to_depth,
-            "weights": fingerprint(self.network),
             "layout_weights": fingerprint(self.layout_encoder),
-            "vae_weights": None if self.vae is None else fingerprint(self.vae),
-            "schedule": self.schedule.identity(),
         }
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """See ``models.protocol.Model.encode``: latents, or the pictures rearranged."""
-        if self.vae is not None:
-            return encode_latents(self.vae, images, self.device)
-        return F.pixel_unshuffle(images.float().to(self.device), self.space_to_depth)
-
-    @abstractmethod
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """See ``models.protocol.Model.predict``; condition is [M, S D]."""
+        """See ``models.protocol.Model.encode``: latents, or the images rearranged."""
+        return F.pixel_unshuffle(super().encode(images), self.space_to_depth)
 
     @abstractmethod
     def _check(self, denoiser: ModelMixin, encoder: LayoutEncoder) -> None:
@@ -223,3 +165,48 @@ def build_encoder(layout: LayoutFormat, width: int, layers: int, heads: int) -> 
         head_dim=width // heads,
         layout=layout.to_dict(),
     )
+
+
+def read_format(encoder: LayoutEncoder) -> LayoutFormat:
+    """What the tokens of a layout encoder mean.
+
+    Raises:
+        ModelError: its configuration does not say, or says something else of its sizes.
+    """
+    config = encoder.config
+    if config.layout is None:
+        raise ModelError("expected the layout's format in the layout encoder's config, found none.")
+    try:
+        layout = LayoutFormat.from_dict(config.layout)
+    except DiveFastError as error:
+        raise ModelError(f"the layout encoder's config cannot be used: {error}") from error
+    given = (config.vocabulary_size, config.n_slots)
+    if given != (layout.vocabulary_size, layout.n_slots):
+        raise ModelError(
+            f"expected a layout encoder of {layout.vocabulary_size} tokens and {layout.n_slots} "
+            f"slots for its layout, got {given[0]} and {given[1]}."
+        )
+    return layout
+
+
+def check_images(channels: int, vae: Autoencoder | None, space_to_depth: Any) -> None:
+    """That a denoiser of so many channels takes what images become.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if not is_whole(space_to_depth, 1):
+        raise ModelError(f"space_to_depth must be a number of at least 1, got {space_to_depth!r}.")
+    if channels % space_to_depth**2:
+        raise ModelError(
+            f"space_to_depth {space_to_depth} needs a multiple of {space_to_depth**2} channels, "
+            f"got a denoiser of {channels}."
+        )
+    if vae is None:
+        return
+    if space_to_depth > 1:
+        raise ModelError(f"expected a VAE or space_to_depth, got both ({space_to_depth}).")
+    if latent_channels(vae) != channels:
+        raise ModelError(
+            f"the denoiser takes {channels} channels, but its VAE gives {latent_channels(vae)}."
+        )

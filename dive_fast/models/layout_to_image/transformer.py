@@ -14,9 +14,9 @@ from torch import nn
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError
+from dive_fast.models.base import check_sizes
 from dive_fast.models.layout_to_image.base import LayoutModel, build_encoder
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
-from dive_fast.models.layout_to_image.support import check_sizes
 
 
 class LayoutTransformerModel(LayoutModel):
@@ -39,7 +39,7 @@ class LayoutTransformerModel(LayoutModel):
                 f"the transformer takes embeddings of {denoiser.config.joint_attention_dim}, but "
                 f"its layout encoder gives {width}."
             )
-        check_sizes(denoiser)
+        check_sizes(denoiser, "denoiser")
 
 
 def denoise(

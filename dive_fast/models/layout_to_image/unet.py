@@ -1,34 +1,38 @@
-"""The family "layout-to-image": a UNet, or a transformer, that attends to an encoded layout."""
+"""The UNets of the family "layout-to-image", and of all that attend to an encoded layout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import diffusers
-from diffusers import (
-    ModelMixin,
-    SchedulerMixin,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+import torch
+from diffusers import ModelMixin, UNet2DConditionModel
 
 from dive_fast.core.layouts import LayoutFormat
-from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import AUTOENCODERS, load_vae
-from dive_fast.models.files.checkpoint import load_component, read_json
-from dive_fast.models.layout_to_image.base import LayoutModel, build_encoder
+from dive_fast.models.base import check_sizes
+from dive_fast.models.layout_to_image.base import (
+    EncodedLayout,
+    LayoutModel,
+    build_encoder,
+)
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
-from dive_fast.models.layout_to_image.stages import LayoutStages
-from dive_fast.models.layout_to_image.support import check_unet
-from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
+from dive_fast.models.unet.staged import StagedUNet
+from dive_fast.models.unet.support import check_supported
 
 HEAD_CHANNELS = 32
 
 
-class LayoutToImageModel(LayoutStages, LayoutModel):
-    """A UNet that cross-attends to an encoded layout; see ``LayoutModel`` for the arguments."""
+class LayoutUNet(StagedUNet, EncodedLayout):
+    """A UNet that cross-attends to an encoded layout, which is encoded once per condition."""
+
+    def arguments(self, condition: torch.Tensor) -> dict[str, Any]:
+        """The encoded layout in the place of a text."""
+        return {"encoder_hidden_states": self.encode_layout(condition)}
+
+
+class LayoutToImageModel(LayoutUNet, LayoutModel):
+    """A UNet that was trained with its layout encoder; see ``LayoutModel`` for the arguments."""
 
     folder = "unet"
 
@@ -109,46 +113,22 @@ def build_layout_model(
     return unet, build_encoder(layout, width, encoder_layers, heads)
 
 
-def load(
-    directory: Path, *, name: str, allow_pickle: bool = False, timestep_embedding: str = "auto"
-) -> LayoutModel:
-    """Reads what ``LayoutModel.save_pretrained`` writes.
+def check_unet(unet: UNet2DConditionModel, encoder: LayoutEncoder) -> None:
+    """That the UNet takes what the encoder gives, and nothing that is not given.
 
     Raises:
-        ModelError: a part is missing, broken or unsupported.
+        ModelError: it does not.
     """
-    if timestep_embedding != "auto":
+    check_supported(unet)
+    config = unet.config
+    if config.cross_attention_dim != encoder.config.width:
         raise ModelError(
-            f"timestep_embedding is for models of the family dit, got {timestep_embedding!r} "
-            f"for {name}."
+            f"the unet takes embeddings of {config.cross_attention_dim}, but its layout encoder "
+            f"gives {encoder.config.width}."
         )
-    index = read_json(directory / "model_index.json")
-    scheduler = _load_scheduler(directory)
-    family, part = LayoutToImageModel, UNet2DConditionModel
-    if LayoutTransformerModel.folder in index:
-        family, part = LayoutTransformerModel, SD3Transformer2DModel
-    denoiser = load_component(part, directory / family.folder, allow_pickle)
-    encoder = load_component(LayoutEncoder, directory / "layout_encoder", allow_pickle)
-    vae, entry = None, index.get("vae")
-    if entry is not None:
-        class_name = entry[-1] if isinstance(entry, list) and entry else entry
-        if class_name not in AUTOENCODERS:
-            raise ModelError(
-                f"expected vae in {directory / 'model_index.json'} to be a "
-                f"{' or '.join(AUTOENCODERS)}, got {class_name!r}."
-            )
-        vae = load_vae(directory, denoiser.config.in_channels, allow_pickle, class_name)
-    r = index.get("space_to_depth", 1)
-    return family(denoiser, encoder, scheduler, vae, space_to_depth=r, name=name)
-
-
-def _load_scheduler(directory: Path) -> SchedulerMixin:
-    config = read_json(directory / "scheduler" / "scheduler_config.json")
-    Schedule.from_config(config)  # says what is wrong with it
-    scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+    if config.addition_embed_type is not None:
         raise ModelError(
-            f"expected the _class_name of a diffusers scheduler in {directory / 'scheduler'}, "
-            f"got {config.get('_class_name')!r}."
+            f"expected a unet that is conditioned on the layout alone, got one with "
+            f"addition_embed_type {config.addition_embed_type!r}."
         )
-    return scheduler_class.from_config(config)
+    check_sizes(unet, "denoiser")

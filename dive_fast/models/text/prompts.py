@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dive_fast.errors import ModelError, some
-from dive_fast.models.files.checkpoint import read_class_names, read_extra, read_json
+from dive_fast.models.files.checkpoint import read_class_names, read_json
+from dive_fast.models.files.sidecar import read_extra
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 AVERAGES = ("embedding", "loss")
@@ -84,31 +85,6 @@ class ClassPrompts:
         """For JSON."""
         named = {name: list(p) for name, p in zip(self.names, self.prompts, strict=True)}
         return {"prompts": named, "average": self.average}
-
-
-def choose_prompts(
-    directory: Path,
-    classes: Classes | None,
-    templates: Sequence[str] | None,
-    average: str | None,
-    default_templates: Sequence[str] = DEFAULT_TEMPLATES,
-) -> ClassPrompts:
-    """The prompts that were asked for; what is None is what the model directory states.
-
-    A directory states "classes", "templates" and "average" in ``dive_fast.json``; names of classes
-    may also stand as ``id2label`` in ``model_index.json``. Where neither says, names are put into
-    ``default_templates``.
-
-    Raises:
-        ModelError: there are no classes, or they cannot be used.
-    """
-    extra = read_extra(directory)
-    classes = require_classes(directory, classes)
-    if templates is None and not isinstance(classes, Mapping):
-        stated = extra.get("templates")
-        templates = default_templates if stated is None else stated
-    average = extra.get("average") if average is None else average
-    return ClassPrompts.make(classes, templates, average)
 
 
 def require_classes(directory: Path, classes: Classes | None) -> Classes:

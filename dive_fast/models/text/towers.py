@@ -18,6 +18,7 @@ from dive_fast.models.files.checkpoint import first_line, load_component, read_j
 from dive_fast.models.text.prompts import ClassPrompts
 
 ENCODE_BATCH = 32  # prompts
+SUFFIXES = ("", "_2")  # of the folders tokenizer and text_encoder
 
 
 class TextTower(NamedTuple):

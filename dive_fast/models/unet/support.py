@@ -44,14 +44,6 @@ def transformer_blocks(
         yield from transformer.transformer_blocks
 
 
-def sample_side(unet: UNet2DConditionModel) -> int | None:
-    """The side of the latents, None where the configuration does not state a square."""
-    size = unet.config.sample_size
-    if isinstance(size, list | tuple) and len(set(size)) == 1:
-        size = size[0]
-    return size if isinstance(size, int) else None
-
-
 def check_supported(unet: nn.Module) -> None:
     """Whether the stages give what the network's own forward gives.
 

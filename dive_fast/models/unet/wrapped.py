@@ -10,11 +10,11 @@ import torch
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
-from dive_fast.models.protocol import State
 from dive_fast.models.unet import stages
+from dive_fast.models.unet.staged import StagedUNet, WholeUNet
 
 
-class GivenUNet:
+class GivenUNet(WholeUNet):
     """A ``UNet2DConditionModel``, or anything called like one, behind ``models.protocol.Model``.
 
     It stays where it is and computes in its own precision. There is no VAE: x0 are latents.
@@ -40,7 +40,7 @@ class GivenUNet:
         latent_shape: tuple[int, int, int],
     ) -> None:
         _check(unet, text_embeds, latent_shape)
-        self.unet = unet
+        self._unet = unet
         self.schedule = schedule
         self.latent_shape = self.image_shape = tuple(latent_shape)
         # diffusers' own properties walk all modules at every call.
@@ -62,30 +62,19 @@ class GivenUNet:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         raise ModelError("a given unet has no VAE: expected latents, got pictures.")
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """See ``models.protocol.Model.predict``; condition is [M, L * D]."""
-        text = self._sequences(condition)
-        return self.unet(x_t.to(self.dtype), t, encoder_hidden_states=text).sample
+    @property
+    def unet(self) -> Any:
+        """It need not be a ``torch.nn.Module``, as ``network`` says."""
+        return self._unet
 
-    def _sequences(self, condition: torch.Tensor) -> torch.Tensor:
-        """[N, L * D] to [N, L, D], as the network takes it."""
-        return condition.to(self.dtype).unflatten(1, self.text_shape)
+    def arguments(self, condition: torch.Tensor) -> dict[str, Any]:
+        """[N, L * D] to [N, L, D]."""
+        text = condition.to(self.dtype).unflatten(1, self.text_shape)
+        return {"encoder_hidden_states": text}
 
 
-class StagedGivenUNet(GivenUNet):
-    """One that also offers its network in parts, see ``models.protocol.StagedModel``."""
-
-    def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
-        return stages.prefix(self.unet, x_t.to(self.dtype), t)
-
-    def project(self, condition: torch.Tensor) -> State:
-        return stages.project(self.unet, self._sequences(condition))
-
-    def encoder(self, prefix: State, projected: State) -> State:
-        return stages.encoder(self.unet, prefix, projected)
-
-    def decoder(self, encoded: State, projected: State) -> torch.Tensor:
-        return stages.decoder(self.unet, encoded, projected)
+class StagedGivenUNet(StagedUNet, GivenUNet):
+    """One that also offers its network in parts."""
 
 
 def wrap_unet(

@@ -1,0 +1,135 @@
+"""A diffusers model directory that is being read: the steps that every family's ``load`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dive_fast.core.schedule import Schedule
+from dive_fast.errors import ModelError
+from dive_fast.models.autoencoder import AUTOENCODERS, Autoencoder, latent_channels
+from dive_fast.models.files.checkpoint import load_component, read_json
+from dive_fast.models.files.sidecar import read_extra
+from dive_fast.models.text.prompts import (
+    DEFAULT_TEMPLATES,
+    Classes,
+    ClassPrompts,
+    require_classes,
+)
+from dive_fast.models.text.towers import SUFFIXES, PromptEncoder, load_tower
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The directory, and what was asked of it: made of the arguments that every loader gets.
+
+    Args:
+        timestep_embedding: refused unless "auto"; the family that takes it does not hand it on.
+
+    Attributes:
+        directory: with ``model_index.json`` and a folder for each part.
+        name: what the user called it.
+        allow_pickle: also take ``.bin`` weights.
+        classes, templates, average: as ``load_model`` got them.
+        device: where prompts are encoded.
+
+    Raises:
+        ModelError: as every method does: a part is missing, broken or unsupported.
+    """
+
+    directory: Path
+    name: str
+    allow_pickle: bool = False
+    timestep_embedding: InitVar[str] = "auto"
+    classes: Classes | None = None
+    templates: Sequence[str] | None = None
+    average: str | None = None
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self, timestep_embedding: str) -> None:
+        if timestep_embedding != "auto":
+            raise ModelError(
+                f"timestep_embedding is for models of the family dit, got {timestep_embedding!r} "
+                f"for {self.name}."
+            )
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """``model_index.json``."""
+        return read_json(self.directory / "model_index.json")
+
+    @cached_property
+    def extra(self) -> dict[str, Any]:
+        """``dive_fast.json``; empty where there is none."""
+        return read_extra(self.directory)
+
+    def check_parts(self, expected: Mapping[str, str]) -> None:
+        """That the parts of these names are of these classes."""
+        for part, class_name in expected.items():
+            entry = self.index.get(part)
+            found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+            if found != class_name:
+                raise ModelError(
+                    f"expected {part} in {self.directory / 'model_index.json'} to be a "
+                    f"{class_name}, got {found!r}."
+                )
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Of the noise schedule of the training."""
+        return read_json(self.directory / "scheduler" / "scheduler_config.json")
+
+    def schedule(self) -> Schedule:
+        """See ``scheduler_config``."""
+        return Schedule.from_config(self.scheduler_config)
+
+    def component(self, model_class: type, folder: str) -> torch.nn.Module:
+        """A part of diffusers, complete, finite and frozen, in float32."""
+        return load_component(model_class, self.directory / folder, self.allow_pickle)
+
+    def vae(self, channels: int, class_name: str = "AutoencoderKL") -> Autoencoder:
+        """The autoencoder of a network that takes latents of so many channels."""
+        vae = self.component(AUTOENCODERS[class_name], "vae")
+        if not isinstance(vae.config.scaling_factor, int | float):
+            raise ModelError(
+                f"scaling_factor of the VAE in {self.directory} must be a number, "
+                f"got {vae.config.scaling_factor!r}."
+            )
+        if latent_channels(vae) != channels:
+            raise ModelError(
+                f"the network in {self.directory} takes {channels} channels, "
+                f"but its VAE gives {latent_channels(vae)}."
+            )
+        return vae
+
+    def text(self, class_names: Sequence[str]) -> PromptEncoder:
+        """All tokenizers and text encoders, which are of these classes."""
+        towers = [
+            load_tower(self.directory, suffix, class_name, self.allow_pickle)
+            for suffix, class_name in zip(SUFFIXES, class_names, strict=False)
+        ]
+        if len({tower.length for tower in towers}) > 1:
+            raise ModelError(
+                f"expected text encoders of one length in {self.directory}, got "
+                f"{' and '.join(str(tower.length) for tower in towers)} tokens."
+            )
+        return PromptEncoder(towers)
+
+    def prompts(self, default_templates: Sequence[str] = DEFAULT_TEMPLATES) -> ClassPrompts:
+        """The prompts that were asked for; what is None is what the model directory states.
+
+        A directory states "classes", "templates" and "average" in ``dive_fast.json``; names of
+        classes may also stand as ``id2label`` in ``model_index.json``. Where neither says, names
+        are put into ``default_templates``.
+        """
+        classes, templates = require_classes(self.directory, self.classes), self.templates
+        if templates is None and not isinstance(classes, Mapping):
+            stated = self.extra.get("templates")
+            templates = default_templates if stated is None else stated
+        average = self.extra.get("average") if self.average is None else self.average
+        return ClassPrompts.make(classes, templates, average)

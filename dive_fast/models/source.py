@@ -1,0 +1,152 @@
+"""What a model is called: resolved once into its directory and its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dive_fast import zoo
+from dive_fast.errors import ModelError
+from dive_fast.models.files.checkpoint import read_json
+from dive_fast.models.files.hub import find
+from dive_fast.models.protocol import Model
+from dive_fast.models.text.prompts import stored_classes
+
+PRIOR = "prior"  # the folder of a model directory
+
+Loader = Callable[..., Model]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one pipeline class are read.
+
+    Attributes:
+        loader: see ``register_model_family``.
+        folders: those of the pipeline that it reads; None for all.
+        text: its classes are prompts.
+    """
+
+    loader: Loader
+    folders: tuple[str, ...] | None = None
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found; a hub id is fetched by then.
+
+    Attributes:
+        text: what the user called it.
+        directory: where it lies.
+        family: how it is read.
+        own: the directory is the user's, not the zoo's or the hub's.
+    """
+
+    text: str
+    directory: Path
+    family: Family
+    own: bool
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def own_directory(self) -> Path | None:
+        """Where fitted values may be written; None for zoo and hub."""
+        return self.directory if self.own else None
+
+    @property
+    def prior(self) -> Path | None:
+        """Where the prior over layouts lies that belongs to the model; None without."""
+        path = self.directory / PRIOR
+        # A training that is under way has no configuration yet.
+        return path if (path / "config.json").is_file() else None
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether ``load_model`` can read it only if it is given ``classes``."""
+        return self.family.text and stored_classes(self.directory) is None
+
+
+def resolve(source: str | Path | Source, *, allow_pickle: bool = False) -> Source:
+    """Finds a model, and fetches it if it is a hub id; a ``Source`` is handed back.
+
+    Args:
+        source: a zoo name ("digits"), a directory, or a hub id ("facebook/DiT-XL-2-256").
+        allow_pickle: of the hub, also fetch pickled weights where there are no others.
+
+    Raises:
+        ModelError: the source is unknown, or of a family that is not supported.
+    """
+    if isinstance(source, Source):
+        return source
+    text = str(source)
+    directory = find(text, lambda index: _family(index, text).folders, allow_pickle)
+    index = directory / "model_index.json"
+    own = text not in zoo.names() and Path(text).expanduser().is_dir()
+    return Source(text, directory, _family(read_json(index), index), own)
+
+
+def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = False) -> None:
+    """Makes ``from_pretrained`` read another family.
+
+    Args:
+        pipeline_class: the ``_class_name`` in ``model_index.json`` that picks it.
+        loader: called as ``loader(directory, name=..., allow_pickle=..., timestep_embedding=...)``,
+            returns a ``Model``.
+        text: the classes are prompts; the loader is then also called with ``classes``,
+            ``templates`` and ``average`` as ``load_model`` got them, and the ``device`` on which
+            to encode them.
+    """
+    FAMILIES[pipeline_class] = Family(loader, text=text)
+
+
+def _family(index: dict[str, Any], where: str | Path) -> Family:
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ModelError(
+            f"the _class_name in {where} is {name!r}, which is not supported; supported are "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[name]
+
+
+def _load_of(module: str) -> Loader:
+    """``load`` of a module, imported when it is called: diffusers' networks take seconds."""
+
+    def load(directory: Path, **asked: Any) -> Model:
+        return import_module(f"dive_fast.models.{module}").load(directory, **asked)
+
+    return load
+
+
+def _load_stable_diffusion(directory: Path, **asked: Any) -> Model:
+    from dive_fast.models import gligen, stable_diffusion
+    from dive_fast.models.geodiffusion import model as geodiffusion
+    from dive_fast.models.geodiffusion.prompts import has_location_tokens
+
+    # All are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
+    if gligen.is_gligen(directory):
+        return gligen.load(directory, **asked)
+    family = geodiffusion if has_location_tokens(directory) else stable_diffusion
+    return family.load(directory, **asked)
+
+
+_SD_FOLDERS = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
+_SD = Family(_load_stable_diffusion, _SD_FOLDERS, text=True)
+_SDXL = Family(_load_stable_diffusion, (*_SD_FOLDERS, "tokenizer_2", "text_encoder_2"), text=True)
+FAMILIES: dict[str, Family] = {
+    "DiTPipeline": Family(_load_of("dit.model"), ("transformer", "vae", "scheduler")),
+    "LayoutToImagePipeline": Family(
+        _load_of("layout_to_image.load"), ("unet", "layout_encoder", "vae", "scheduler", PRIOR)
+    ),
+    "StableDiffusionGLIGENPipeline": Family(_load_of("gligen"), _SD_FOLDERS, text=True),
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusionXLImg2ImgPipeline": _SDXL,
+}
