@@ -31,7 +31,7 @@ from bench.records import RESULTS, append_line
 from dive_fast import LayoutDetector
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.data.coco import CocoDataset, class_categories, read_coco
-from dive_fast.data.scenes_coco import write_scenes
+from dive_fast.data.scenes import write_scenes
 from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.classification import environment, read_records
 from dive_fast.evaluation.detection import evaluate_detections

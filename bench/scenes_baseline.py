@@ -15,20 +15,19 @@ the same boxes with corners rounded to the grid of the scenes, which a layout's 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import importlib.metadata
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench.baselines.one_stage import (
+    Dense,
     Found,
     OneStageDetector,
     as_input,
@@ -37,56 +36,47 @@ from bench.baselines.one_stage import (
     detection_loss,
 )
 from bench.records import RESULTS, append_line
-from dive_fast.data.scenes import CANVAS, NAMES, STEP, SceneMaker, Scenes, load_scenes
-from dive_fast.data.scenes_coco import scenes_dataset
+from dive_fast.data.scenes import (
+    CANVAS,
+    NAMES,
+    STEP,
+    SceneMaker,
+    Scenes,
+    load_scenes,
+    scenes_dataset,
+)
 from dive_fast.errors import DiveFastError, ModelError, RunError
 from dive_fast.evaluation.classification import machine
 from dive_fast.evaluation.coco_scores import score
 from dive_fast.predict.detections import Detections
-from dive_fast.training.loop import (
-    STATE,
-    average_into,
-    log_losses,
-    prepare_directory,
-    read_state,
-    take_step,
-    write_state,
-)
+from dive_fast.training import loop
+from dive_fast.training.loop import STATE, Course, prepare_directory, write_tensors
 
 DETECTOR = "detector.pt"
 COMMAND = "python -m bench.scenes_baseline"
 STEPS = 7500
-LOG_EVERY = 250
-STATE_EVERY = 250
 WATCHED = 100  # fixed scenes of training digits, whose AP the log states
 
 
-@dataclasses.dataclass(frozen=True)
-class BaselineConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselineConfig(Course):
     """What the detector is made of and how long it learns."""
 
     channels: tuple[int, ...] = (64, 128, 288)
     blocks: tuple[int, ...] = (2, 2, 2)
     width: int = 96
     steps: int = STEPS
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup_steps: int = 300
     weight_decay: float = 0.05
-    ema_decay: float = 0.999
-    seed: int = 0
 
     def build(self) -> OneStageDetector:
         """The untrained network."""
         return OneStageDetector(len(NAMES), self.channels, self.blocks, self.width)
 
 
-def train(out: Path, config: BaselineConfig, say: Callable[[str], None] = print) -> None:
+def train(out: Path, config: BaselineConfig, progress: bool = True) -> None:
     """Trains a detector into ``out/detector.pt``, with averaged (EMA) weights.
 
-    Every 250 steps the whole state goes to ``out/training.pt`` and a line to ``say`` and to
-    ``out/training.jsonl``: the loss, and the AP of the averaged weights on 100 fixed scenes of
-    training digits.
+    The log, ``out/training.jsonl``, also states their AP on 100 fixed scenes of training digits.
 
     Raises:
         RunError: ``out`` holds a finished detector or another training, or cannot be written.
@@ -100,80 +90,39 @@ def train(out: Path, config: BaselineConfig, say: Callable[[str], None] = print)
     make, watched = SceneMaker("train"), load_scenes("train", WATCHED)
     torch.manual_seed(config.seed)
     net = config.build().to(memory_format=torch.channels_last).train()
-    average = copy.deepcopy(net).eval()
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config.weight_decay)
-    settings = dataclasses.asdict(config)
-    step, cpu_seconds, seconds, running = 0, 0.0, 0.0, None
-    state = read_state(out, settings)
-    if state is not None:
-        step, cpu_seconds, seconds = state["step"], state["cpu_seconds"], state["seconds"]
-        running = state["loss"]
-        net.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        say(f"goes on at step {step}")
-    floats = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
-    ema = [tensor for tensor in average.state_dict().values() if tensor.is_floating_point()]
-    cpu_before, before = time.process_time() - cpu_seconds, time.perf_counter() - seconds
-    while step < config.steps:
-        loss = _loss(net, make(config.batch_size, (config.seed, step)))
-        take_step(optimizer, loss, step, config)
-        average_into(ema, floats, step, config.ema_decay)
-        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        step += 1
-        if step % LOG_EVERY == 0:
-            ap = score_scenes(average, watched)["scores"]["AP"]
-            log_losses(out, step, {"loss": running, "AP": ap})
-            spent = (time.process_time() - cpu_before) / 60
-            say(f"step {step} of {config.steps}: loss {running:.4f}, AP {ap:.3f}, {spent:.1f} min")
-        if step % STATE_EVERY == 0 or step == config.steps:
-            spent = {
-                "cpu_seconds": time.process_time() - cpu_before,
-                "seconds": time.perf_counter() - before,
-            }
-            state = {
-                "config": settings,
-                "step": step,
-                "loss": running,
-                "model": net.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                **spent,
-            }
-            write_state(out, state)
-    _finish(out, average, settings, spent)
+    finished = loop.train(
+        net,
+        lambda step, _: _loss(net, make(config.batch_size, (config.seed, step)), config),
+        config,
+        out,
+        held_out=lambda: {"AP": score_scenes(net, watched)["scores"]["AP"]},
+        progress=progress,
+    )
+    content = {
+        "config": dataclasses.asdict(config),
+        "model": net.state_dict(),
+        "training": {
+            "command": f"{COMMAND} train --out DIR --steps {config.steps} --seed {config.seed}",
+            "cpu_seconds": finished.cpu_seconds,
+            "seconds": finished.seconds,
+            **machine(),
+        },
+    }
+    write_tensors(out / DETECTOR, content)
+    (out / STATE).unlink()  # nothing is to be resumed from it now
 
 
-def _loss(net: OneStageDetector, made: Scenes) -> Tensor:
+def _loss(net: OneStageDetector, made: Scenes, config: BaselineConfig) -> Tensor:
     boxes, class_ids = torch.from_numpy(made.boxes).float(), torch.from_numpy(made.class_ids)
-    targets = assign(boxes, class_ids, CANVAS, CANVAS)
-    return detection_loss(net(_images(made)), targets, CANVAS, CANVAS)
+    targets, images = assign(boxes, class_ids, CANVAS, CANVAS), _images(made)
+    with config.autocast(images.device):
+        logits, distances = net(images)
+    return detection_loss(Dense(logits.float(), distances.float()), targets, CANVAS, CANVAS)
 
 
 def _images(made: Scenes) -> Tensor:
     images = as_input(torch.from_numpy(made.images))
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def _finish(out: Path, average: OneStageDetector, settings: dict, spent: dict) -> None:
-    """Writes the detector, and removes the state that nothing is to be resumed from now."""
-    partial = out / f"{DETECTOR}.partial"
-    content = {
-        "config": settings,
-        "model": average.state_dict(),
-        "training": {
-            "command": f"{COMMAND} train --out DIR "
-            f"--steps {settings['steps']} --seed {settings['seed']}",
-            **spent,
-            **machine(),
-        },
-    }
-    try:
-        torch.save(content, partial)
-        os.replace(partial, out / DETECTOR)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{out / DETECTOR} cannot be written: is the disk full?") from error
-    (out / STATE).unlink()
 
 
 def load_detector(directory: Path) -> tuple[OneStageDetector, dict]:
@@ -241,8 +190,7 @@ def coco_scores(found: Sequence[Found], made: Scenes) -> dict[str, float | None]
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = BaselineConfig(steps=options.steps, seed=options.seed)
-    train(options.out, config, lambda line: print(line, flush=True))
+    train(options.out, BaselineConfig(steps=options.steps, seed=options.seed))
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cut_off import cut_off
 from tiny_prior import FORMAT, TABLE, make_prior, pairs
 from torch import Tensor
 
@@ -16,21 +17,23 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.errors import ModelError, RunError
 from dive_fast.priors import LayoutPrior, load_prior
 from dive_fast.priors.layout_prior import table_digest
-from dive_fast.training import prior_loop as training
-from dive_fast.training.prior_loop import PriorTrainingConfig, train_prior
+from dive_fast.training import prior as training
+from dive_fast.training.prior import PriorTrainingConfig, train_prior
 
 CONFIG = PriorTrainingConfig(
     width=32, layers=2, heads=2, steps=300, batch_size=64, learning_rate=1e-2, warmup_steps=20
 )
 
 
-def train(out: Path, config: PriorTrainingConfig = CONFIG) -> tuple[LayoutPrior, float]:
+def train(
+    out: Path, config: PriorTrainingConfig = CONFIG, draw: Callable[[int], Tensor] = pairs
+) -> tuple[LayoutPrior, float]:
     out.mkdir(exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         sizes = dict(width=config.width, layers=config.layers, heads=config.heads)
         prior = LayoutPrior.for_table(FORMAT, TABLE, pairs(0), **sizes)
-    loss = train_prior(prior, TABLE, pairs, pairs(10**6), config, out, progress=False)
+    loss = train_prior(prior, TABLE, draw, pairs(10**6), config, out, progress=False)
     return prior, loss
 
 
@@ -185,12 +188,17 @@ def test_no_layouts_and_no_probes() -> None:
     assert prior.losses(v, torch.tensor([], dtype=torch.int64), noises[:0]).shape == (2, 0)
 
 
-def test_training_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(training, "STATE_EVERY", 4)
+def test_training_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, steps=6)
     expected, loss = train(tmp_path / "uncut", config)
-    (tmp_path / "cut").mkdir()
-    shutil.copy(tmp_path / "uncut" / "training.pt", tmp_path / "cut")  # of step 4 of 6
+    with cut_off() as ctrl_c:
+
+        def draw(step: int) -> Tensor:
+            if step == 3:
+                ctrl_c()
+            return pairs(step)
+
+        train(tmp_path / "cut", config, draw)
     found, again = train(tmp_path / "cut", config)
     assert loss == again
     for name, weight in expected.state_dict().items():

@@ -10,8 +10,7 @@ import torch
 
 from dive_fast.core.layouts import Layout
 from dive_fast.data import scenes
-from dive_fast.data.scenes import SceneMaker, Scenes, load_scenes
-from dive_fast.data.scenes_coco import write_scenes
+from dive_fast.data.scenes import SceneMaker, Scenes, load_scenes, write_scenes
 from dive_fast.errors import DataError
 from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
 

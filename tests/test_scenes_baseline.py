@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from cut_off import cut_off
 
 from bench import scenes_baseline
 from bench.baselines import one_stage
@@ -33,13 +36,19 @@ def few_watched():
         yield
 
 
-class Cut(Exception):
-    """A training is cut off here."""
+@contextlib.contextmanager
+def cut_at_batch(number):
+    """A training inside is cut off in the middle of a step."""
+    batches, loss = itertools.count(1), scenes_baseline._loss
+    with pytest.MonkeyPatch.context() as patch, cut_off() as ctrl_c:
 
+        def cut(*arguments):
+            if next(batches) == number:
+                ctrl_c()
+            return loss(*arguments)
 
-def stop(line):
-    """Instead of showing a line of the log."""
-    raise Cut
+        patch.setattr(scenes_baseline, "_loss", cut)
+        yield
 
 
 def padded(objects):
@@ -184,7 +193,7 @@ def test_a_batch_can_be_learned():
     net, made = TINY.build().train(), load_scenes("train", 8)
     optimizer, losses = torch.optim.AdamW(net.parameters(), lr=1e-2), []
     for _ in range(30):
-        loss = scenes_baseline._loss(net, made)
+        loss = scenes_baseline._loss(net, made, TINY)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -192,28 +201,35 @@ def test_a_batch_can_be_learned():
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_training_that_was_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes_baseline, "LOG_EVERY", 2)
-    monkeypatch.setattr(scenes_baseline, "STATE_EVERY", 1)
-    whole, cut, said = tmp_path / "whole", tmp_path / "cut", []
-    train(whole, TINY, said.append)
-    assert [line.partition(":")[0] for line in said] == ["step 2 of 4", "step 4 of 4"]
+def test_a_training_that_was_cut_off_ends_as_one_that_was_not(tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole, TINY)
+    shown = capsys.readouterr().err
+    assert "4/4 [" in shown and "loss=" in shown
+    (line,) = (json.loads(line) for line in (whole / "training.jsonl").read_text().splitlines())
+    assert line["step"] == 4 and line["loss"] > 0 and 0 <= line["AP"] <= 1
 
-    with pytest.raises(Cut):  # at step 2, when the state is that of step 1
-        train(cut, TINY, stop)
+    with cut_at_batch(2):
+        train(cut, TINY, progress=False)
     assert not (cut / "detector.pt").exists()
-    train(cut, TINY, said.append)
-    assert "goes on at step 1" in said
+    assert torch.load(cut / "training.pt", weights_only=True)["step"] == 2
+    train(cut, TINY, progress=False)
     (net, facts), (other, _) = load_detector(whole), load_detector(cut)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
     assert facts["steps"] == 4 and facts["training"]["cpu_seconds"] > 0
     assert not (whole / "training.pt").exists()
 
 
+def test_bf16(tmp_path):
+    train(tmp_path, dataclasses.replace(TINY, bf16=True), progress=False)
+    net, _ = load_detector(tmp_path)
+    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in net.parameters())
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("detector")
-    train(directory, TINY, lambda line: None)
+    train(directory, TINY, progress=False)
     return directory
 
 
@@ -253,10 +269,8 @@ def test_bad_input_is_refused_in_one_sentence(trained, tmp_path, capsys):
     assert not Path(nowhere).exists()
 
 
-def test_another_training_in_the_directory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes_baseline, "STATE_EVERY", 1)
-    monkeypatch.setattr(scenes_baseline, "LOG_EVERY", 2)
-    with pytest.raises(Cut):
-        train(tmp_path, TINY, stop)
+def test_another_training_in_the_directory_is_refused(tmp_path):
+    with cut_at_batch(1):
+        train(tmp_path, TINY, progress=False)
     with pytest.raises(scenes_baseline.RunError, match="another configuration"):
-        train(tmp_path, dataclasses.replace(TINY, seed=1), stop)
+        train(tmp_path, dataclasses.replace(TINY, seed=1), progress=False)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command import assert_refused, call
+from cut_off import cut_off
 from PIL import Image
 
 from dive_fast.data import digits
 from dive_fast.errors import DataError, RunError
-from dive_fast.training.dit import TrainingConfig, build_transformer, train_transformer
+from dive_fast.training import dit as training
+from dive_fast.training.dit import (
+    TrainingConfig,
+    augment_images,
+    build_transformer,
+    train_transformer,
+)
 from dive_fast.training.zoo import write_model
 
 CONFIG = TrainingConfig(
@@ -27,14 +34,26 @@ def train() -> digits.Digits:
     return digits.load_digits("train")
 
 
-def test_training_that_was_cut_off_goes_on(train: digits.Digits, tmp_path: Path) -> None:
-    """From the last state that was written: bit for bit the weights of the uncut run."""
-    config = dataclasses.replace(CONFIG, steps=1003)  # the state is written after 1,000 steps
+def test_training_that_was_cut_off_goes_on(
+    train: digits.Digits, tmp_path: Path, monkeypatch
+) -> None:
+    """Bit for bit the weights of the uncut run."""
+    config = dataclasses.replace(CONFIG, steps=6)
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
-    uncut.mkdir()
+    for folder in (uncut, cut):
+        folder.mkdir()
     expected = train_transformer(*train, config, uncut, progress=False)
-    cut.mkdir()
-    shutil.copy(uncut / "training.pt", cut)
+    calls = itertools.count(1)
+    with cut_off() as ctrl_c, monkeypatch.context() as patch:
+
+        def augment(*arguments) -> torch.Tensor:
+            if next(calls) == 4:
+                ctrl_c()
+            return augment_images(*arguments)
+
+        patch.setattr(training, "augment_images", augment)
+        train_transformer(*train, config, cut, progress=False)
+    assert torch.load(cut / "training.pt", weights_only=True)["step"] == 4
     found = train_transformer(*train, config, cut, progress=False)
     for name, weight in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], weight), name
@@ -43,13 +62,28 @@ def test_training_that_was_cut_off_goes_on(train: digits.Digits, tmp_path: Path)
         train_transformer(*train, dataclasses.replace(config, seed=1), cut, progress=False)
 
 
-def test_the_seed_decides(train: digits.Digits, tmp_path: Path) -> None:
-    def weights(seed: int) -> torch.Tensor:
-        config = dataclasses.replace(CONFIG, seed=seed)
-        return train_transformer(*train, config, tmp_path, progress=False).proj_out_1.weight
+def test_bf16(train: digits.Digits, tmp_path: Path) -> None:
+    """Weights stay float32, and other ones come out, though not by much."""
+    found = []
+    for bf16 in (False, True):
+        out = tmp_path / str(bf16)
+        out.mkdir()
+        config = dataclasses.replace(CONFIG, bf16=bf16)
+        found.append(train_transformer(*train, config, out, progress=False).proj_out_2.weight)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, atol=1e-3, rtol=0)
 
-    assert torch.equal(weights(0), weights(0))
-    assert not torch.equal(weights(0), weights(1))
+
+def test_the_seed_decides(train: digits.Digits, tmp_path: Path) -> None:
+    def weights(seed: int, name: str) -> torch.Tensor:
+        config = dataclasses.replace(CONFIG, seed=seed)
+        (tmp_path / name).mkdir()
+        return train_transformer(*train, config, tmp_path / name, progress=False).proj_out_1.weight
+
+    first = weights(0, "first")
+    assert torch.equal(weights(0, "again"), first)
+    assert not torch.equal(weights(1, "other"), first)
 
 
 def test_what_is_written_can_classify(train: digits.Digits, tmp_path: Path, capsys) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from command import assert_refused, call
+from cut_off import cut_off
 
 from dive_fast.data.scenes import SceneMaker
 from dive_fast.errors import RunError
 from dive_fast.models import load_model
-from dive_fast.training import layout as training_layout
 from dive_fast.training import scenes as train_layout
 from dive_fast.training.layout import (
+    Batch,
     LayoutTrainingConfig,
+    build,
     draw_timesteps,
     empty,
     noise_loss,
@@ -25,7 +27,7 @@ from dive_fast.training.layout import (
     to_x0,
     train_layout_model,
 )
-from dive_fast.training.scenes import SCENES_FORMAT, build, scene_tokens, train_scenes
+from dive_fast.training.scenes import SCENES_FORMAT, scene_batch, train_scenes
 
 TINY = LayoutTrainingConfig(
     sample_size=32,
@@ -44,15 +46,18 @@ TINY = LayoutTrainingConfig(
 
 
 def train(
-    out: Path, config: LayoutTrainingConfig = TINY, data: dict | None = None
+    out: Path,
+    config: LayoutTrainingConfig = TINY,
+    data: dict | None = None,
+    at: Callable[[int], object] = lambda step: None,
 ) -> tuple[dict, dict[str, float]]:
     """All weights after training, and the losses of the held-out scenes."""
     out.mkdir(exist_ok=True)
     make = SceneMaker("train")
 
-    def draw(step: int):
-        made = make(config.batch_size, (config.seed, step))
-        return made.images, scene_tokens(made.boxes, made.class_ids)
+    def draw(step: int) -> Batch:
+        at(step)
+        return scene_batch(make(config.batch_size, (config.seed, step)))
 
     torch.manual_seed(config.seed)
     model = build(SCENES_FORMAT, config)
@@ -62,12 +67,11 @@ def train(
     return model.state_dict(), losses
 
 
-def test_training_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch) -> None:
-    """From the last state that was written: bit for bit the weights of the uncut run."""
-    monkeypatch.setattr(training_layout, "STATE_EVERY", 4)
+def test_training_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    """Bit for bit the weights of the uncut run."""
     expected, losses = train(tmp_path / "uncut")
-    (tmp_path / "cut").mkdir()
-    shutil.copy(tmp_path / "uncut" / "training.pt", tmp_path / "cut")  # of step 4 of 6
+    with cut_off() as ctrl_c:
+        train(tmp_path / "cut", at=lambda step: ctrl_c() if step == 3 else None)
     found, again = train(tmp_path / "cut")
     assert losses == again
     for name, weight in expected.items():
@@ -76,6 +80,15 @@ def test_training_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch) -> None:
         train(tmp_path / "cut", dataclasses.replace(TINY, seed=1))
     with pytest.raises(RunError, match="or other data"):
         train(tmp_path / "cut", data={"source": "others.json"})
+
+
+def test_bf16(tmp_path: Path) -> None:
+    """Weights stay float32, and other ones come out, though not by much."""
+    full, losses = train(tmp_path / "full")
+    half, found = train(tmp_path / "half", dataclasses.replace(TINY, bf16=True))
+    assert {weight.dtype for weight in half.values()} == {torch.float32}
+    assert any(not torch.equal(half[name], weight) for name, weight in full.items())
+    assert found == pytest.approx(losses, rel=0.02)
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -102,13 +115,11 @@ def test_an_empty_layout_keeps_the_crop() -> None:
     assert tokens.tolist() == [list(range(8))]
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 8, 8, 3)])
-def test_pictures_become_x0(shape: tuple[int, ...]) -> None:
-    images = torch.randint(256, shape, dtype=torch.uint8)
-    x0 = to_x0(images.numpy())
-    assert x0.shape == (2, *(shape[3:] or (1,)), 8, 8) and x0.dtype == torch.float32
-    back = x0.add(1).mul(127.5).round().to(torch.uint8)
-    assert torch.equal(back.movedim(1, -1).reshape(shape), images)
+def test_images_become_x0() -> None:
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    x0 = to_x0(images)
+    assert x0.dtype == torch.float32 and x0.min() >= -1 and x0.max() <= 1
+    assert torch.equal(x0.add(1).mul(127.5).round().to(torch.uint8), images)
 
 
 def test_timesteps() -> None:
@@ -148,13 +159,14 @@ def test_scenes_end_to_end(tmp_path: Path, monkeypatch, capsys) -> None:
     """``dive-fast train scenes`` writes a model that loads, and does not overwrite it."""
     monkeypatch.setattr(train_layout, "SCENES", TINY)
     monkeypatch.setattr(train_layout, "N_HELD_OUT", 8)
-    said = call(capsys, "train", "scenes", "--out", tmp_path / "model", "--steps", 2)
+    said = call(capsys, "train", "scenes", "--out", tmp_path / "model", "--steps", 2, "--bf16")
     assert said.code == 0
     assert "loss of held-out scenes" in said.out and "that of an empty canvas" in said.out
     model = load_model(tmp_path / "model")
     assert model.layout == SCENES_FORMAT and model.image_shape == (1, 32, 32)
     facts = json.loads((tmp_path / "model" / "dive_fast.json").read_text())
-    assert facts["config"]["steps"] == 2 and facts["expected"]["layout"] > 0
+    assert (facts["config"]["steps"], facts["config"]["bf16"]) == (2, True)
+    assert facts["expected"]["layout"] > 0
     assert_refused(
         call(capsys, "train", "scenes", "--out", tmp_path / "model"), "holds a model already"
     )

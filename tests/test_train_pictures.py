@@ -17,8 +17,14 @@ from dive_fast.core.layouts import Layout, LayoutFormat
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DataError, RunError
 from dive_fast.models import load_model
-from dive_fast.training import layout as training_layout
-from dive_fast.training.annotated import PICTURES, draw_flipped, flip, train_pictures
+from dive_fast.training.annotated import (
+    LEFT_RIGHT,
+    PICTURES,
+    UP_DOWN,
+    draw_flipped,
+    flip,
+    train_pictures,
+)
 
 FORM = LayoutFormat.compact(("cat", "dog"), max_objects=3, grid=9)
 TINY = dataclasses.replace(
@@ -64,7 +70,7 @@ def assert_stopped(said: Said, message: str) -> None:
     assert said.code == 2 and message in said.err.splitlines()[-1], said
 
 
-@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("axis", [UP_DOWN, LEFT_RIGHT])
 def test_flipped_layouts_are_those_of_flipped_pictures(axis: int) -> None:
     boxes = torch.tensor([[0.125, 0.25, 0.5, 0.375], [0.0, 0.5, 1.0, 1.0]])
     layout = Layout(boxes, torch.tensor([1, 0]))
@@ -72,7 +78,7 @@ def test_flipped_layouts_are_those_of_flipped_pictures(axis: int) -> None:
         [FORM.encode(layout), FORM.encode(Layout(boxes[:0], layout.class_ids[:0]))]
     )
     flipped = flip(tokens, FORM, axis)
-    low, high = (1, 3) if axis == 1 else (0, 2)
+    low, high = (1, 3) if axis == UP_DOWN else (0, 2)
     expected = boxes.clone()
     expected[:, low], expected[:, high] = 1 - boxes[:, high], 1 - boxes[:, low]
     found = FORM.decode(flipped[0])
@@ -83,33 +89,36 @@ def test_flipped_layouts_are_those_of_flipped_pictures(axis: int) -> None:
 
 def test_batches_are_of_the_chosen_pictures_and_their_boxes_follow_them() -> None:
     """A bright rectangle is where its box says, in every batch."""
-    pictures = np.zeros((3, 16, 16, 1), dtype=np.uint8)
+    pictures = torch.zeros(3, 1, 16, 16, dtype=torch.uint8)
     boxes = torch.tensor([[2, 4, 6, 8], [0, 0, 8, 2], [10, 6, 16, 16]])
     tokens = []
     for picture, box in zip(pictures, boxes.tolist(), strict=True):
-        picture[box[1] : box[3], box[0] : box[2]] = 255
+        picture[0, box[1] : box[3], box[0] : box[2]] = 255
         tokens.append(FORM.encode(Layout(torch.tensor([box]) / 16, torch.tensor([0]))))
     draw = draw_flipped(pictures, torch.stack(tokens), torch.tensor([0, 2]), FORM, TINY)
     seen = set()
     for step in range(12):
         batch, found = draw(step)
-        assert batch.shape == (4, 16, 16, 1)
+        assert batch.shape == (4, 1, 16, 16) and batch.dtype == torch.uint8
         for picture, row in zip(batch, found, strict=True):
             x0, y0, x1, y1 = (FORM.decode(row).boxes[0] * 16).int().tolist()
-            expected = np.zeros((16, 16), dtype=np.uint8)
+            expected = torch.zeros(16, 16, dtype=torch.uint8)
             expected[y0:y1, x0:x1] = 255
-            assert np.array_equal(picture[..., 0], expected)
+            assert torch.equal(picture[0], expected)
             seen.add((x0, y0, x1, y1))
+    assert not pictures[1, 0, 2:].any() and pictures[0, 0, 4, 2] == 255  # as they were
     assert len(seen) == 8  # four flips of each of two pictures, none of the one left out
     again, _ = draw(3)
-    assert np.array_equal(again, draw(3)[0])
+    assert torch.equal(again, draw(3)[0])
 
 
 def test_end_to_end(tmp_path: Path, capsys) -> None:
     annotations, out = write_data(tmp_path), tmp_path / "model"
     arguments = ["--annotations", annotations, "--images", tmp_path / "pictures", "--out", out]
     sizes = ["--size", 16, "--patch-size", 8, "--channels", 16, "--layers", 1, "--batch-size", 2]
-    said = call(capsys, "train-layout", *arguments, *sizes, "--steps", 2, "--max-objects", 1)
+    said = call(
+        capsys, "train-layout", *arguments, *sizes, "--steps", 2, "--max-objects", 1, "--bf16"
+    )
     assert said.code == 0 and "learned from 3" in said.out
     assert "expected a box of some size, got 0 x 10" in said.err
     assert "beyond the 1 largest of an image: 3" in said.err
@@ -117,7 +126,8 @@ def test_end_to_end(tmp_path: Path, capsys) -> None:
     assert model.layout.names == ("cat", "dog") and model.layout.max_objects == 1
     assert model.layout.grid == 9 and model.image_shape == (3, 16, 16)
     facts = json.loads((out / "dive_fast.json").read_text())
-    assert facts["config"]["steps"] == 2 and facts["expected"]["layout"] > 0
+    assert (facts["config"]["steps"], facts["config"]["bf16"]) == (2, True)
+    assert facts["expected"]["layout"] > 0
     detector = LayoutDetector.from_pretrained(out)
     identity = detector.identity()
     assert identity["timesteps"] == facts["timesteps"]
@@ -164,9 +174,8 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
         )
 
 
-def test_other_data_are_not_resumed(tmp_path: Path, monkeypatch) -> None:
+def test_other_data_are_not_resumed(tmp_path: Path) -> None:
     """Another number of slots, another box, a class of another name."""
-    monkeypatch.setattr(training_layout, "STATE_EVERY", 2)
     annotations, out = write_data(tmp_path), tmp_path / "out"
 
     def train(most: int) -> None:

@@ -138,10 +138,11 @@ def test_scenes(tmp_path: Path, monkeypatch, capsys) -> None:
     make_layout_model(form=SCENES_FORMAT).save_pretrained(model)
     said = call(
         capsys, "train-prior", "--annotations", "scenes", "--model", model, "--out", out,
-        "--steps", 2,
+        "--steps", 2, "--bf16",
     )  # fmt: skip
     assert said.code == 0
     assert said.out.endswith("of 8 held-out layouts, learned from scenes made anew\n")
+    assert json.loads((out / "dive_fast.json").read_text())["config"]["bf16"] is True
     loaded = load_model(model)
     load_prior(out, loaded.layout, loaded.vocabulary.table)
 

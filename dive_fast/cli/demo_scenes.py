@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from dive_fast.data.coco import CocoDataset
-from dive_fast.data.scenes_coco import write_scenes
+from dive_fast.data.scenes import write_scenes
 from dive_fast.evaluation.classification import environment, read_records
 from dive_fast.evaluation.detection import evaluate_detections
 from dive_fast.predict.detections import Detections

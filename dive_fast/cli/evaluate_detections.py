@@ -70,7 +70,7 @@ def detection_data(
         n_scenes: how many without ``--limit``; None for all that there are for tests.
     """
     from dive_fast.data.coco import read_coco
-    from dive_fast.data.scenes_coco import N_TEST, write_scenes
+    from dive_fast.data.scenes import N_TEST, write_scenes
 
     if options.data != SCENES:
         yield read_coco(options.data, options.images).select(options.limit, options.seed)

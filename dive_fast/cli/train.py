@@ -25,8 +25,18 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--steps", type=count, metavar="N", help="fewer steps than the zoo's, for a try"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the training (default: 0)")
+    add_course_options(parser)
     parser.set_defaults(run=run)
+
+
+def add_course_options(parser: argparse.ArgumentParser) -> None:
+    """What every training command takes."""
+    parser.add_argument("--seed", type=seed, default=0, help="of the training (default: 0)")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute the network in bfloat16; its weights stay float32",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +45,12 @@ def run(options: argparse.Namespace) -> int:
     from dive_fast.training.zoo import train_zoo_model
 
     expected = train_zoo_model(
-        options.model, options.out, data=options.data, steps=options.steps, seed=options.seed
+        options.model,
+        options.out,
+        data=options.data,
+        steps=options.steps,
+        seed=options.seed,
+        bf16=options.bf16,
     )
     print(
         f"{options.out}: {expected['accuracy']:.2%} of {expected['n']} held-out pictures by "
@@ -52,7 +67,7 @@ def run_scenes(options: argparse.Namespace) -> int:
         raise DataError(
             f"the scenes are made of scikit-learn's digits: expected no --data, got {options.data}."
         )
-    losses = train_scenes(options.out, steps=options.steps, seed=options.seed)
+    losses = train_scenes(options.out, steps=options.steps, seed=options.seed, bf16=options.bf16)
     print(
         f"{options.out}: loss of held-out scenes {losses['layout']:.4f} with their layout, "
         f"{losses['empty']:.4f} with that of an empty canvas"

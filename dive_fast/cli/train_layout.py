@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dive_fast.cli.options import count, seed
+from dive_fast.cli.options import count
+from dive_fast.cli.train import add_course_options
 
 
 def add_parser(commands) -> None:
@@ -35,7 +36,7 @@ def add_parser(commands) -> None:
     for name, (default, text) in sizes.items():
         text = f"{text} (default: {default})"
         parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
-    parser.add_argument("--seed", type=seed, default=0, help="of the training (default: 0)")
+    add_course_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         batch_size=options.batch_size,
         seed=options.seed,
+        bf16=options.bf16,
     )
     trained = train_pictures(
         options.annotations,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dive_fast.cli.options import count, seed
+from dive_fast.cli.options import count
+from dive_fast.cli.train import add_course_options
 
 
 def add_parser(commands) -> None:
@@ -32,7 +33,7 @@ def add_parser(commands) -> None:
         help="the prior's directory",
     )
     parser.add_argument("--steps", type=count, metavar="N", help="of the training (default: 10000)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the training (default: 0)")
+    add_course_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
         options.out,
         steps=options.steps,
         seed=options.seed,
+        bf16=options.bf16,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )
     learned = "scenes made anew" if trained.n_train is None else f"{trained.n_train} layouts"

@@ -17,17 +17,31 @@ scenes have one digit at least.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
 from dive_fast.data.digits import NAMES, load_digits
 from dive_fast.errors import DataError
 
-__all__ = ["CANVAS", "GRID", "MAX_OBJECTS", "NAMES", "SceneMaker", "Scenes", "load_scenes"]
+__all__ = [
+    "CANVAS",
+    "GRID",
+    "MAX_OBJECTS",
+    "NAMES",
+    "SceneMaker",
+    "Scenes",
+    "load_scenes",
+    "scenes_dataset",
+    "write_scenes",
+]
 
 CANVAS = 32
 GRID = 17
@@ -35,6 +49,7 @@ MAX_OBJECTS = 4
 STEP = CANVAS // (GRID - 1)  # pixels between two corners of the grid
 TEST_SEED = 20_000
 N_TEST = 1000
+ANNOTATIONS, IMAGES = "annotations.json", "images"  # what write_scenes calls its files
 
 SMALLEST, LARGEST = 8, 18  # a digit's height in pixels
 COUNTS = (1,) * 3 + (2,) * 5 + (3,) * 6 + (4,) * 6  # one of them is drawn
@@ -183,6 +198,52 @@ def load_scenes(part: str, n: int = N_TEST) -> Scenes:
         raise DataError(f"expected at least 1 scene, got {n}.")
     single = [make(1, (seed, index)) for index in range(n)]
     return Scenes(*(np.concatenate(arrays) for arrays in zip(*single, strict=True)))
+
+
+def write_scenes(
+    folder: str | os.PathLike[str], part: str = "test", n: int = N_TEST
+) -> CocoDataset:
+    """Writes the first ``n`` scenes of a part: ``images/*.png`` and ``annotations.json``.
+
+    What is written is always the same, so it may be written again over itself.
+
+    Returns:
+        The data set as ``read_coco`` reads it back.
+
+    Raises:
+        DataError: another part is asked for, ``n`` is below 1, scikit-learn is not installed, or
+            the folder cannot be written.
+    """
+    made, folder = load_scenes(part, n), Path(folder)
+    pictures = folder / IMAGES
+    dataset = scenes_dataset(made, pictures, f"scenes ({part})")
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for picture, image in zip(made.images, dataset.images, strict=True):
+            Image.fromarray(picture).save(image.path)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the scenes cannot be written ({error.strerror or error})."
+        ) from error
+    write_coco(folder / ANNOTATIONS, dataset, pictures)
+    return read_coco(folder / ANNOTATIONS, pictures)
+
+
+def scenes_dataset(made: Scenes, pictures: Path, source: str) -> CocoDataset:
+    """Scenes as a data set whose pictures are to lie in a folder; ids count from 1."""
+    images = []
+    for index, count in enumerate(made.counts.tolist()):
+        images.append(
+            CocoImage(
+                id=index + 1,
+                path=pictures / f"{index + 1:06}.png",
+                size=(CANVAS, CANVAS),
+                boxes=torch.from_numpy(made.boxes[index, :count]).float(),
+                class_ids=torch.from_numpy(made.class_ids[index, :count]),
+                crowd=torch.zeros(count, dtype=torch.bool),
+            )
+        )
+    return CocoDataset(NAMES, tuple(range(1, len(NAMES) + 1)), tuple(images), source)
 
 
 def _pick(rng: np.random.Generator, among: Sequence[int]) -> int:

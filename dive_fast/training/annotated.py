@@ -1,4 +1,4 @@
-"""Makes a layout-to-image model of annotated pictures: any data set in COCO's form."""
+"""Makes a layout-to-image model of annotated images: any data set in COCO's form."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
-from dive_fast.data.coco import CocoDataset, held_out_split, read_coco, read_pictures
+from dive_fast.data.coco import CocoDataset, held_out_split, read_coco
 from dive_fast.errors import DataError, ImageError
 from dive_fast.priors.tokens import fitting_layouts
-from dive_fast.training.layout import SCENES, Draw, LayoutTrainingConfig
-from dive_fast.training.loop import check_unfinished, prepare_directory
-from dive_fast.training.scenes import train_into
+from dive_fast.training.layout import Batch, Draw, LayoutTrainingConfig, train_into
+from dive_fast.training.loop import Course, check_unfinished, prepare_directory
 
 MOST_HELD_OUT = 256
 PIXELS_PER_STEP = 2
+UP_DOWN, LEFT_RIGHT = 2, 3  # axes of images [N, c, h, w]
 
-PICTURES = dataclasses.replace(SCENES, in_channels=3, t_range=(0.2, 0.75), max_weight=50.0)
+PICTURES = LayoutTrainingConfig(in_channels=3, t_range=(0.2, 0.75), max_weight=50.0)
 
 
 class TrainedModel(NamedTuple):
@@ -76,12 +76,12 @@ def train_pictures(
         tell(sentence)
     check_unfinished(out)
     chosen = tuple(dataset.images[i] for i in fitting.images.tolist())
-    pictures, read = _pictures(dataclasses.replace(dataset, images=chosen), config, tell)
+    pixels, read = _read_images(dataclasses.replace(dataset, images=chosen), config, tell)
     tokens = fitting.tokens[read]
     train, held_out = held_out_split(len(tokens), dataset.source, MOST_HELD_OUT)
     prepare_directory(out)
-    draw = draw_flipped(pictures, tokens, train, layout, config)
-    shown = (pictures[held_out.numpy()], tokens[held_out])
+    draw = draw_flipped(pixels, tokens, train, layout, config)
+    shown = (pixels[held_out], tokens[held_out])
     learned = dataclasses.replace(dataset, images=tuple(chosen[i] for i in read.tolist()))
     command, data = "dive-fast train-layout", learned.identity()
     expected = train_into(out, layout, config, draw, shown, command, progress, data)
@@ -89,39 +89,35 @@ def train_pictures(
 
 
 def draw_flipped(
-    pictures: np.ndarray,
-    tokens: Tensor,
-    among: Tensor,
-    layout: LayoutFormat,
-    config: LayoutTrainingConfig,
+    images: Tensor, tokens: Tensor, among: Tensor, layout: LayoutFormat, config: Course
 ) -> Draw:
-    """Random ones ``among`` the pictures with their layouts, flipped at random."""
+    """Random ones ``among`` the images with their layouts, flipped at random."""
 
-    def draw(step: int) -> tuple[np.ndarray, Tensor]:
+    def draw(step: int) -> Batch:
         rng = np.random.default_rng((config.seed, step))
         rows = among[torch.from_numpy(rng.integers(len(among), size=config.batch_size))]
-        batch, found = pictures[rows.numpy()].copy(), tokens[rows]
-        for axis in (1, 2):
-            flipped = rng.random(len(rows)) < 0.5
-            batch[flipped] = np.flip(batch[flipped], axis)
-            chosen = torch.from_numpy(flipped)
-            found[chosen] = flip(found[chosen], layout, axis)
+        batch, found = images[rows], tokens[rows]
+        for axis in (UP_DOWN, LEFT_RIGHT):
+            flipped = torch.from_numpy(rng.random(len(rows)) < 0.5)
+            batch[flipped] = batch[flipped].flip(axis)
+            found[flipped] = flip(found[flipped], layout, axis)
         return batch, found
 
     return draw
 
 
 def flip(tokens: Tensor, layout: LayoutFormat, axis: int) -> Tensor:
-    """The layouts of flipped pictures: axis 1 is upside down, 2 is left to right.
+    """The layouts of flipped images.
 
     Args:
         tokens: int64 [N, S], without crop.
+        axis: of images [N, c, h, w], ``UP_DOWN`` or ``LEFT_RIGHT``.
     """
     last = layout.grid - 1
     objects = tokens.unflatten(1, (-1, SLOTS_PER_OBJECT))
     x, y = layout.corner_place(objects[..., 1:])
     # What was the second corner's side is the first one's now.
-    if axis == 1:
+    if axis == UP_DOWN:
         y = last - y.flip(-1)
     else:
         x = last - x.flip(-1)
@@ -130,24 +126,17 @@ def flip(tokens: Tensor, layout: LayoutFormat, axis: int) -> Tensor:
     return torch.cat([objects[..., :1], turned], dim=2).flatten(1)
 
 
-def _pictures(
+def _read_images(
     dataset: CocoDataset, config: LayoutTrainingConfig, tell: Callable[[str], object]
-) -> tuple[np.ndarray, Tensor]:
-    """Those that can be read.
-
-    Returns:
-        uint8 [N, side, side, channels], what ``training_layout.Draw`` gives, and their positions
-        in the data set, int64 [N].
-    """
+) -> tuple[Tensor, Tensor]:
+    """Those that can be read, uint8 [N, c, side, side], and their positions in the data set."""
     size, channels = config.sample_size, config.in_channels
-    pictures, read = [np.empty((0, channels, size, size), dtype=np.uint8)], []
+    images, read = [np.empty((0, channels, size, size), dtype=np.uint8)], []
     for i, image in enumerate(dataset.images):
         try:
-            pictures.append(
-                read_pictures(dataclasses.replace(dataset, images=(image,)), size, channels)
-            )
+            images.append(image.pixels(size, channels)[None])
         except ImageError as error:
             tell(f"left out: {error}")
             continue
         read.append(i)
-    return np.concatenate(pictures).transpose(0, 2, 3, 1).copy(), torch.tensor(read).long()
+    return torch.from_numpy(np.concatenate(images)), torch.tensor(read).long()

@@ -6,27 +6,18 @@ The loss is the one that classification uses: || eps - eps_theta(x_t, t, y) ||^2
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from dive_fast.training.loop import (
-    LOG,
-    average_into,
-    copy_into,
-    log_losses,
-    read_state,
-    take_step,
-    write_state,
-)
+from dive_fast.training.loop import Course, train
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Course):
     """What a zoo model is made of and how long it learns."""
 
     sample_size: int
@@ -37,9 +28,7 @@ class TrainingConfig:
     layers: int = 4
     steps: int = 14_000
     batch_size: int = 128
-    learning_rate: float = 1e-3
     warmup_steps: int = 500
-    weight_decay: float = 0.01
     ema_decay: float = 0.9995
     label_dropout: float = 0.1
     augment: float = 0.5
@@ -47,7 +36,6 @@ class TrainingConfig:
     scale: float = 0.08
     shear: float = 0.0
     shift_pixels: float = 0.6
-    seed: int = 0
 
 
 DIGITS = TrainingConfig(sample_size=8, num_classes=10)
@@ -110,7 +98,7 @@ def build_transformer(config: TrainingConfig):
 
 
 def augment_images(x0: torch.Tensor, config: TrainingConfig, generator) -> torch.Tensor:
-    """Rotates, scales, shears and shifts a share of the pictures. x0 [B, 1, h, w] in [-1, 1]."""
+    """Rotates, scales, shears and shifts a share of the images. x0 [B, 1, h, w] in [-1, 1]."""
     n = len(x0)
 
     def uniform(half_width: float) -> torch.Tensor:
@@ -139,9 +127,7 @@ def train_transformer(
 
     The side of the images is the model's ``sample_size`` or a multiple of it.
 
-    Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
-    started again with the same configuration goes on from there. Losses are appended to
-    ``out/training.jsonl``.
+    What is on disk meanwhile, and how a run that was cut off goes on, says ``loop.train``.
 
     Raises:
         RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
@@ -149,38 +135,16 @@ def train_transformer(
     """
     from diffusers import DDPMScheduler
 
-    generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     model = build_transformer(config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
     alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
     data = torch.from_numpy(images).float().div(127.5).sub(1).unsqueeze(1)
     target = torch.from_numpy(labels)
 
-    first, state = 0, read_state(out, asdict(config))
-    if state is not None:
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema = state["ema"]
-        generator.set_state(state["generator"])
-
-    (out / LOG).touch()
-    running = 0.0
-    bar = tqdm(
-        range(first, config.steps),
-        initial=first,
-        total=config.steps,
-        disable=not progress,
-        desc="train",
-        unit="step",
-    )
-    for step in bar:
+    def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         pick = torch.randint(len(data), (config.batch_size,), generator=generator)
         x0, y = augment_images(data[pick], config, generator), target[pick]
-        # Larger pictures are moved at their own size, then averaged as ``images`` halves them.
+        # Larger images are moved at their own size, then averaged as ``data.images`` halves them.
         x0 = F.avg_pool2d(x0, x0.shape[-1] // config.sample_size)
         drop = torch.rand(len(y), generator=generator) < config.label_dropout
         y = torch.where(drop, config.num_classes, y)
@@ -188,23 +152,9 @@ def train_transformer(
         eps = torch.randn(x0.shape, generator=generator)
         a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
         x_t = a[:, None, None, None] * x0 + s[:, None, None, None] * eps
-        loss = F.mse_loss(model(x_t, t, y).sample, eps)
-        take_step(optimizer, loss, step, config)
-        average_into(ema, parameters, step, config.ema_decay)
-        running = loss.item() if step == first else 0.99 * running + 0.01 * loss.item()
-        if (step + 1) % 100 == 0:
-            bar.set_postfix(loss=f"{running:.4f}")
-        if (step + 1) % 1000 == 0:
-            log_losses(out, step + 1, {"loss": running})
-            state = {
-                "config": asdict(config),
-                "step": step + 1,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema,
-                "generator": generator.get_state(),
-            }
-            write_state(out, state)
+        with config.autocast(x_t.device):
+            prediction = model(x_t, t, y).sample
+        return F.mse_loss(prediction.float(), eps)
 
-    copy_into(parameters, ema)
+    train(model, loss_of, config, out, progress=progress)
     return model

@@ -1,4 +1,4 @@
-"""Trains the zoo's layout-to-image models in pixel space, transformer and layout encoder together.
+"""Trains layout-to-image models in pixel space, transformer and layout encoder together.
 
     loss = w_t || eps - eps_theta(x_t, t, layout) ||^2,  w_t = 1 or min(1 / SNR_t, max_weight)
 
@@ -6,8 +6,8 @@ With w_t = 1 / SNR_t this is the error of the predicted x0. eps is predicted bet
 there is, so that without weights the steep early timesteps rule, where x_t shows every large object
 by itself and the layout says nothing new.
 
-No layout is ever left out: the layout without objects is that of a picture without objects, not of
-any picture, because a detector compares pictures with and without an object in the layout.
+No layout is ever left out: the layout without objects is that of an image without objects, not of
+any image, because a detector compares images with and without an object in the layout.
 
 Most timesteps are drawn from the middle of the schedule, where a detector looks; the rest from all
 of it, so that the model generates, too.
@@ -15,85 +15,105 @@ of it, so that the model generates, too.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from dive_fast.training.loop import (
-    LOG,
-    average_into,
-    copy_into,
-    log_losses,
-    read_state,
-    take_step,
-    write_state,
+from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.projection import SLOTS_PER_OBJECT
+from dive_fast.core.schedule import Schedule
+from dive_fast.core.timesteps import BINS, TimestepWeights
+from dive_fast.models.layout_to_image.encoder import LayoutEncoder
+from dive_fast.models.layout_to_image.transformer import (
+    LayoutTransformerModel,
+    build_layout_transformer,
+    denoise,
 )
+from dive_fast.training.loop import Course, train
 
-OBJECT_SLOTS = 3  # class, top-left corner, bottom-right corner
-LOG_EVERY = 250
-STATE_EVERY = 1000
+TOKEN_STD = 0.5
 
-# From the number of a step to its pictures, uint8 [B, h, w] or [B, h, w, c], and their layouts as
-# tokens, int64 [B, S]. The same number always gives the same ones, which makes resuming exact.
-Draw = Callable[[int], tuple[np.ndarray, Tensor]]
+# Images, uint8 [B, c, h, w], and their layouts as tokens, int64 [B, S].
+Batch = tuple[Tensor, Tensor]
+# From the number of a step to its batch. The same number always gives the same one, which makes
+# resuming exact.
+Draw = Callable[[int], Batch]
 
 
-@dataclass(frozen=True)
-class LayoutTrainingConfig:
+@dataclass(frozen=True, kw_only=True)
+class LayoutTrainingConfig(Course):
     """What a layout-to-image model is made of and how long it learns.
 
-    The first ones are those of ``models.layout_transformer.build_layout_transformer``.
+    The first ones are those of ``build_layout_transformer``.
 
     Attributes:
         t_range, t_share: this share of every batch has its timesteps in this part of the schedule.
         max_weight: bound of the weights 1 / SNR_t; None for no weights.
     """
 
-    sample_size: int
+    sample_size: int = 32
     in_channels: int
-    patch_size: int
-    channels: int
-    layers: int
-    heads: int
-    width: int
-    encoder_layers: int
-    encoder_heads: int
+    patch_size: int = 4
+    channels: int = 128
+    layers: int = 6
+    heads: int = 4
+    width: int = 128
+    encoder_layers: int = 1
+    encoder_heads: int = 4
     t_range: tuple[float, float] = (0.05, 0.7)
     t_share: float = 0.875
     max_weight: float | None = None
     steps: int = 8_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup_steps: int = 300
-    weight_decay: float = 0.01
-    ema_decay: float = 0.999
-    seed: int = 0
 
 
-SCENES = LayoutTrainingConfig(
-    sample_size=32,
-    in_channels=1,
-    patch_size=4,
-    channels=128,
-    layers=6,
-    heads=4,
-    width=128,
-    encoder_layers=1,
-    encoder_heads=4,
-)
+def train_into(
+    out: Path,
+    layout: LayoutFormat,
+    config: LayoutTrainingConfig,
+    draw: Draw,
+    held_out: Batch,
+    command: str,
+    progress: bool,
+    data: Mapping[str, Any],
+) -> dict[str, float]:
+    """Trains a new model and writes its directory; returns what is expected of it.
+
+    Args:
+        data: what tells the images and layouts that are learned from others.
+
+    Raises:
+        RunError: the directory cannot be written, or holds another training's state.
+    """
+    torch.manual_seed(config.seed)
+    trained = build(layout, config)
+    whole = {"layout": layout.to_dict(), **data}
+    expected = train_layout_model(
+        trained, draw, held_out, layout.none, config, out, progress, whole
+    )
+    scheduler = DDPMScheduler(beta_schedule="linear")
+    model = LayoutTransformerModel(trained.transformer, trained.encoder, scheduler)
+    # Half precision halves the file; what is loaded again computes in float32.
+    model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
+    facts = {"command": command, "config": dataclasses.asdict(config), "expected": expected}
+    if config.max_weight is not None:
+        facts["timesteps"] = learned_timesteps(config, model.schedule).to_dict()
+    (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return expected
 
 
 def train_layout_model(
     model: nn.Module,
     draw: Draw,
-    held_out: tuple[np.ndarray, Tensor],
+    held_out: Batch,
     none: int,
     config: LayoutTrainingConfig,
     out: Path,
@@ -102,87 +122,52 @@ def train_layout_model(
 ) -> dict[str, float]:
     """Trains it in place; at the end it holds its averaged (EMA) weights.
 
-    Every 1,000 steps the whole state goes to ``out/training.pt``; a run that was cut off and is
-    started again with the same configuration and data goes on from there. Every 250 steps the
-    losses are appended to ``out/training.jsonl``: of the training, and of the held-out pictures
-    with their layout (``layout``) and with that of an empty picture (``empty``), at the weights of
-    that step.
+    What is on disk meanwhile, and how a run that was cut off goes on, says ``loop.train``. Logged
+    are the losses of the training, and of the held-out images with their layout (``layout``) and
+    with that of an empty image (``empty``).
 
     Args:
         model: takes x_t [B, C, h, w], t [B] and tokens [B, S], and gives the noise.
         draw: the batch of every step.
-        held_out: pictures and tokens that are never trained on.
+        held_out: images and tokens that are never trained on.
         none: the token of all slots of an absent object.
-        data: what tells the pictures and layouts that are learned from others.
+        data: what tells the images and layouts that are learned from others.
 
     Returns:
-        The final losses of the held-out pictures, "layout" and "empty".
+        The final losses of the held-out images, "layout" and "empty".
 
     Raises:
         RunError: ``out`` holds the state of a run with another configuration or other data, or a
             damaged one, or cannot be written.
     """
-    from diffusers import DDPMScheduler
-
-    generator = torch.Generator().manual_seed(config.seed)
-    model.train()
-    parameters = list(model.parameters())
-    ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
     alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
 
-    whole = {**asdict(config), "data": data}
-    first, state = 0, read_state(out, whole)
-    if state is not None:
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema = state["ema"]
-        generator.set_state(state["generator"])
+    def predict(x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        with config.autocast(x_t.device):
+            return model(x_t, t, tokens).float()
 
-    (out / LOG).touch()
-    running = None
-    bar = tqdm(
-        range(first, config.steps),
-        initial=first,
-        total=config.steps,
-        disable=not progress,
-        desc="train",
-        unit="step",
-    )
-    for step in bar:
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
         images, tokens = draw(step)
         tokens = shuffle_objects(tokens, generator)
         x0 = to_x0(images)
         t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
         eps = torch.randn(x0.shape, generator=generator)
-        loss = noise_loss(model, x0, t, eps, tokens, alpha_bar, config.max_weight)
-        take_step(optimizer, loss, step, config)
-        average_into(ema, parameters, step, config.ema_decay)
-        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        if (step + 1) % LOG_EVERY == 0:
-            losses = {"loss": running, **held_out_losses(model, held_out, none, config, alpha_bar)}
-            log_losses(out, step + 1, losses)
-            bar.set_postfix({name: f"{loss:.4f}" for name, loss in losses.items()})
-        if (step + 1) % STATE_EVERY == 0:
-            state = {
-                "config": whole,
-                "step": step + 1,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema,
-                "generator": generator.get_state(),
-            }
-            write_state(out, state)
+        return noise_loss(predict, x0, t, eps, tokens, alpha_bar, config.max_weight)
 
-    copy_into(parameters, ema)
-    return held_out_losses(model.eval(), held_out, none, config, alpha_bar)
+    return train(
+        model.train(),
+        loss_of,
+        config,
+        out,
+        identity={"data": data},
+        held_out=lambda: held_out_losses(model, held_out, none, config, alpha_bar),
+        progress=progress,
+    ).held_out
 
 
-def to_x0(images: np.ndarray) -> Tensor:
-    """uint8 [B, h, w] or [B, h, w, c] to float32 [B, c, h, w] in [-1, 1]."""
-    x0 = torch.from_numpy(images).float().div(127.5).sub(1)
-    return x0.unsqueeze(1) if x0.ndim == 3 else x0.permute(0, 3, 1, 2)
+def to_x0(images: Tensor) -> Tensor:
+    """uint8 [B, c, h, w] to float32 of the same shape in [-1, 1]."""
+    return images.float().div(127.5).sub(1)
 
 
 def draw_timesteps(
@@ -200,22 +185,27 @@ def shuffle_objects(tokens: Tensor, generator: torch.Generator) -> Tensor:
 
     Slots after the last whole triple (the crop's corners) stay where they are.
     """
-    n_objects = tokens.shape[1] // OBJECT_SLOTS
-    triples = tokens[:, : n_objects * OBJECT_SLOTS].view(len(tokens), n_objects, OBJECT_SLOTS)
-    order = torch.rand(len(tokens), n_objects, generator=generator).argsort(dim=1)
+    end = _objects_end(tokens)
+    triples = tokens[:, :end].unflatten(1, (-1, SLOTS_PER_OBJECT))
+    order = torch.rand(triples.shape[:2], generator=generator).argsort(dim=1)
     shuffled = triples.gather(1, order[:, :, None].expand_as(triples)).flatten(1)
-    return torch.cat([shuffled, tokens[:, n_objects * OBJECT_SLOTS :]], dim=1)
+    return torch.cat([shuffled, tokens[:, end:]], dim=1)
 
 
 def empty(tokens: Tensor, none: int) -> Tensor:
     """Layouts of the same form without objects."""
     emptied = tokens.clone()
-    emptied[:, : tokens.shape[1] // OBJECT_SLOTS * OBJECT_SLOTS] = none
+    emptied[:, : _objects_end(tokens)] = none
     return emptied
 
 
+def _objects_end(tokens: Tensor) -> int:
+    """Where the slots of the objects end; those of a crop follow."""
+    return tokens.shape[1] // SLOTS_PER_OBJECT * SLOTS_PER_OBJECT
+
+
 def noise_loss(
-    model: nn.Module,
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
     x0: Tensor,
     t: Tensor,
     eps: Tensor,
@@ -233,10 +223,9 @@ def noise_loss(
     return ((prediction - eps).square().mean(dim=(1, 2, 3)) * weight).mean()
 
 
-@torch.no_grad()
 def held_out_losses(
     model: nn.Module,
-    held_out: tuple[np.ndarray, Tensor],
+    held_out: Batch,
     none: int,
     config: LayoutTrainingConfig,
     alpha_bar: Tensor,
@@ -252,3 +241,65 @@ def held_out_losses(
         name: noise_loss(model, x0, t, eps, layout, alpha_bar, config.max_weight).item()
         for name, layout in layouts.items()
     }
+
+
+def learned_timesteps(config: LayoutTrainingConfig, schedule: Schedule) -> TimestepWeights:
+    """A detector's probes lie where the training looked, and count as they did there."""
+    n, (low, high) = len(schedule), config.t_range
+    of_t = (schedule.s / schedule.a).square().clamp(max=config.max_weight)
+    weights = of_t.view(BINS, n // BINS).mean(dim=1)
+    inside = [low <= (b + 0.5) / BINS < high for b in range(BINS)]
+    density = tuple(float(seen) for seen in inside)
+    return TimestepWeights(n, density, tuple(round(w, 6) for w in weights.tolist()))
+
+
+class Trained(nn.Module):
+    """A transformer and its layout encoder, as they are trained: x_t, t and tokens to the noise."""
+
+    def __init__(self, transformer: nn.Module, encoder: LayoutEncoder) -> None:
+        super().__init__()
+        self.transformer, self.encoder = transformer, encoder
+
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        hidden = self.encoder(self.encoder.token_embedding(tokens))
+        return denoise(self.transformer, x_t, t, hidden)
+
+
+def build(layout: LayoutFormat, config: LayoutTrainingConfig) -> Trained:
+    """The untrained model of a configuration."""
+    transformer, encoder = build_layout_transformer(
+        layout,
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        patch_size=config.patch_size,
+        channels=config.channels,
+        layers=config.layers,
+        heads=config.heads,
+        width=config.width,
+        encoder_layers=config.encoder_layers,
+        encoder_heads=config.encoder_heads,
+    )
+    start_tokens(encoder, layout)
+    return Trained(transformer, encoder)
+
+
+def start_tokens(encoder: LayoutEncoder, layout: LayoutFormat) -> None:
+    """Corners that are near each other start with embeddings that are near each other.
+
+    The first half of the width holds sines and cosines of x, the second half those of y. All tokens
+    are of one size, large enough that the first steps do not wipe out where they began.
+    """
+    width = encoder.config.width
+    # From one period over the whole image to one over two steps of the grid.
+    n = width // 4
+    frequencies = math.pi * (layout.grid / 2) ** (torch.arange(n) / max(1, n - 1))
+    angles = torch.linspace(0, 1, layout.grid)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [G, width / 2]
+    corners = torch.cat(
+        [waves[None].expand(layout.grid, -1, -1), waves[:, None].expand(-1, layout.grid, -1)], dim=2
+    )
+    start, stop = layout.coordinate_range
+    with torch.no_grad():
+        table = encoder.token_embedding.weight.normal_(std=TOKEN_STD)
+        table[start:stop, : 4 * n] = corners.flatten(0, 1) * (TOKEN_STD * math.sqrt(2))
+        encoder.position_embedding.weight.normal_(std=TOKEN_STD)

@@ -1,10 +1,17 @@
-"""Makes a prior over the layouts of a layout-to-image model, and writes its directory."""
+"""Makes a prior over the layouts of a layout-to-image model, and writes its directory.
+
+    loss = -log p(k | v_t), the mean over all slots, at random t and noise
+
+with k the slot's token. The prediction that makes it least is the one that makes the loss of the
+noise least (``layout_prior``), and its gradient does not fade where the noise is nearly known.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +25,29 @@ from dive_fast.errors import ModelError, RunError
 from dive_fast.models import load_model
 from dive_fast.models.protocol import optional
 from dive_fast.priors import LayoutPrior, layout_tokens
-from dive_fast.training.prior_loop import Draw, PriorTrainingConfig, train_prior
+from dive_fast.training.layout import shuffle_objects
+from dive_fast.training.loop import Course, make_directory, train
 from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
 
 SCENES = "scenes"
 N_HELD_OUT_SCENES = 512
+LEGIBLE = 0.25  # share of the schedule; noise below it leaves a token legible
+HELD_OUT_ROWS = 2048  # (layout, noise) rows that the held-out loss is the mean of, at least
+ROWS_AT_ONCE = 256
+
+# From the number of a step to its layouts as tokens, int64 [B, S]; the same number always gives
+# the same ones, which makes resuming exact.
+Draw = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTrainingConfig(Course):
+    """What a prior is made of and how long it learns."""
+
+    width: int = 192
+    layers: int = 2
+    heads: int = 4
+    steps: int = 10_000
 
 
 class TrainedPrior(NamedTuple):
@@ -40,6 +65,7 @@ def train_layout_prior(
     *,
     steps: int | None = None,
     seed: int = 0,
+    bf16: bool = False,
     progress: bool = True,
     tell: Callable[[str], object] = print,
 ) -> TrainedPrior:
@@ -52,6 +78,7 @@ def train_layout_prior(
             layouts of the zoo's training scenes, new ones at every step.
         model: the layout-to-image model whose tokens and embeddings the prior is over.
         steps: fewer or more than the 10,000 of ``PriorTrainingConfig``.
+        bf16: the network computes in bfloat16; its weights stay float32.
         tell: takes one sentence on everything that was left out.
 
     Raises:
@@ -67,13 +94,13 @@ def train_layout_prior(
     if layout is None:
         raise ModelError(f"expected a layout-to-image model, got {model}, which has no layouts.")
     table = loaded.vocabulary.table
-    config = PriorTrainingConfig(seed=seed)
+    config = PriorTrainingConfig(seed=seed, bf16=bf16)
     config = dataclasses.replace(config, steps=steps or config.steps)
     if str(annotations) == SCENES:
         if layout != SCENES_FORMAT:
             raise ModelError(f"expected a model of the scenes' layouts, got {model}.")
-        train, held_out = None, load_scenes("test", N_HELD_OUT_SCENES)
-        held_out = scene_tokens(held_out.boxes, held_out.class_ids)
+        known, scenes = None, load_scenes("test", N_HELD_OUT_SCENES)
+        held_out = scene_tokens(scenes.boxes, scenes.class_ids)
         draw = draw_scenes(config)
     else:
         dataset = read_annotations(annotations)
@@ -81,20 +108,20 @@ def train_layout_prior(
         for sentence in (*dataset.problems, *left_out):
             tell(sentence)
         learned, kept = held_out_split(len(tokens), dataset.source)
-        train, held_out = tokens[learned], tokens[kept]
-        draw = draw_from(train, config)
+        known, held_out = tokens[learned], tokens[kept]
+        draw = draw_from(known, config)
     make_directory(out)
     torch.manual_seed(config.seed)
     prior = LayoutPrior.for_table(
         layout,
         table,
-        draw(0) if train is None else train,
+        draw(0) if known is None else known,
         width=config.width,
         layers=config.layers,
         heads=config.heads,
     )
     loss = train_prior(prior, table, draw, held_out, config, out, progress)
-    trained = TrainedPrior(loss, None if train is None else len(train), len(held_out))
+    trained = TrainedPrior(loss, None if known is None else len(known), len(held_out))
     try:
         # Half precision halves the file; what is loaded again computes in float32.
         prior.half().save_pretrained(out)
@@ -152,13 +179,101 @@ def check_free(out: Path) -> None:
         raise RunError(f"{out} holds a prior already; choose another --out.")
 
 
-def make_directory(out: Path) -> None:
-    """Makes the directory.
+def train_prior(
+    prior: LayoutPrior,
+    table: Tensor,
+    draw: Draw,
+    held_out: Tensor,
+    config: PriorTrainingConfig,
+    out: Path,
+    progress: bool = True,
+) -> float:
+    """Trains in place; at the end the prior holds its averaged (EMA) weights.
+
+    What is on disk meanwhile, and how a run that was cut off goes on, says ``loop.train``. Logged
+    are the loss of the training (``loss``, of the tokens) and that of denoising the held-out
+    layouts (``held_out``).
+
+    Args:
+        prior: untrained.
+        table: the frozen embeddings of the tokens, float32 [V, D].
+        draw: the layouts of every step; their objects are shuffled here.
+        held_out: tokens int64 [n, S] that are never trained on.
+
+    Returns:
+        The final loss of denoising the held-out layouts.
 
     Raises:
-        RunError: it cannot be made.
+        RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
+            or cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out} cannot be made a directory: {error.strerror}.") from error
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        tokens = shuffle_objects(draw(step), generator)
+        with config.autocast(table.device):
+            return token_loss(prior, table, tokens, generator)
+
+    finished = train(
+        prior.train().requires_grad_(True),
+        loss_of,
+        config,
+        out,
+        # Priors of another model, or of other layouts, differ in their configuration.
+        identity={"prior": dict(prior.config)},
+        held_out=lambda: {"held_out": held_out_loss(prior, table, held_out, config)},
+        progress=progress,
+    )
+    prior.requires_grad_(False)
+    return finished.held_out["held_out"]
+
+
+def token_loss(
+    prior: LayoutPrior, table: Tensor, tokens: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The mean of -log p(k | v_t) over layouts and slots."""
+    v = table[tokens]
+    t = slot_times(len(prior.schedule), tokens.shape, generator)
+    v_t = prior.noised(v, t, torch.randn(v.shape, generator=generator))
+    pairs = zip(prior.log_posteriors(v_t, t), prior.positions(tokens), strict=True)
+    picked = [logs.gather(2, at[..., None]).flatten() for logs, at in pairs]
+    return -torch.cat(picked).mean()
+
+
+def slot_times(n: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Timesteps int64 [B, S], below n.
+
+    Half of the layouts have one for all slots, as in diffusion. In the other half a random share
+    of the slots has any, and the rest so little noise that it can be read.
+    """
+    rows, _ = shape
+    same = torch.randint(n, (rows, 1), generator=generator)
+    anything = torch.randint(n, shape, generator=generator)
+    legible = (LEGIBLE * anything).long()
+    hidden = torch.rand(shape, generator=generator) < torch.rand(rows, 1, generator=generator)
+    mixed = torch.where(hidden, anything, legible)
+    return torch.where(torch.rand(rows, 1, generator=generator) < 0.5, same, mixed)
+
+
+def held_out_loss(
+    prior: LayoutPrior, table: Tensor, held_out: Tensor, config: PriorTrainingConfig
+) -> float:
+    """|| eps - eps_phi(v_t, t) ||^2 / dim on layouts that are not trained on, the mean.
+
+    Each meets several random t and noises, always the same.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    v, total = table[held_out], 0.0
+    repeats = -(-HELD_OUT_ROWS // len(v))
+    together = max(1, ROWS_AT_ONCE // len(v))
+    for first in range(0, repeats, together):
+        draws = [
+            (
+                torch.randint(len(prior.schedule), (len(v),), generator=generator),
+                torch.randn(v.shape, generator=generator),
+            )
+            for _ in range(min(together, repeats - first))
+        ]
+        t, eps = (torch.cat(each) for each in zip(*draws, strict=True))
+        v_t = prior.noised(v.repeat(len(draws), 1, 1), t, eps)
+        total += len(draws) * (eps - prior(v_t, t)).square().mean().item()
+    return total / repeats

@@ -74,6 +74,7 @@ def train_zoo_model(
     data: str | Path | None = None,
     steps: int | None = None,
     seed: int = 0,
+    bf16: bool = False,
     progress: bool = True,
 ) -> dict:
     """Trains a model of the zoo into ``out``, a diffusers model directory.
@@ -82,6 +83,7 @@ def train_zoo_model(
         model: "digits", "mnist" or "omniglot".
         data: the ``.npz`` of MNIST or Omniglot; the digits come with scikit-learn.
         steps: fewer than the zoo's, for a try.
+        bf16: the network computes in bfloat16; its weights stay float32.
 
     Returns:
         What is expected of it: strategy, probes, accuracy on the test part, and on how many.
@@ -99,7 +101,9 @@ def train_zoo_model(
         )
     train, held_out = (recipe.load(data, part) for part in ("train", "test"))
     prepare_directory(out)
-    config = dataclasses.replace(recipe.config, steps=steps or recipe.config.steps, seed=seed)
+    config = dataclasses.replace(
+        recipe.config, steps=steps or recipe.config.steps, seed=seed, bf16=bf16
+    )
     transformer = train_transformer(train.images, train.labels, config, out, progress)
     try:
         write_model(out, transformer, train.names)

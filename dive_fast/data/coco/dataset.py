@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dive_fast.core.layouts import Layout
-from dive_fast.data.images import read_image
+from dive_fast.data.images import read_image, squash, to_mode
 from dive_fast.errors import DataError, ImageError
 
 HELD_OUT_SHARE, HELD_OUT_SEED = 0.1, 0
@@ -79,6 +79,17 @@ class CocoImage:
                 f"{image.width} x {image.height}."
             )
         return image
+
+    def pixels(self, size: int, channels: int = 3) -> np.ndarray:
+        """The image squashed to a square, uint8 [channels, size, size].
+
+        Boxes in the unit interval (``layout``) fit it.
+
+        Raises:
+            ImageError: as for ``read``.
+        """
+        square = np.asarray(squash(to_mode(self.read(), channels), size))
+        return square.reshape(size, size, channels).transpose(2, 0, 1)
 
     def layout(self) -> Layout:
         """The objects in the unit interval, without crowds."""
@@ -214,6 +225,21 @@ def held_out_split(
     n_held_out = max(1, round(HELD_OUT_SHARE * n))
     n_held_out = n_held_out if most is None else min(most, n_held_out)
     return order[n_held_out:], order[:n_held_out]
+
+
+def read_pictures(dataset: CocoDataset, size: int, channels: int = 3) -> np.ndarray:
+    """All images squashed to one square size, for training.
+
+    Returns:
+        uint8 [n, channels, size, size], in the order of ``dataset.images``.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    images = np.empty((len(dataset.images), channels, size, size), dtype=np.uint8)
+    for pixels, image in zip(images, dataset.images, strict=True):
+        pixels[...] = image.pixels(size, channels)
+    return images
 
 
 def _image_entry(image: CocoImage, folder: Path | None) -> dict[str, Any]:
