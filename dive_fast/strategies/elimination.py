@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from scipy.special import stdtrit
 
 from dive_fast.core.requests import Answer, Losses
 from dive_fast.strategies.base import Ledger, Task
@@ -171,33 +172,5 @@ def _alike(todo: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @lru_cache(maxsize=4096)
 def student_t_quantile(p: float, degrees: int) -> float:
-    """The p-quantile of Student's t with whole degrees of freedom, for p > 1/2, by bisection.
-
-    The distribution function is the finite sum of Abramowitz & Stegun 26.7.3 and 26.7.4.
-    """
-    low, high = 0.0, 2.0
-    while student_t_tail(high, degrees) > 1 - p:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_tail(middle, degrees) > 1 - p else (low, middle)
-    return (low + high) / 2
-
-
-def student_t_tail(t: float, degrees: int) -> float:
-    """P(T > t) for t >= 0."""
-    theta = math.atan2(t, math.sqrt(degrees))
-    cos2 = math.cos(theta) ** 2
-    if degrees % 2:
-        term, total = math.cos(theta), 0.0
-        for i in range(1, (degrees - 1) // 2 + 1):
-            total += term
-            term *= cos2 * 2 * i / (2 * i + 1)
-        inside = 2 / math.pi * (theta + math.sin(theta) * total)
-    else:
-        term, total = 1.0, 0.0
-        for i in range(1, degrees // 2 + 1):
-            total += term
-            term *= cos2 * (2 * i - 1) / (2 * i)
-        inside = math.sin(theta) * total
-    return max((1 - inside) / 2, 0.0)
+    """The p-quantile of Student's t; ``scipy.stats.t.ppf`` without the import of all of it."""
+    return float(stdtrit(degrees, p))
