@@ -32,7 +32,7 @@ def drive(strategy, losses, log_prior=None):
         except StopIteration as stop:
             return stop.value, asked
         assert isinstance(request, Losses)
-        reply = losses[request.classes][:, request.probe_ids]
+        reply = losses[request.conditions][:, request.probe_ids]
         asked += reply.numel()
 
 

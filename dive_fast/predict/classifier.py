@@ -19,6 +19,7 @@ from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.models import load_model, own_directory
+from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.models.protocol import Model
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
@@ -185,7 +186,8 @@ class DiffusionClassifier(Fitting):
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         log_prior = self._log_prior(prior)
         scaled = None if log_prior is None else log_prior / self.model.beta
-        task = Task(self.model.vocabulary, probe_list, seed, scaled)
+        shortlist = fitted_shortlist(self.model)
+        task = Task(self.model.vocabulary, probe_list, seed, scaled, shortlist)
         parts = self.model.vocabulary.parts
         jobs = (
             Job(key, self._check_latent(x0), averaged(chosen.search(task), parts))
@@ -222,13 +224,13 @@ class DiffusionClassifier(Fitting):
             float32 [B, C, K]: loss of image b under class c on probe k.
         """
         x0 = self._latents(images, latents)
-        table = self.model.vocabulary.table
-        picked = torch.arange(len(table))
+        n_classes = len(self.model.vocabulary)
+        picked = torch.arange(n_classes)
         if classes is not None:
             picked = torch.as_tensor(classes, dtype=torch.int64).reshape(-1)
-            if len(picked) == 0 or int(picked.min()) < 0 or int(picked.max()) >= len(table):
+            if len(picked) == 0 or int(picked.min()) < 0 or int(picked.max()) >= n_classes:
                 raise DiveFastError(
-                    f"classes must name rows in [0, {len(table)}), got {picked.tolist()}."
+                    f"classes must name rows in [0, {n_classes}), got {picked.tolist()}."
                 )
         if not isinstance(probes, ProbeList):
             k = DEFAULT_PROBES if probes is None else probes
@@ -236,10 +238,7 @@ class DiffusionClassifier(Fitting):
             probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
         out = torch.empty(len(x0), len(picked), len(probes))
         parts = self.model.vocabulary.parts
-        jobs = (
-            Job(i, x, averaged(_measure(table[picked], picked, len(probes)), parts))
-            for i, x in enumerate(x0)
-        )
+        jobs = (Job(i, x, averaged(_measure(picked, len(probes)), parts)) for i, x in enumerate(x0))
         with _Bar(len(x0) if progress else None) as (bar, on_batch):
             engine = self._engine = self._make_engine(on_batch)
             for finished in engine.run(jobs, probes, Objective(loss)):
@@ -337,8 +336,8 @@ class DiffusionClassifier(Fitting):
         )
 
 
-def _measure(conditions: torch.Tensor, classes: torch.Tensor, k: int) -> Search:
-    losses = yield Losses(conditions, torch.arange(k), classes)
+def _measure(classes: torch.Tensor, k: int) -> Search:
+    losses = yield Losses(classes, torch.arange(k))
     means, count = losses.mean(dim=1), torch.full((len(classes),), k)
     return Answer(int(means.argmin()), means, count, {"losses": losses})
 

@@ -16,7 +16,13 @@ from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
+from dive_fast.models.files.sidecar import (
+    Fitted,
+    apply_fitted,
+    fitted_shortlist,
+    read_fitted,
+    write_fitted,
+)
 from dive_fast.models.protocol import Model, optional
 from dive_fast.predict.calibration import Calibration, as_labels, calibrate
 from dive_fast.predict.sampling import sample
@@ -137,12 +143,12 @@ class Fitting:
             labels = as_labels(labels, len(x0), n_classes)
             n_timesteps = len(self.model.schedule)
             probe_list = low_discrepancy_probes(probes, n_timesteps, self.model.latent_shape, seed)
-            table, parts = self.model.vocabulary.table, self.model.vocabulary.parts
+            parts = self.model.vocabulary.parts
             jobs = (
                 Job(
                     i,
                     self._check_latent(x),
-                    averaged(_compare(table, int(y), probes, rivals), parts),
+                    averaged(_compare(n_classes, int(y), probes, rivals), parts),
                 )
                 for i, (x, y) in enumerate(zip(x0, labels, strict=True))
             )
@@ -238,7 +244,7 @@ class Fitting:
         )
         slope, curvature = estimate_shortlist(losses, base, linear)
         learned = Shortlist(slope, tuple(curvature.tolist()), digest(vocabulary.names))
-        learned.apply(vocabulary)
+        self.model.shortlist = learned
         return learned
 
     def save_fitted(self, directory: str | Path | None = None) -> Path:
@@ -260,7 +266,7 @@ class Fitting:
                 f"{self.model.name} has no model directory of yours to write to: give one."
             )
         timesteps = optional(self.model, "timesteps")
-        shortlist = Shortlist.of(self.model.vocabulary)
+        shortlist = fitted_shortlist(self.model)
         return write_fitted(target, Fitted(self.model.beta, timesteps, shortlist))
 
     def load_fitted(self, directory: str | Path) -> None:
@@ -330,21 +336,21 @@ def _survey(vocabulary: Vocabulary, k: int) -> Search:
     """All classes measured and estimated: ``trace`` has losses [C], base [] and linear [C]."""
     table, v0, probes = vocabulary.table, vocabulary.mean(), torch.arange(k)
     reply = yield Gradients(v0[None], probes)
-    losses = yield Losses(table, probes, torch.arange(len(table)))
+    losses = yield Losses(torch.arange(len(table)), probes)
     means = losses.mean(dim=1)
     linear = (table - v0) @ reply.gradients[0]
     trace = {"losses": means, "base": reply.losses.mean(), "linear": linear}
     return Answer(int(means.argmin()), means, torch.full((len(table),), k), trace)
 
 
-def _compare(table: torch.Tensor, label: int, k: int, rivals: int) -> Search:
+def _compare(n_classes: int, label: int, k: int, rivals: int) -> Search:
     """Losses of the right class and its nearest rivals: ``trace["losses"]`` [1 + R, k]."""
-    others = torch.tensor([c for c in range(len(table)) if c != label])
+    others = torch.tensor([c for c in range(n_classes) if c != label])
     if len(others) > rivals:
-        losses = yield Losses(table[others], torch.arange(min(SCREEN_PROBES, k)), others)
+        losses = yield Losses(others, torch.arange(min(SCREEN_PROBES, k)))
         others = others[losses.mean(dim=1).argsort()[:rivals]]
     compared = torch.cat([torch.tensor([label]), others])
-    losses = yield Losses(table[compared], torch.arange(k), compared)
-    means = torch.full((len(table),), torch.nan)
+    losses = yield Losses(compared, torch.arange(k))
+    means = torch.full((n_classes,), torch.nan)
     means[compared] = losses.mean(dim=1)
     return Answer(label, means, means.isfinite() * k, {"losses": losses})

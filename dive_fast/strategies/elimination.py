@@ -62,8 +62,7 @@ class Contest:
     """
 
     def __init__(self, task: Task, looks: Sequence[int], test: PairedTest) -> None:
-        self.table = task.vocabulary.table
-        c = len(self.table)
+        c = len(task.vocabulary)
         self.looks, self.test = tuple(looks), test
         self.penalty = task.penalty()
         self.ledger = Ledger(c, len(task.probes))
@@ -131,7 +130,7 @@ class Contest:
         known = self.ledger.losses[classes][:, probe_ids].isfinite()
         for todo, group in _alike(~known):
             asked, ids = classes[group], probe_ids[todo]
-            losses = yield Losses(self.table[asked], ids, asked)
+            losses = yield Losses(asked, ids)
             self.ledger.add(asked, ids, losses)
 
     def leader(self) -> int:
@@ -148,7 +147,7 @@ class Contest:
         confidence, L_c - L_winner is at least that.
         """
         winner = self.leader()
-        bound = torch.full((len(self.table),), torch.nan)
+        bound = torch.full((len(self.left),), torch.nan)
         for c in (self.entered & ~self.left).nonzero()[:, 0].tolist():
             difference = (self.ledger.losses[c] - self.ledger.losses[winner]).double()
             difference = difference[difference.isfinite()]
