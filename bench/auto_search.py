@@ -29,6 +29,7 @@ from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.core.shortlist import estimate_shortlist
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
+from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.strategies import Auto
 from dive_fast.strategies.base import Task
 
@@ -50,6 +51,7 @@ class Replay:
     def __init__(self, classifier: DiffusionClassifier, x0: torch.Tensor) -> None:
         model = classifier.model
         self.engine, self.x0, self.vocabulary = Engine(model), x0, model.vocabulary
+        self.shortlist = fitted_shortlist(model)
         learned, n = model.timesteps, len(model.schedule)
         self.probes = (
             low_discrepancy_probes(K, n, model.latent_shape)
@@ -66,14 +68,13 @@ class Replay:
 
     def enumerate(self) -> None:
         """All classes on the first probes, the best of them on all."""
-        table = self.vocabulary.table
 
         def screen() -> Search:
-            every, first = torch.arange(len(table)), torch.arange(SCREEN)
-            found = torch.full((len(table), K), torch.nan)
-            found[:, :SCREEN] = yield Losses(table, first, every)
+            every, first = torch.arange(len(self.vocabulary)), torch.arange(SCREEN)
+            found = torch.full((len(every), K), torch.nan)
+            found[:, :SCREEN] = yield Losses(every, first)
             best = found[:, :SCREEN].mean(dim=1).argsort()[:FINALISTS]
-            found[best, SCREEN:] = yield Losses(table[best], torch.arange(SCREEN, K), best)
+            found[best, SCREEN:] = yield Losses(best, torch.arange(SCREEN, K))
             return _only(found)
 
         for i, found in self.measure({i: screen() for i in range(len(self.x0))}).items():
@@ -82,12 +83,12 @@ class Replay:
     def ask(self, i: int, request: Losses | Gradients) -> Any:
         ids = request.probe_ids
         if isinstance(request, Losses):
-            kept = self.losses[i][request.classes[:, None], ids]
+            kept = self.losses[i][request.conditions[:, None], ids]
             if kept.isnan().any():
                 kept = self.measure({i: _one(request)})[i]
-                self.losses[i][request.classes[:, None], ids] = kept
+                self.losses[i][request.conditions[:, None], ids] = kept
             return kept
-        at = None if request.classes is None else tuple(request.classes.tolist())
+        at = None if request.relaxed else tuple(request.conditions.tolist())
         key = (i, at, tuple(ids.tolist()))
         if key not in self.gradients:
             self.gradients[key] = self.measure({i: _one(request)})[i]
@@ -95,15 +96,15 @@ class Replay:
 
     def run(self, strategy: Auto, i: int) -> tuple[int, int]:
         """The answer for picture i, and its evaluations."""
-        search, reply, cost = strategy.search(Task(self.vocabulary, self.probes, 0)), None, 0
+        task = Task(self.vocabulary, self.probes, shortlist=self.shortlist)
+        search, reply, cost = strategy.search(task), None, 0
         while True:
             try:
                 request = search.send(reply)
             except StopIteration as stop:
                 return stop.value.index, cost
             reply = self.ask(i, request)
-            passes = 2 if isinstance(request, Gradients) else 1
-            cost += passes * len(request.conditions) * len(request.probe_ids)
+            cost += request.passes * len(request.conditions) * len(request.probe_ids)
 
 
 def _one(request: Losses | Gradients) -> Search:

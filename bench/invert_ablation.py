@@ -41,8 +41,8 @@ class NoMonitor(DivePaper):
         for _ in range(self.loops):
             order = order[torch.randperm(k, generator=generator)]
             for batch in order.split(self.batch_size):
-                projected, nearest = vocabulary.project(v, self.metric)
-                reply = yield Gradients(projected, batch)
+                nearest = vocabulary.nearest(v, self.metric)
+                reply = yield Gradients(nearest, batch)
                 ledger.add(nearest, batch, reply.losses)
                 v.grad = reply.gradients
                 optimizer.step()
@@ -88,7 +88,7 @@ class FixedProbes(DefaultProbes):
             nearest = vocabulary.nearest(v)
             c = int(nearest)
             if c not in gradients:
-                reply = yield Gradients(table[nearest], searched)
+                reply = yield Gradients(nearest, searched)
                 ledger.add(nearest, searched, reply.losses)
                 gradients[c] = reply.gradients
             gradient = gradients[c]

@@ -34,9 +34,9 @@ def drive(strategy, losses, gradient_at, given=None):
             return stop.value, requests
         requests.append(request)
         if isinstance(request, Losses):
-            reply = losses[request.classes][:, request.probe_ids]
+            reply = losses[request.conditions][:, request.probe_ids]
             continue
-        c = None if request.classes is None else int(request.classes)
+        c = None if request.relaxed else int(request.conditions)
         seen = losses.mean(dim=0) if c is None else losses[c]
         reply = LossesAndGradients(seen[request.probe_ids][None], gradient_at(c)[None])
 
@@ -68,7 +68,7 @@ def test_a_good_gradient_keeps_most_classes_out():
     answer, requests = drive(Auto(), losses, lambda c: slope, given)
     assert answer.index == 0
     assert int((answer.n_probes > 0).sum()) < 12
-    assert isinstance(requests[0], Gradients) and requests[0].classes is None
+    assert isinstance(requests[0], Gradients) and requests[0].relaxed
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
@@ -109,9 +109,9 @@ def test_a_gradient_at_a_class_is_not_measured_twice():
     _, requests = drive(Auto(), losses, lambda c: slope, given)
     seen = set()
     for request in requests:
-        if request.classes is None:
+        if request.relaxed:
             continue
-        pairs = {(c, k) for c in request.classes.tolist() for k in request.probe_ids.tolist()}
+        pairs = {(c, k) for c in request.conditions.tolist() for k in request.probe_ids.tolist()}
         if isinstance(request, Losses):
             assert not pairs & seen
         seen |= pairs

@@ -109,16 +109,16 @@ def asks(model, *requests):
 def test_an_image_that_needs_many_more_rows_blocks_no_other(kind):
     """The others finish within twice the batches that they take alone, and batches stay full."""
     model = ToyModel()
-    table, probes = model.vocabulary.table, low_discrepancy_probes(300, 1000, model.latent_shape)
+    classes, probes = torch.arange(6), low_discrepancy_probes(300, 1000, model.latent_shape)
     small_kind = Gradients if kind == "other kind" else Losses
 
     def small():
         part = torch.arange(4)
-        return asks(model, *(small_kind(table, part + 4 * i) for i in range(3)))
+        return asks(model, *(small_kind(classes, part + 4 * i) for i in range(3)))
 
     def large():
         parts = torch.arange(300).split(2 if kind == "many requests" else 300)
-        return asks(model, *(Losses(table.repeat(3, 1), part) for part in parts))
+        return asks(model, *(Losses(classes.repeat(3), part) for part in parts))
 
     def batches_until_the_small_are_done(jobs):
         engine = Engine(model, 48)

@@ -15,6 +15,8 @@ from dive_fast import DiffusionClassifier, DiveFastError, ModelError
 from dive_fast.core.requests import Gradients
 from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
 from dive_fast.core.vocabulary import Vocabulary
+from dive_fast.models.files.sidecar import fitted_shortlist
+from dive_fast.models.protocol import optional
 from dive_fast.strategies import Auto
 
 C = 40
@@ -45,7 +47,7 @@ def test_it_ranks_the_answer_higher_on_other_images(toy) -> None:
     learned = classifier.fit_shortlist(latents=x0[:30])
     after = ranks(classifier, x0[30:])
     assert after.double().mean() < 0.5 * before.double().mean()
-    assert classifier.model.vocabulary.slope == learned.slope
+    assert classifier.model.shortlist is learned
     assert len(learned.curvature) == C
 
 
@@ -110,23 +112,40 @@ def test_it_is_kept_beside_the_model_for_these_classes_only(tmp_path: Path) -> N
     learned = classifier.fit_shortlist(latents=x0, probes=4)
     classifier.save_fitted()
     again = DiffusionClassifier.from_pretrained(directory)
-    assert again.model.vocabulary.slope == learned.slope
-    torch.testing.assert_close(again.model.vocabulary.curvature, torch.tensor(learned.curvature))
+    assert again.model.shortlist.slope == learned.slope
+    assert again.model.shortlist.curvature == pytest.approx(learned.curvature, rel=1e-5)
 
     index = json.loads((directory / "model_index.json").read_text())
     index["id2label"]["0"] = "another"
     (directory / "model_index.json").write_text(json.dumps(index))
-    assert DiffusionClassifier.from_pretrained(directory).model.vocabulary.curvature is None
+    assert optional(DiffusionClassifier.from_pretrained(directory).model, "shortlist") is None
 
 
 def test_round_trip_and_other_vocabularies() -> None:
     shortlist = Shortlist(1.25, (0.1, 0.2), digest(("a", "b")))
     assert Shortlist.from_dict(json.loads(json.dumps(shortlist.to_dict()))) == shortlist
-    table = torch.eye(2)
-    assert shortlist.apply(Vocabulary(table, ("a", "b")))
-    other = Vocabulary(table, ("b", "a"))
-    assert not shortlist.apply(other) and other.curvature is None
-    assert Shortlist.of(other) is None
+    assert shortlist.fits(Vocabulary(torch.eye(2), ("a", "b")))
+    assert not shortlist.fits(Vocabulary(torch.eye(2), ("b", "a")))
+    assert shortlist.correct(torch.tensor([4.0, 8.0])).tolist() == pytest.approx([5.1, 10.2])
+
+
+def test_it_is_not_used_for_other_classes() -> None:
+    """Classes of a model may change; ``auto`` then ranks as if nothing was learned."""
+    model = ToyModel()
+    x0, _ = model.toy.sample(3, torch.Generator().manual_seed(1))
+    classifier = DiffusionClassifier(model)
+    plain = classifier(latents=x0, strategy="auto", trace=True)
+    curvature = (0.0, 50.0, 40.0, 30.0, 20.0, 10.0)
+    model.shortlist = Shortlist(1.0, curvature, digest(model.vocabulary.names))
+    fitted = classifier(latents=x0, strategy="auto", trace=True)
+    assert [a.trace["order"].tolist() for a in fitted] == [[0, 5, 4, 3, 2, 1]] * 3
+    assert fitted_shortlist(model) is model.shortlist
+    model.vocabulary = Vocabulary(model.vocabulary.table, tuple("abcdef"))
+    assert fitted_shortlist(model) is None
+    renamed = classifier(latents=x0, strategy="auto", trace=True)
+    for a, b in zip(plain, renamed, strict=True):
+        assert a.evaluations == b.evaluations
+        assert torch.equal(a.trace["order"], b.trace["order"])
 
 
 @pytest.mark.parametrize(

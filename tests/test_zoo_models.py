@@ -47,5 +47,5 @@ def test_every_model_says_how_it_was_made(model: str) -> None:
     assert set(facts["expected"]) == {"strategy", "probes", "accuracy", "n"}
     classifier = DiffusionClassifier.from_pretrained(model)
     assert classifier.model.timesteps is not None
-    assert classifier.model.vocabulary.curvature is not None
+    assert classifier.model.shortlist is not None
     assert classifier.model.beta != np.prod(classifier.model.latent_shape) / 2

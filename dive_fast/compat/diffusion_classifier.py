@@ -173,9 +173,9 @@ def eval_error(
     pairs, probe_ids = torch.stack(columns[:2], dim=1).unique(dim=0, return_inverse=True)
     probes = ProbeList(pairs[:, 0], all_noise, pairs[:, 1])
     grids = _grids(probe_ids.tolist(), columns[2].tolist())
-    table, x0 = model.vocabulary.table, _x0(latent)
-    jobs = [Job(grid, x0, _measure(table, grid)) for grid in grids]
-    errors = torch.full((len(table), len(probes)), torch.nan)
+    x0 = _x0(latent)
+    jobs = [Job(grid, x0, _measure(grid)) for grid in grids]
+    errors = torch.full((len(text_embeds), len(probes)), torch.nan)
     for finished in _run(model, jobs, probes, loss, batch_size):
         grid = finished.key
         errors[grid.prompts[:, None], grid.probe_ids] = finished.answer.trace["losses"]
@@ -201,8 +201,8 @@ def _grids(probe_ids: list[int], prompts: list[int]) -> list[_Grid]:
     return [_Grid(torch.tensor(who), torch.tensor(ids)) for ids, who in sharing.items()]
 
 
-def _measure(table: torch.Tensor, grid: _Grid) -> Search:
-    losses = yield Losses(table[grid.prompts], grid.probe_ids, grid.prompts)
+def _measure(grid: _Grid) -> Search:
+    losses = yield Losses(grid.prompts, grid.probe_ids)
     means = losses.mean(dim=1)
     count = torch.full((len(losses),), len(grid.probe_ids))
     return Answer(int(means.argmin()), means, count, {"losses": losses})

@@ -7,50 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Asks for the losses of conditions on probes; answered by float32 [n, k] on the CPU.
+class Request:
+    """Names conditions and probes: every pair of the two is one row of the network's input.
 
     Attributes:
-        conditions: float32 [n, D], embeddings.
+        conditions: int64 [n], rows of the vocabulary, or float32 [n, D], relaxed embeddings. What
+            depends on the class alone is computed once for all requests that name it.
         probe_ids: int64 [k], rows of the probe list.
-        classes: int64 [n], the row of the vocabulary that each condition is, so that the engine may
-            compute once what depends on the class alone; None for relaxed embeddings.
     """
 
     conditions: torch.Tensor
     probe_ids: torch.Tensor
-    classes: torch.Tensor | None = None
+    passes: ClassVar[int] = 1  # of the network on a row: a forward, and a backward
+
+    @property
+    def relaxed(self) -> bool:
+        return self.conditions.is_floating_point()
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Losses(Request):
+    """Asks for the losses of conditions on probes; answered by float32 [n, k] on the CPU."""
+
+
+class Gradients(Request):
     """Asks for losses and for each embedding's gradient of its mean loss over the probes.
 
-    Answered by ``LossesAndGradients``. Attributes as in ``Losses``.
+    Answered by ``LossesAndGradients``.
     """
 
-    conditions: torch.Tensor
-    probe_ids: torch.Tensor
-    classes: torch.Tensor | None = None
+    passes = 2
 
 
-@dataclass(frozen=True)
-class ErrorMaps:
+class ErrorMaps(Request):
     """Asks where conditions are wrong: the loss before its mean over the pixels.
 
     Answered by float32 [n, h, w] on the CPU, the mean over the probes; its mean over the pixels is
-    the mean loss. Attributes as in ``Losses``.
+    the mean loss.
     """
-
-    conditions: torch.Tensor
-    probe_ids: torch.Tensor
-    classes: torch.Tensor | None = None
 
 
 class LossesAndGradients(NamedTuple):
@@ -86,5 +85,4 @@ class Answer:
     bound: torch.Tensor | None = None
 
 
-Request = Losses | Gradients | ErrorMaps
 Search = Generator[Request, Any, Answer]

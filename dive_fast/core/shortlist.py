@@ -52,21 +52,13 @@ class Shortlist:
             )
         object.__setattr__(self, "curvature", tuple(map(float, values)))
 
-    def apply(self, vocabulary: Vocabulary) -> bool:
-        """Sets it on the vocabulary it was learned for; leaves others alone and returns False."""
-        if self.classes != digest(vocabulary.names):
-            return False
-        vocabulary.slope = float(self.slope)
-        vocabulary.curvature = torch.tensor(self.curvature)
-        return True
+    def fits(self, vocabulary: Vocabulary) -> bool:
+        """Whether it was learned for these classes."""
+        return self.classes == digest(vocabulary.names)
 
-    @classmethod
-    def of(cls, vocabulary: Vocabulary) -> Shortlist | None:
-        """The one that a vocabulary holds."""
-        if vocabulary.curvature is None:
-            return None
-        values = tuple(vocabulary.curvature.tolist())
-        return cls(vocabulary.slope, values, digest(vocabulary.names))
+    def correct(self, linear: torch.Tensor) -> torch.Tensor:
+        """slope g . (v_c - v0) + curvature_c of every class, of the first-order terms [C]."""
+        return self.slope * linear + torch.tensor(self.curvature)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, to six digits."""

@@ -23,9 +23,6 @@ class Vocabulary:
             (L, width) for a prompt of L tokens.
         parts: how many conditions of the network a row holds end to end. The loss of an answer is
             the mean of theirs (see ``averaging``); 1 unless said.
-        slope, curvature: a number and float32 [V], or 1 and None. They correct the first-order
-            estimate L(y_c) ~ L(v0) + slope g . (v_c - v0) + curvature_c at v0, the mean of the
-            rows; see ``dive_fast.core.shortlist``.
     """
 
     def __init__(
@@ -54,8 +51,6 @@ class Vocabulary:
         self.names = tuple(names)
         self._projections: dict[str, DiscreteProjection] = {}
         self.unconditional = None
-        self.slope: float = 1.0
-        self.curvature: torch.Tensor | None = None
         if unconditional is not None:
             self.unconditional = unconditional.detach().float().cpu()
 
@@ -93,16 +88,3 @@ class Vocabulary:
         if metric not in self._projections:
             self._projections[metric] = DiscreteProjection.single(self.table, metric)
         return self._projections[metric].index(v.detach()[:, None])[:, 0]
-
-    def project(self, v: torch.Tensor, metric: str = "l2") -> tuple[torch.Tensor, torch.Tensor]:
-        """Projection with straight-through gradient: v' = P(v), dv'/dv = 1.
-
-        Args:
-            v: float [N, D].
-
-        Returns:
-            v' [N, D], the nearest rows, differentiable in v; their index [N].
-        """
-        index = self.nearest(v, metric)
-        # Unlike v + (row - v).detach(), this is the row to the last bit.
-        return self.table[index] + (v - v.detach()), index

@@ -17,13 +17,22 @@ from typing import Any, NamedTuple
 import torch
 
 from dive_fast.core.probes import ProbeList
-from dive_fast.core.requests import Answer, ErrorMaps, Gradients, LossesAndGradients
+from dive_fast.core.requests import Answer
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.cache import is_out_of_memory
 from dive_fast.engine.forward import Forward, check_options
 from dive_fast.engine.objective import Objective
 from dive_fast.engine.options import EngineOptions
-from dive_fast.engine.packing import Chunk, Job, Running, fullest, pack, to_batch
+from dive_fast.engine.packing import (
+    Chunk,
+    Job,
+    Result,
+    Running,
+    fullest,
+    pack,
+    scatter,
+    to_batch,
+)
 from dive_fast.models.protocol import Model
 
 
@@ -115,43 +124,41 @@ class Engine:
         forward = Forward(self.model, objective, objective.place(self.model, probes), self.options)
         waiting, running = enumerate(jobs), []
         while True:
-            kind, rows = fullest(running, self.batch_size)
-            while rows < self.batch_size:
-                number, job = next(waiting, (None, None))
-                if job is None:
-                    break
-                image = Running(number, job)
-                image.resume(None)
-                if image.answer is not None:
-                    yield _finish(image)
-                    continue
-                running.append(image)
-                kind, rows = fullest(running, self.batch_size)
+            yield from self._admit(waiting, running, forward)
             if not running:
                 return
-            for chunk in self._compute(running, kind, forward):
-                image = chunk.image
-                if image.pending_rows == 0:
-                    image.resume(_reply(image))
+            chunks = self._step(running, forward)
+            for image in (chunk.image for chunk in chunks):
+                image.resume()
                 if image.answer is not None:
                     running.remove(image)
                     forward.forget(image.number)
                     yield _finish(image)
 
-    def _compute(self, running: list[Running], kind: type, forward: Forward) -> list[Chunk]:
-        """One batch of the given kind, smaller if memory runs out."""
+    def _admit(
+        self, waiting: Iterator[tuple[int, Job]], running: list[Running], forward: Forward
+    ) -> Iterator[Finished]:
+        """Starts images until a batch is full; yields those that have their answer at once."""
+        while fullest(running, self.batch_size)[1] < self.batch_size:
+            number, job = next(waiting, (None, None))
+            if job is None:
+                return
+            image = Running(number, job, len(forward.table))
+            image.resume()
+            if image.answer is None:
+                running.append(image)
+            else:
+                yield _finish(image)
+
+    def _step(self, running: list[Running], forward: Forward) -> list[Chunk]:
+        """One batch, smaller if memory runs out."""
+        kind, _ = fullest(running, self.batch_size)
         while True:
             chunks = pack(running, kind, self.batch_size)
             start = time.perf_counter()
             try:
                 batch = to_batch(chunks, self.model.device)
-                means, exact = None, None
-                if kind is Gradients:
-                    losses, means, exact = forward.gradients(batch)
-                elif kind is ErrorMaps:
-                    losses, means = forward.error_maps(batch)
-                else:
-                    losses = forward.losses(batch)
+                result = forward.run(kind, batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -160,15 +167,14 @@ class Engine:
                     raise
                 continue
             seconds = time.perf_counter() - start
-            per_row = 2 if kind is Gradients else 1
-            self._scatter(chunks, losses, means, exact, seconds, per_row)
-            self._record(len(losses), per_row, seconds, forward)
+            scatter(chunks, batch, result, seconds)
+            self._record(result, kind.passes, seconds, forward)
             return chunks
 
     def _make_room(self, tried: int, forward: Forward) -> bool:
-        """After ``tried`` rows did not fit: without the cache, then with smaller batches."""
-        if forward.release():
-            remedy = "going on without the cache"
+        """After ``tried`` rows did not fit: keeping less on the device, then smaller batches."""
+        if released := forward.release():
+            remedy = f"going on without {released}"
         elif self.batch_size == 1:
             return False
         else:
@@ -180,53 +186,20 @@ class Engine:
         warnings.warn(f"out of memory with {tried} rows; {remedy}", stacklevel=4)
         return True
 
-    def _scatter(
-        self,
-        chunks: list[Chunk],
-        losses: torch.Tensor,
-        means: torch.Tensor | None,
-        exact: torch.Tensor | None,
-        seconds: float,
-        per_row: int,
-    ) -> None:
-        """Hands every image its part of the batch and its share of the cost."""
-        rows, base, total = 0, 0, len(losses)
-        for image, start, stop in chunks:
-            count, n = stop - start, len(image.request.conditions)
-            image.losses.view(-1)[start:stop] = losses[rows : rows + count]
-            if means is not None:
-                image.means += means[base : base + n]
-            if exact is not None:
-                reused = count - int(exact[rows : rows + count].sum())
-                image.exact &= reused == 0
-                self.record.reused_rows += reused
-            image.done_rows = stop
-            image.evaluations += per_row * count
-            image.seconds += seconds * count / total
-            rows, base = rows + count, base + n
-
-    def _record(self, rows: int, per_row: int, seconds: float, forward: Forward) -> None:
-        record = self.record
+    def _record(self, result: Result, passes: int, seconds: float, forward: Forward) -> None:
+        record, rows = self.record, len(result.losses)
         record.batches += 1
         record.rows += rows
         record.capacity_rows += self.batch_size
-        record.evaluations += per_row * rows
+        record.evaluations += passes * rows
+        record.reused_rows += result.reused_rows
         record.seconds += seconds
         if forward.cache is not None:
             record.cache_hits, record.cache_misses = forward.cache.hits, forward.cache.misses
             record.cache_evictions = forward.cache.evictions
             record.cache_bytes = forward.cache.peak_bytes
         if self.on_batch is not None:
-            self.on_batch(per_row * rows)
-
-
-def _reply(image: Running) -> torch.Tensor | LossesAndGradients:
-    if isinstance(image.request, ErrorMaps):
-        return image.means
-    losses = image.losses.T.contiguous()
-    if isinstance(image.request, Gradients):
-        return LossesAndGradients(losses, image.means, image.exact)
-    return losses
+            self.on_batch(passes * rows)
 
 
 def _finish(image: Running) -> Finished:

@@ -7,15 +7,17 @@ reused for gradients while the condition moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 
+from dive_fast.core.requests import ErrorMaps, Gradients, Losses, Request
 from dive_fast.engine.cache import ActivationCache, Key, merge, take
+from dive_fast.engine.classes import ClassTable
 from dive_fast.engine.objective import DeviceProbes, Objective
 from dive_fast.engine.options import EngineOptions
-from dive_fast.engine.packing import Batch
+from dive_fast.engine.packing import Batch, Result
 from dive_fast.errors import DiveFastError
 from dive_fast.models.protocol import Model, StagedModel, State, optional
 
@@ -31,6 +33,7 @@ class Forward:
 
     Attributes:
         cache: what is kept, or None at level "off".
+        table: the conditions that requests name by their class.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Forward:
         self.model, self.objective, self.probes, self.options = model, objective, probes, options
         self.level = cache_level(model, options)
         self.cache = None if self.level == "off" else ActivationCache(options.cache_bytes)
+        self.table = ClassTable(model.vocabulary, model.device)
         # How often an image's (probe, position) was used since its encoder ran.
         self._uses: dict[int, dict[tuple[int, int], int]] = {}
         if options.channels_last:
@@ -46,29 +50,35 @@ class Forward:
         parts = ("predict",) if self.cache is None else ("prefix", "project", "encoder", "decoder")
         self._run = {part: self._prepared(getattr(model, part)) for part in parts}
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """The loss of every row, float32 [M] on the CPU. Exact at every cache level."""
-        with torch.no_grad():
-            return self._compare(batch, self._predicted(batch), self.objective.compare).cpu()
+    def run(self, kind: type[Request], batch: Batch) -> Result:
+        """What the requests of one kind, packed into a batch, have asked for."""
+        kinds = {Losses: self.losses, Gradients: self.gradients, ErrorMaps: self.error_maps}
+        return kinds[kind](batch)
 
-    def error_maps(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses [M], and the weighted sum of every condition's error maps, [N, h, w]."""
+    def losses(self, batch: Batch) -> Result:
+        """The losses, exact at every cache level."""
+        with torch.no_grad():
+            return Result(
+                self._compare(batch, self._predicted(batch), self.objective.compare).cpu()
+            )
+
+    def error_maps(self, batch: Batch) -> Result:
+        """Losses, and the weighted sum of every condition's error maps."""
         with torch.no_grad():
             maps = self._compare(batch, self._predicted(batch), self.objective.error_map).cpu()
-        sums = maps.new_zeros(len(batch.conditions), *maps.shape[1:])
+        sums = maps.new_zeros(len(batch.classes), *maps.shape[1:])
         sums.index_add_(0, batch.condition_index, maps * batch.weight[:, None, None])
-        return maps.mean(dim=(1, 2)), sums
+        return Result(maps.mean(dim=(1, 2)), sums)
 
-    def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Losses [M], dL/dv of every condition [N, D], and which rows are exact, bool [M]."""
-        exact = torch.ones(len(batch.weight), dtype=torch.bool)
+    def gradients(self, batch: Batch) -> Result:
+        """Losses, and dL/dv of every condition; at level "encoder", which rows are exact."""
+        exact = None
         with torch.enable_grad():
-            conditions = batch.conditions.to(self.model.device).detach().requires_grad_()
+            conditions = self._conditions(batch).detach().requires_grad_()
             if self.cache is None:
                 prediction = self._whole(batch, conditions)
             else:
-                used, inverse = batch.condition_index.unique(return_inverse=True)
-                projected = take(self._project(conditions, used), inverse)
+                projected = take(self._run["project"](conditions), batch.condition_index)
                 if self.level == "encoder":
                     encoded, exact = self._encoded(batch, projected)
                 else:
@@ -78,7 +88,7 @@ class Forward:
             # Every condition owns its rows, so one backward serves all images.
             weighted = (losses * batch.weight.to(losses.device)).sum()
             (gradients,) = torch.autograd.grad(weighted, conditions)
-        return losses.detach().cpu(), gradients.cpu(), exact
+        return Result(losses.detach().cpu(), gradients.cpu(), exact)
 
     def forget(self, image: int) -> None:
         """Drops what was kept for a finished image."""
@@ -86,18 +96,29 @@ class Forward:
         if self.cache is not None:
             self.cache.drop(image)
 
-    def release(self) -> bool:
-        """Gives the cache's memory back and keeps nothing any more; False if it held nothing."""
-        return self.cache is not None and self.cache.close()
+    def release(self) -> str | None:
+        """Gives memory back and does without it from now on; says without what, if anything."""
+        if self.cache is not None and self.cache.close():
+            return "the cache"
+        return "the table of classes on the device" if self.table.release() else None
 
     def _predicted(self, batch: Batch) -> torch.Tensor:
         """The prediction of every row, exact, without gradient."""
-        conditions = batch.conditions.to(self.model.device)
         if self.cache is None:
-            return self._whole(batch, conditions)
-        projected = self._projected(batch, conditions)
+            return self._whole(batch, self._conditions(batch))
+        projected = self._projected(batch)
         encoded = self._run["encoder"](self._prefix(batch, slice(None)), projected)
         return self._run["decoder"](encoded, projected)
+
+    def _conditions(self, batch: Batch) -> torch.Tensor:
+        """The batch's conditions where the network is, float32 [N, D]."""
+        if batch.relaxed is None:
+            return self.table.take(batch.classes)
+        relaxed, known = batch.relaxed.to(self.model.device), batch.classes >= 0
+        if not known.any():
+            return relaxed
+        order = (~known).argsort(stable=True).argsort()
+        return merge((self.table.take(batch.classes[known]),), (relaxed,), order)[0]
 
     def _whole(self, batch: Batch, conditions: torch.Tensor) -> torch.Tensor:
         """The prediction of every row by the whole network."""
@@ -107,13 +128,9 @@ class Forward:
     def _prefix(self, batch: Batch, rows: torch.Tensor | slice) -> State:
         """The prefix of ``rows`` of the batch, computed once per (image, probe)."""
         images, probes = batch.image_index[rows], batch.probe_index[rows]
-        place: dict[tuple[int, int], int] = {}
-        inverse = [
-            place.setdefault(pair, len(place))
-            for pair in zip(images.tolist(), probes.tolist(), strict=True)
-        ]
-        keys = [Key("prefix", batch.image_numbers[image], probe) for image, probe in place]
-        pair_images, pair_probes = torch.tensor(list(place)).unbind(1)
+        pairs, inverse = _numbered(zip(images.tolist(), probes.tolist(), strict=True))
+        keys = [Key("prefix", batch.image_numbers[image], probe) for image, probe in pairs]
+        pair_images, pair_probes = torch.tensor(pairs).unbind(1)
 
         def compute(missing: torch.Tensor) -> State:
             return self._run["prefix"](
@@ -122,37 +139,28 @@ class Forward:
 
         with torch.no_grad():
             state = self.cache.get(keys, compute)
-        return state if len(keys) == len(inverse) else take(state, torch.tensor(inverse))
+        return state if len(pairs) == len(inverse) else take(state, inverse)
 
-    def _projected(self, batch: Batch, conditions: torch.Tensor) -> State:
+    def _projected(self, batch: Batch) -> State:
         """The projection of every row, without gradient: once per class, whichever image asks."""
-        used, inverse = batch.condition_index.unique(return_inverse=True)
-        # Conditions that are no class are projected for this batch alone.
-        of_class: dict[int, int] = {}
-        relaxed: list[int] = []
-        for i in used.tolist():
-            if batch.classes[i] is None:
-                relaxed.append(i)
-            else:
-                of_class.setdefault(batch.classes[i], i)
-        states = []
-        if of_class:
-            keys = [Key("projected", condition=c) for c in of_class]
-            source = torch.tensor(list(of_class.values()))
-            states.append(self.cache.get(keys, lambda m: self._project(conditions, source[m])))
-        if relaxed:
-            states.append(self._project(conditions, torch.tensor(relaxed)))
-        place = {c: row for row, c in enumerate(of_class)}
-        place_of_relaxed = {i: len(of_class) + row for row, i in enumerate(relaxed)}
-        order = [
-            place_of_relaxed[i] if batch.classes[i] is None else place[batch.classes[i]]
-            for i in used.tolist()
-        ]
-        rows = torch.tensor(order)[inverse]
-        return take(states[0], rows) if len(states) == 1 else merge(*states, rows)
+        known, states = batch.classes >= 0, []
+        classes, inverse = _numbered(batch.classes[known].tolist())
+        if classes:
+            index = torch.tensor(classes)
 
-    def _project(self, conditions: torch.Tensor, index: torch.Tensor) -> State:
-        return self._run["project"](conditions[index.to(conditions.device)])
+            def compute(missing: torch.Tensor) -> State:
+                return self._run["project"](self.table.take(index[missing]))
+
+            keys = [Key("projected", condition=c) for c in classes]
+            states.append(self.cache.get(keys, compute))
+        if batch.relaxed is not None:
+            # What is no class is projected for this batch alone.
+            states.append(self._run["project"](batch.relaxed.to(self.model.device)))
+        place = torch.empty_like(batch.classes)
+        place[known] = inverse
+        place[~known] = len(classes) + torch.arange(int((~known).sum()))
+        rows = place[batch.condition_index]
+        return take(states[0], rows) if len(states) == 1 else merge(*states, rows)
 
     def _encoded(self, batch: Batch, projected: State) -> tuple[State, torch.Tensor]:
         """The encoder's output of every row, and which rows it was computed for, bool [M].
@@ -161,7 +169,8 @@ class Forward:
         earlier condition, and no gradient goes through it.
         """
         fresh, keys = [], []
-        rows = (batch.image_index, batch.probe_index, batch.position)
+        position = batch.position[batch.condition_index]
+        rows = (batch.image_index, batch.probe_index, position)
         for image, probe, position in zip(*(index.tolist() for index in rows), strict=True):
             number = batch.image_numbers[image]
             keys.append(Key("encoded", number, probe, position))
@@ -216,6 +225,13 @@ class Forward:
                 return function(*arguments)
 
         return run
+
+
+def _numbered(values: Iterable[Hashable]) -> tuple[list, torch.Tensor]:
+    """The distinct values as they first occur, and each value's place among them, int64."""
+    place: dict[Hashable, int] = {}
+    index = [place.setdefault(value, len(place)) for value in values]
+    return list(place), torch.tensor(index, dtype=torch.int64)
 
 
 def check_options(model: Model, options: EngineOptions) -> None:

@@ -17,11 +17,12 @@ import torch
 from tqdm import tqdm
 
 import dive_fast
-from dive_fast.core.shortlist import Shortlist, digest
+from dive_fast.core.shortlist import digest
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.errors import ImageError
 from dive_fast.evaluation.rundir import RunDirectory, is_finished
+from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.predict.calibration import expected_calibration_error
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.strategies import Strategy, Task, resolve_strategy
@@ -93,7 +94,7 @@ def evaluate(
         "beta": classifier.model.beta,
         "seed": seed,
     }
-    if (shortlist := Shortlist.of(classifier.model.vocabulary)) is not None:
+    if (shortlist := fitted_shortlist(classifier.model)) is not None:
         config["shortlist"] = digest(map(str, shortlist.to_dict().items()))
     # Only what changes answers: a run may go on under another cache, but not another precision.
     if engine := classifier.options.identity():

@@ -10,12 +10,13 @@ import torch
 
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Losses, Search
-from dive_fast.core.shortlist import Shortlist, digest
+from dive_fast.core.shortlist import digest
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_images
 from dive_fast.engine import EngineOptions, Finished
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.models import Source, load_model, resolve
+from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
 from dive_fast.predict.fitting import Fitting
@@ -168,7 +169,8 @@ class DiffusionClassifier(Fitting):
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         log_prior = self._log_prior(prior)
         scaled = None if log_prior is None else log_prior / self.model.beta
-        task = Task(self.model.vocabulary, probe_list, seed, scaled)
+        shortlist = fitted_shortlist(self.model)
+        task = Task(self.model.vocabulary, probe_list, seed, scaled, shortlist)
         jobs = (self._job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
         for finished in self._run(jobs, probe_list, chosen.loss, progress):
             yield finished.key, self._classification(finished, log_prior, trace)
@@ -196,13 +198,13 @@ class DiffusionClassifier(Fitting):
             float32 [B, C, K]: loss of image b under class c on probe k.
         """
         x0 = self._latents(images, latents)
-        table = self.model.vocabulary.table
-        picked = torch.arange(len(table))
+        n_classes = len(self.model.vocabulary)
+        picked = torch.arange(n_classes)
         if classes is not None:
             picked = torch.as_tensor(classes, dtype=torch.int64).reshape(-1)
-            if len(picked) == 0 or int(picked.min()) < 0 or int(picked.max()) >= len(table):
+            if len(picked) == 0 or int(picked.min()) < 0 or int(picked.max()) >= n_classes:
                 raise DiveFastError(
-                    f"classes must name rows in [0, {len(table)}), got {picked.tolist()}."
+                    f"classes must name rows in [0, {n_classes}), got {picked.tolist()}."
                 )
         if not isinstance(probes, ProbeList):
             k = DEFAULT_PROBES if probes is None else probes
@@ -210,7 +212,7 @@ class DiffusionClassifier(Fitting):
             probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
         out = torch.empty(len(x0), len(picked), len(probes))
         jobs = (
-            self._job(i, self._check_latent(x), _measure(table[picked], picked, len(probes)))
+            self._job(i, self._check_latent(x), _measure(picked, len(probes)))
             for i, x in enumerate(x0)
         )
         for finished in self._run(jobs, probes, loss, len(x0) if progress else None):
@@ -235,7 +237,7 @@ class DiffusionClassifier(Fitting):
         """What decides the answers, for JSON: model, strategy, probes, seed and what was fitted."""
         chosen = resolve_strategy(strategy, preset, {})
         found = self._identity(chosen, probes, seed, timesteps)
-        if (shortlist := Shortlist.of(self.model.vocabulary)) is not None:
+        if (shortlist := fitted_shortlist(self.model)) is not None:
             found["shortlist"] = digest(map(str, shortlist.to_dict().items()))
         return found
 
@@ -300,8 +302,8 @@ class DiffusionClassifier(Fitting):
         )
 
 
-def _measure(conditions: torch.Tensor, classes: torch.Tensor, k: int) -> Search:
-    losses = yield Losses(conditions, torch.arange(k), classes)
+def _measure(classes: torch.Tensor, k: int) -> Search:
+    losses = yield Losses(classes, torch.arange(k))
     means, count = losses.mean(dim=1), torch.full((len(classes),), k)
     return Answer(int(means.argmin()), means, count, {"losses": losses})
 

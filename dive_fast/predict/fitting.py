@@ -122,9 +122,8 @@ class Fitting(Predictor):
             labels = as_labels(labels, len(x0), n_classes)
             n_timesteps = len(self.model.schedule)
             probe_list = low_discrepancy_probes(probes, n_timesteps, self.model.latent_shape, seed)
-            table = self.model.vocabulary.table
             jobs = (
-                self._job(i, self._check_latent(x), _compare(table, int(y), probes, rivals))
+                self._job(i, self._check_latent(x), _compare(n_classes, int(y), probes, rivals))
                 for i, (x, y) in enumerate(zip(x0, labels, strict=True))
             )
             losses = torch.empty(len(x0), 1 + min(rivals, n_classes - 1), probes)
@@ -207,7 +206,7 @@ class Fitting(Predictor):
         )
         slope, curvature = estimate_shortlist(losses, base, linear)
         learned = Shortlist(slope, tuple(curvature.tolist()), digest(vocabulary.names))
-        learned.apply(vocabulary)
+        self.model.shortlist = learned
         return learned
 
 
@@ -220,21 +219,21 @@ def _survey(vocabulary: Vocabulary, k: int) -> Search:
     """All classes measured and estimated: ``trace`` has losses [C], base [] and linear [C]."""
     table, v0, probes = vocabulary.table, vocabulary.mean(), torch.arange(k)
     reply = yield Gradients(v0[None], probes)
-    losses = yield Losses(table, probes, torch.arange(len(table)))
+    losses = yield Losses(torch.arange(len(table)), probes)
     means = losses.mean(dim=1)
     linear = (table - v0) @ reply.gradients[0]
     trace = {"losses": means, "base": reply.losses.mean(), "linear": linear}
     return Answer(int(means.argmin()), means, torch.full((len(table),), k), trace)
 
 
-def _compare(table: torch.Tensor, label: int, k: int, rivals: int) -> Search:
+def _compare(n_classes: int, label: int, k: int, rivals: int) -> Search:
     """Losses of the right class and its nearest rivals: ``trace["losses"]`` [1 + R, k]."""
-    others = torch.tensor([c for c in range(len(table)) if c != label])
+    others = torch.tensor([c for c in range(n_classes) if c != label])
     if len(others) > rivals:
-        losses = yield Losses(table[others], torch.arange(min(SCREEN_PROBES, k)), others)
+        losses = yield Losses(others, torch.arange(min(SCREEN_PROBES, k)))
         others = others[losses.mean(dim=1).argsort()[:rivals]]
     compared = torch.cat([torch.tensor([label]), others])
-    losses = yield Losses(table[compared], torch.arange(k), compared)
-    means = torch.full((len(table),), torch.nan)
+    losses = yield Losses(compared, torch.arange(k))
+    means = torch.full((n_classes,), torch.nan)
     means[compared] = losses.mean(dim=1)
     return Answer(label, means, means.isfinite() * k, {"losses": losses})

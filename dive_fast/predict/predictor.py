@@ -13,13 +13,18 @@ from tqdm import tqdm
 
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Search
-from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted, write_fitted
+from dive_fast.models.files.sidecar import (
+    Fitted,
+    apply_fitted,
+    fitted_shortlist,
+    read_fitted,
+    write_fitted,
+)
 from dive_fast.models.protocol import Model, optional
 from dive_fast.strategies import DefaultProbes
 from dive_fast.strategies.averaged import averaged
@@ -137,7 +142,7 @@ class Predictor:
                 f"{self.model.name} has no model directory of yours to write to: give one."
             )
         timesteps = optional(self.model, "timesteps")
-        shortlist = Shortlist.of(self.model.vocabulary)
+        shortlist = fitted_shortlist(self.model)
         return write_fitted(target, Fitted(self.model.beta, timesteps, shortlist))
 
     def load_fitted(self, directory: str | Path) -> None:

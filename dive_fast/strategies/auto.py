@@ -81,9 +81,9 @@ class Auto(DefaultProbes):
 
         v0 = vocabulary.mean()
         reply = yield Gradients(v0[None], probes)
-        estimate = vocabulary.slope * ((vocabulary.table - v0) @ reply.gradients[0])
-        if vocabulary.curvature is not None:
-            estimate = estimate + vocabulary.curvature
+        estimate = (vocabulary.table - v0) @ reply.gradients[0]
+        if task.shortlist is not None:
+            estimate = task.shortlist.correct(estimate)
         order = (estimate + task.penalty()).argsort(stable=True)
         m = first = self._size(task) if _tells(reply.gradients) else c
         contest.enter(order[:m])
@@ -93,7 +93,7 @@ class Auto(DefaultProbes):
             contest.enter(order[:m])
             yield from contest.advance()
 
-        in_doubt = vocabulary.curvature is None or m > first
+        in_doubt = task.shortlist is None or m > first
         linearised: list[int] = []
         while True:
             leader = contest.leader()
@@ -109,7 +109,7 @@ class Auto(DefaultProbes):
     def _relinearise(self, task: Task, contest: Contest, leader: int, probes: torch.Tensor, m: int):
         """Lets the classes enter that the gradient at the leader puts in front."""
         table, at = task.vocabulary.table, torch.tensor([leader])
-        reply = yield Gradients(table[at], probes, at)
+        reply = yield Gradients(at, probes)
         contest.ledger.add(at, probes, reply.losses)
         if _tells(reply.gradients):
             estimate = (table - table[leader]) @ reply.gradients[0] + task.penalty()
@@ -120,8 +120,7 @@ class Auto(DefaultProbes):
         c = len(task.vocabulary)
         if self.shortlist is not None:
             return min(self.shortlist, c)
-        fitted = task.vocabulary.curvature is not None
-        return min(math.ceil(c**0.41) * (1 if fitted else 2), c)
+        return min(math.ceil(c**0.41) * (2 if task.shortlist is None else 1), c)
 
 
 def _tells(gradient: torch.Tensor) -> bool:

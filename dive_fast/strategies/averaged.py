@@ -30,11 +30,12 @@ def averaged(search: Search, parts: int) -> Search:
 
 
 def _split(request: Request, parts: int) -> Request:
-    classes = request.classes
-    if classes is not None:
-        classes = (classes[:, None] * parts + torch.arange(parts)).flatten()
-    conditions = request.conditions.unflatten(1, (parts, -1)).flatten(0, 1)
-    return replace(request, conditions=conditions, classes=classes)
+    if request.relaxed:
+        conditions = request.conditions.unflatten(1, (parts, -1)).flatten(0, 1)
+    else:
+        # The engine counts the vocabulary's conditions through.
+        conditions = (request.conditions[:, None] * parts + torch.arange(parts)).flatten()
+    return replace(request, conditions=conditions)
 
 
 def _join(

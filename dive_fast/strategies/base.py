@@ -10,6 +10,7 @@ import torch
 
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Search
+from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
 
@@ -33,12 +34,14 @@ class Task:
         seed: for strategies that draw at random.
         log_prior: float64 [C] over the inverse temperature, log p(y) / beta, if it is not uniform:
             the best class has the lowest L(y; x0) - log_prior.
+        shortlist: learned correction of what a gradient says of these classes, if there is one.
     """
 
     vocabulary: Vocabulary
     probes: ProbeList
     seed: int = 0
     log_prior: torch.Tensor | None = None
+    shortlist: Shortlist | None = None
 
     def penalty(self) -> torch.Tensor:
         """What is added to each class's mean loss before classes are compared, float64 [C]."""

@@ -75,15 +75,15 @@ class DivePaper:
         for loop in range(self.loops):
             order = order[self._permutation(loop, k, generator)]
             for batch in order.split(self.batch_size):
-                projected, nearest = vocabulary.project(v.detach(), self.metric)
-                reply = yield Gradients(projected, batch, nearest)
-                # Straight-through: dL/dv = dL/dv'.
+                nearest = vocabulary.nearest(v, self.metric)
+                reply = yield Gradients(nearest, batch)
+                # Straight-through: dL/dv = dL/dP(v).
                 v.grad = reply.gradients
                 optimizer.step()
                 step_losses.append(reply.losses.mean().item())
                 step_classes.append(int(nearest))
-            projected, nearest = vocabulary.project(v.detach(), self.metric)
-            measured = yield Losses(projected, all_probes, nearest)
+            nearest = vocabulary.nearest(v, self.metric)
+            measured = yield Losses(nearest, all_probes)
             # Published as the mean of the batches' means.
             batch_means = measured.view(-1, self.batch_size).mean(dim=1)
             monitor_losses.append(batch_means.double().mean().item())

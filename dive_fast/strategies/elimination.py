@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from scipy.special import stdtrit
 
 from dive_fast.core.requests import Answer, Losses
 from dive_fast.strategies.base import Ledger, Task
@@ -61,8 +62,7 @@ class Contest:
     """
 
     def __init__(self, task: Task, looks: Sequence[int], test: PairedTest) -> None:
-        self.table = task.vocabulary.table
-        c = len(self.table)
+        c = len(task.vocabulary)
         self.looks, self.test = tuple(looks), test
         self.penalty = task.penalty()
         self.ledger = Ledger(c, len(task.probes))
@@ -130,7 +130,7 @@ class Contest:
         known = self.ledger.losses[classes][:, probe_ids].isfinite()
         for todo, group in _alike(~known):
             asked, ids = classes[group], probe_ids[todo]
-            losses = yield Losses(self.table[asked], ids, asked)
+            losses = yield Losses(asked, ids)
             self.ledger.add(asked, ids, losses)
 
     def leader(self) -> int:
@@ -147,7 +147,7 @@ class Contest:
         confidence, L_c - L_winner is at least that.
         """
         winner = self.leader()
-        bound = torch.full((len(self.table),), torch.nan)
+        bound = torch.full((len(self.left),), torch.nan)
         for c in (self.entered & ~self.left).nonzero()[:, 0].tolist():
             difference = (self.ledger.losses[c] - self.ledger.losses[winner]).double()
             difference = difference[difference.isfinite()]
@@ -171,33 +171,5 @@ def _alike(todo: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @lru_cache(maxsize=4096)
 def student_t_quantile(p: float, degrees: int) -> float:
-    """The p-quantile of Student's t with whole degrees of freedom, for p > 1/2, by bisection.
-
-    The distribution function is the finite sum of Abramowitz & Stegun 26.7.3 and 26.7.4.
-    """
-    low, high = 0.0, 2.0
-    while student_t_tail(high, degrees) > 1 - p:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_tail(middle, degrees) > 1 - p else (low, middle)
-    return (low + high) / 2
-
-
-def student_t_tail(t: float, degrees: int) -> float:
-    """P(T > t) for t >= 0."""
-    theta = math.atan2(t, math.sqrt(degrees))
-    cos2 = math.cos(theta) ** 2
-    if degrees % 2:
-        term, total = math.cos(theta), 0.0
-        for i in range(1, (degrees - 1) // 2 + 1):
-            total += term
-            term *= cos2 * 2 * i / (2 * i + 1)
-        inside = 2 / math.pi * (theta + math.sin(theta) * total)
-    else:
-        term, total = 1.0, 0.0
-        for i in range(1, degrees // 2 + 1):
-            total += term
-            term *= cos2 * (2 * i - 1) / (2 * i)
-        inside = math.sin(theta) * total
-    return max((1 - inside) / 2, 0.0)
+    """The p-quantile of Student's t; ``scipy.stats.t.ppf`` without the import of all of it."""
+    return float(stdtrit(degrees, p))

@@ -21,10 +21,9 @@ class Enumerate(DefaultProbes):
     loss: str = "l2"
 
     def search(self, task: Task) -> Search:
-        table, probes = task.vocabulary.table, torch.arange(len(task.probes))
-        classes = torch.arange(len(table))
-        losses = yield Losses(table, probes, classes)
-        ledger = Ledger(len(table), len(probes))
+        classes, probes = torch.arange(len(task.vocabulary)), torch.arange(len(task.probes))
+        losses = yield Losses(classes, probes)
+        ledger = Ledger(len(classes), len(probes))
         ledger.add(classes, probes, losses)
         return ledger.answer(int(ledger.means().argmin()), losses=losses)
 
@@ -81,18 +80,18 @@ class AdaptiveEnumerate:
         return ProbeList(timesteps, noise)
 
     def search(self, task: Task) -> Search:
-        table, needed = task.vocabulary.table, self.n_trials * sum(map(len, self._stages()))
+        c, needed = len(task.vocabulary), self.n_trials * sum(map(len, self._stages()))
         if len(task.probes) != needed:
             raise DiveFastError(
                 f"the stages {self.n_samples} take {needed} probes, got {len(task.probes)}."
             )
-        ledger, remaining = Ledger(len(table), len(task.probes)), torch.arange(len(table))
+        ledger, remaining = Ledger(c, len(task.probes)), torch.arange(c)
         start, kept = 0, []
         for stage, keep in zip(self._stages(), self.to_keep, strict=True):
             probes = torch.arange(start, start + len(stage) * self.n_trials)
             start += len(probes)
             if len(probes) > 0:
-                losses = yield Losses(table[remaining], probes, remaining)
+                losses = yield Losses(remaining, probes)
                 ledger.add(remaining, probes, losses)
             means = ledger.means()[remaining]
             remaining = remaining[torch.topk(-means, k=min(keep, len(remaining))).indices]

@@ -72,7 +72,7 @@ class Invert(DefaultProbes):
             path.append(c)
             since_new += 1
             if c not in gradients:
-                reply = yield Gradients(table[nearest], searched, nearest)
+                reply = yield Gradients(nearest, searched)
                 ledger.add(nearest, searched, reply.losses)
                 gradients[c], exact = reply.gradients, exact and reply.exact
                 since_new = 0
@@ -87,7 +87,7 @@ class Invert(DefaultProbes):
             ledger = Ledger(len(table), k)
             rest = torch.arange(k) if len(finalists) == 2 else searched
         if len(rest) > 0 and (len(finalists) == 2 or not exact):
-            losses = yield Losses(table[finalists], rest, finalists)
+            losses = yield Losses(finalists, rest)
             ledger.add(finalists, rest, losses)
         winner = finalists[ledger.means()[finalists].argmin()]
         return ledger.answer(int(winner), path=path, losses=ledger.losses)

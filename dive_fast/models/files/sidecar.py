@@ -13,7 +13,7 @@ from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.files.checkpoint import read_json
-from dive_fast.models.protocol import Model
+from dive_fast.models.protocol import Model, optional
 
 FILE = "dive_fast.json"
 
@@ -48,8 +48,14 @@ def apply_fitted(model: Model, fitted: Fitted) -> None:
     if fitted.beta is not None:
         model.beta = fitted.beta
     model.timesteps = fitted.timesteps
-    if fitted.shortlist is not None:
-        fitted.shortlist.apply(model.vocabulary)
+    if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
+        model.shortlist = fitted.shortlist
+
+
+def fitted_shortlist(model: Model) -> Shortlist | None:
+    """The model's shortlist, if it was learned for the classes that the model has now."""
+    shortlist = optional(model, "shortlist")
+    return shortlist if shortlist is not None and shortlist.fits(model.vocabulary) else None
 
 
 def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
