@@ -15,7 +15,8 @@ from dive_fast.engine import Engine, EngineOptions, Job
 from dive_fast.engine import classes as class_table
 from dive_fast.engine.classes import ClassTable
 from dive_fast.engine.objective import Objective
-from dive_fast.engine.packing import Running, pack, to_batch
+from dive_fast.engine.packing import pack, to_batch
+from dive_fast.engine.running import Running
 from dive_fast.errors import DiveFastError
 from dive_fast.models.dit.model import DiT
 

@@ -1,8 +1,8 @@
 """Runs the strategies of many images at once and packs their requests into full batches.
 
-The only place that knows about batch size and memory; what a batch is made of is ``packing``, how
-it is computed ``forward``. A row is one (image, probe, condition); an evaluation is one forward of
-the network on one row, or one backward.
+The only place that knows about batch size and memory; how an image gets on is ``running``, what a
+batch is made of ``packing``, how it is computed ``forward``. A row is one (image, probe,
+condition); an evaluation is one forward of the network on one row, or one backward.
 """
 
 from __future__ import annotations
@@ -23,16 +23,8 @@ from dive_fast.engine.cache import is_out_of_memory
 from dive_fast.engine.forward import Forward, check_options
 from dive_fast.engine.objective import Objective
 from dive_fast.engine.options import EngineOptions
-from dive_fast.engine.packing import (
-    Chunk,
-    Job,
-    Result,
-    Running,
-    fullest,
-    pack,
-    scatter,
-    to_batch,
-)
+from dive_fast.engine.packing import Chunk, fullest, pack, scatter, to_batch
+from dive_fast.engine.running import Job, Result, Running
 from dive_fast.models.protocol import Model
 
 

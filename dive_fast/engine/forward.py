@@ -17,7 +17,8 @@ from dive_fast.engine.cache import ActivationCache, Key, merge, take
 from dive_fast.engine.classes import ClassTable
 from dive_fast.engine.objective import DeviceProbes, Objective
 from dive_fast.engine.options import EngineOptions
-from dive_fast.engine.packing import Batch, Result
+from dive_fast.engine.packing import Batch
+from dive_fast.engine.running import Result
 from dive_fast.errors import DiveFastError
 from dive_fast.models.protocol import Model, StagedModel, State, optional
 
@@ -58,9 +59,8 @@ class Forward:
     def losses(self, batch: Batch) -> Result:
         """The losses, exact at every cache level."""
         with torch.no_grad():
-            return Result(
-                self._compare(batch, self._predicted(batch), self.objective.compare).cpu()
-            )
+            losses = self._compare(batch, self._predicted(batch), self.objective.compare)
+        return Result(losses.cpu())
 
     def error_maps(self, batch: Batch) -> Result:
         """Losses, and the weighted sum of every condition's error maps."""
