@@ -40,8 +40,8 @@ from bench.records import RESULTS, append_line
 from dive_fast.data.scenes import CANVAS, NAMES, STEP, SceneMaker, Scenes, load_scenes
 from dive_fast.data.scenes_coco import scenes_dataset
 from dive_fast.errors import DiveFastError, ModelError, RunError
-from dive_fast.evaluation.classification import machine
 from dive_fast.evaluation.coco_scores import score
+from dive_fast.evaluation.machine import machine
 from dive_fast.predict.detections import Detections
 from dive_fast.training.loop import (
     STATE,

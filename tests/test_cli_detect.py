@@ -177,7 +177,7 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
         ({"--timesteps": "uniform"}, "--timesteps is for classifiers"),
         ({"--average": "loss"}, "--average is for classifiers"),
         ({"--classes": "cat,dog"}, "has classes of its own"),
-        ({"--timestep-embedding": "original"}, "--timestep-embedding is for DiTs"),
+        ({"--timestep-embedding": "original"}, "--timestep-embedding is for classifiers"),
         ({"--model": "digits"}, "expected a layout-to-image model, got digits"),
         ({"--data": "nothing.json"}, "nothing.json"),
     ],

@@ -116,10 +116,10 @@ def test_crowds_and_unknown_classes_take_no_part(detector, data) -> None:
     assert record.n == 3
 
 
-def test_a_picture_that_cannot_be_read(detector, data, capsys) -> None:
+def test_a_picture_that_cannot_be_read(detector, data, caplog) -> None:
     data.images[0].path.write_bytes(b"no picture")
     assert calibrate_detector(detector, data, **SEARCH).n == 5
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(caplog.messages) == 1
 
 
 def test_refused(detector, data, tmp_path: Path) -> None:

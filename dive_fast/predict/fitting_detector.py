@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +18,8 @@ from dive_fast.predict.calibration import Calibration, calibrate
 from dive_fast.predict.detector import LayoutDetector
 from dive_fast.predict.matching import match
 from dive_fast.strategies.layout import LayoutAnswer
+
+log = logging.getLogger(__name__)
 
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
 
@@ -41,7 +43,7 @@ def calibrate_detector(
 
     Args:
         data: pictures and annotated boxes; classes are matched by name. Pictures that cannot be
-            read are left out, with a sentence on stderr.
+            read are left out, with a warning to the log.
         progress: show a bar.
         **search: strategy, probes, seed and settings, as for the detector.
 
@@ -99,5 +101,5 @@ def _pictures(data: CocoDataset, bar: tqdm) -> Iterator[tuple[int, Image.Image]]
         try:
             yield image.id, to_mode(image.read(), 3)
         except ImageError as error:
-            tqdm.write(f"dive-fast: {error}", file=sys.stderr)
+            log.warning(error)
             bar.update()
