@@ -189,6 +189,21 @@ def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected)
     assert_refused(call(capsys, "evaluate", *arguments), expected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("evaluate", "--data", "digits", "--images", "."), "--images is for detectors; digits is"),
+        (("evaluate", "--data", "digits", "--prior", "none"), "--prior is for detectors; digits"),
+        (("evaluate", "--data", "a.npz", "--prior-weight", 1), "--prior-weight is for detectors"),
+        (("fit", "--data", "digits", "--images", "."), "digits is for classifiers"),
+        (("fit", "--generate", 3, "--images", "."), "fit without --data is for classifiers"),
+    ],
+)
+def test_options_of_the_other_job(arguments: tuple, expected: str, tmp_path, capsys) -> None:
+    assert_refused(call(capsys, *arguments, "--out", tmp_path / "run"), expected)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def scenes_model(tmp_path_factory) -> Path:
     """Of the scenes' layouts, random weights; where the zoo's would lie."""
