@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from dive_fast import Classification, Detections
 from dive_fast.errors import ImageError, ModelError, RunError
 from dive_fast.evaluation import RunDirectory, read_records
 from dive_fast.evaluation.run import Source, run_over
@@ -93,6 +96,16 @@ def test_a_record_of_ones_own(tmp_path: Path) -> None:
     assert read_records(tmp_path)["5"] == {
         "id": "5", "truth": -5, "key": "5", "answer": 5, "image": 5,
     }  # fmt: skip
+
+
+def test_the_page_lists_every_field() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "records.md").read_text(encoding="utf-8")
+    first_cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    c = torch.zeros(2)
+    found = Classification("a", 0, c, c, c + 1, c > 0, c, ("a", "b"), 1, 0.5).to_dict()
+    found |= Detections([], [], [], ("a", "b"), []).to_dict()
+    assert listed == {"id", "truth", "error", "drawn", *found}
 
 
 @pytest.mark.parametrize("missing", ["run.json", "results.jsonl"])

@@ -98,9 +98,11 @@ class _Printed:
     def _print(self, record: Mapping[str, Any]) -> None:
         from tqdm import tqdm
 
+        from dive_fast.evaluation.run import sentence
+
         if "error" in record:
             self.failed = True
-            log.warning(record["error"])
+            log.warning(sentence(record["id"], record["error"]))
         elif not self.as_json:
             best = ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in record["top"])
             # Above the progress bar, if there is one.
