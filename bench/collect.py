@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dive_fast.evaluation.classification import read_records, summarise
+from dive_fast.evaluation import read_records, summarise
 
 RESULTS = Path(__file__).parent / "results" / "evaluations.jsonl"
 

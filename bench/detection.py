@@ -17,7 +17,6 @@ classes, K probes, n objects found in a picture and at most M:
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,8 +32,8 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.data.coco import CocoDataset, class_categories, read_coco
 from dive_fast.data.scenes import write_scenes
 from dive_fast.errors import DiveFastError
-from dive_fast.evaluation.classification import environment, read_records
-from dive_fast.evaluation.detection import evaluate_detections
+from dive_fast.evaluation import evaluate_detections, read_records
+from dive_fast.evaluation.machine import environment
 from dive_fast.predict.detector import PRIOR_WEIGHT
 from dive_fast.predict.matching import match
 from dive_fast.strategies.layout import InvertLayout, LayoutStrategy, resolve_layout_strategy
@@ -106,9 +105,8 @@ def run_variant(
     )
     chosen = {"strategy": variant.strategy, "probes": probes}
     config = detector.identity(**chosen)
-    detector_of_run = _Chosen(detector, chosen)
     summary = evaluate_detections(
-        detector_of_run, data, runs / variant.name, config=config, progress=sys.stderr.isatty()
+        detector, data, runs / variant.name, progress=sys.stderr.isatty(), **chosen
     )
     objects = summary.objects_per_image or 0.0
     return {
@@ -122,14 +120,6 @@ def run_variant(
         "brute_force": brute_force(detector.model.layout, config["probes"], objects),
         "threads": torch.get_num_threads(),
     }, detector
-
-
-class _Chosen:
-    """A detector with its search and probes."""
-
-    def __init__(self, detector: LayoutDetector, chosen: dict[str, Any]) -> None:
-        self.names = detector.names
-        self.stream = functools.partial(detector.stream, **chosen)
 
 
 def found_objects(
@@ -150,7 +140,7 @@ def found_objects(
             continue
         boxes = torch.tensor(record["boxes"], dtype=torch.float64).view(-1, 4)
         confidence = torch.tensor(record["confidences"], dtype=torch.float64)
-        known = [number[c] for c in record["classes"]]
+        known = [number[c] for c in record["indices"]]
         kept = ~image.crowd
         truth, labels = image.boxes[kept], image.class_ids[kept].tolist()
         same = [[k == data.category_ids[c] for c in labels] for k in known]

@@ -21,7 +21,7 @@ import torch
 from dive_fast import DiffusionClassifier
 from dive_fast.core.requests import Gradients
 from dive_fast.data.digits import load_digits
-from dive_fast.evaluation.classification import environment
+from dive_fast.evaluation.machine import environment
 from dive_fast.strategies import DefaultProbes, DivePaper, Invert, Ledger
 
 RESULTS = Path(__file__).parent / "results" / "invert_ablation.jsonl"

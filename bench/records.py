@@ -10,7 +10,7 @@ from typing import Any
 
 from dive_fast import DiffusionClassifier
 from dive_fast.errors import RunError
-from dive_fast.evaluation.classification import environment
+from dive_fast.evaluation.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -46,8 +46,8 @@ from dive_fast.data.scenes import (
     scenes_dataset,
 )
 from dive_fast.errors import DiveFastError, ModelError, RunError
-from dive_fast.evaluation.classification import machine
 from dive_fast.evaluation.coco_scores import score
+from dive_fast.evaluation.machine import machine
 from dive_fast.predict.detections import Detections
 from dive_fast.training import loop
 from dive_fast.training.loop import STATE, Course, prepare_directory, write_tensors

@@ -28,7 +28,7 @@ from bench.baselines import diffusion_classifier, dive
 from bench.records import append
 from dive_fast import DiffusionClassifier, zoo
 from dive_fast.data import DataSet, open_dataset, select
-from dive_fast.evaluation.classification import evaluate, read_records, summarise
+from dive_fast.evaluation import evaluate, read_records, summarise
 from dive_fast.strategies import Auto, DivePaper, Enumerate, Invert, Race, Strategy
 
 K = 250
@@ -138,7 +138,7 @@ def run_baseline(
         "seconds_per_image": seconds / n,
         **agreement(
             options.runs,
-            {e.id: {"prediction": predictions[e.id], "label": e.label} for e in data.examples},
+            {e.id: {"index": predictions[e.id], "truth": e.label} for e in data.examples},
         ),
     }
 
@@ -154,12 +154,12 @@ def agreement(runs: Path, records: dict[str, dict]) -> dict:
     def share(hits: list[bool]) -> float:
         return sum(hits) / len(both)
 
-    label = {key: records[key]["label"] for key in both}
+    truth = {key: records[key]["truth"] for key in both}
     return {
-        "agreement": share([full[k]["prediction"] == records[k]["prediction"] for k in both]),
+        "agreement": share([full[k]["index"] == records[k]["index"] for k in both]),
         "agreement_n": len(both),
-        "accuracy_there": share([records[k]["prediction"] == label[k] for k in both]),
-        "enumerate_accuracy_there": share([full[k]["prediction"] == label[k] for k in both]),
+        "accuracy_there": share([records[k]["index"] == truth[k] for k in both]),
+        "enumerate_accuracy_there": share([full[k]["index"] == truth[k] for k in both]),
     }
 
 

@@ -22,7 +22,7 @@ from dive_fast import DiffusionClassifier
 from dive_fast.core.probes import van_der_corput
 from dive_fast.core.timesteps import BINS, estimate
 from dive_fast.data.digits import load_digits
-from dive_fast.evaluation.classification import environment
+from dive_fast.evaluation.machine import environment
 from dive_fast.training.dit import DIGITS, augment_images
 
 RESULTS = Path(__file__).parent / "results" / "timestep_ablation.jsonl"

@@ -21,7 +21,7 @@ import torch
 from dive_fast import DiffusionClassifier
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.data import load_all, open_dataset, select
-from dive_fast.evaluation.classification import environment
+from dive_fast.evaluation.machine import environment
 
 RESULTS = Path(__file__).parent / "results" / "timestep_curves.jsonl"
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 100)

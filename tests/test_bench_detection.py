@@ -93,7 +93,7 @@ def test_found_objects() -> None:
     data = CocoDataset(("a", "b"), (7, 9), (image, replace(image, id=4)), "x")
     record = {
         "boxes": [*boxes[:3].tolist(), [40, 0, 50, 10]],
-        "classes": [1, 1, 0, 0],  # of the detector, whose order is another: the second is wrong
+        "indices": [1, 1, 0, 0],  # of the detector, whose order is another: the second is wrong
         "confidences": [0.9, 0.8, 0.3, 0.6],
     }
     records = {"3": record, "4": {"error": "unreadable"}}
@@ -106,7 +106,7 @@ def test_found_objects() -> None:
         "precision": pytest.approx(1 / 3),
         "recall": pytest.approx(1 / 3),
     }
-    record["classes"] = [1, 0, 0, 0]
+    record["indices"] = [1, 0, 0, 0]
     found = detection.found_objects(records, data, ["B", "a"])
     assert found["objects"] == 1 and found["precision"] == found["recall"] == pytest.approx(2 / 3)
     nothing = detection.found_objects({}, data, ["a"])

@@ -72,7 +72,7 @@ def test_a_classification_is_plain_to_use(classifier, digits):
     assert answer.log_posterior.exp().sum() == pytest.approx(1.0, rel=1e-5)
     assert answer.n_probes.tolist() == [20] * 10
     top = answer.top(3)
-    assert [set(entry) for entry in top] == [{"label", "score"}] * 3
+    assert [set(entry) for entry in top] == [{"label", "index", "score"}] * 3
     assert top[0]["score"] >= top[1]["score"] >= top[2]["score"]
     assert answer.trace is None
     content = json.loads(json.dumps(answer.to_dict(), allow_nan=False))

@@ -99,12 +99,11 @@ class TestClassify:
         (record,) = json.loads(said.out)
         clf = DiffusionClassifier.from_pretrained(model)
         (expected,) = clf(image, strategy=strategy, probes=6)
-        assert record["image"] == str(image)
+        assert record["id"] == str(image)
         assert record["label"] == expected.label == NAMES[record["index"]]
         assert record["probability"] == pytest.approx(expected.probability, rel=1e-4)
         assert record["top"] == [
-            {"label": t["label"], "score": pytest.approx(t["score"], rel=1e-4)}
-            for t in expected.top(3)
+            {**t, "score": pytest.approx(t["score"], rel=1e-4)} for t in expected.top(3)
         ]
         assert record["evaluations"] == expected.evaluations > 0
         assert record["seconds"] > 0
@@ -201,7 +200,7 @@ class TestClassify:
         assert said.code == 2
         assert [line.partition(": ")[0] for line in said.err.splitlines()] == ["dive-fast"] * 3
         records = json.loads(said.out)
-        assert [Path(record["image"]).name for record in records] == [f"{i}.png" for i in range(5)]
+        assert [Path(record["id"]).name for record in records] == [f"{i}.png" for i in range(5)]
         assert ["error" in record for record in records] == [True, False, True, False, True]
         assert records[4]["error"].endswith("4.png: no such file or folder.")
 
@@ -302,7 +301,9 @@ def test_info(capsys) -> None:
         assert word in said.out
 
 
-@pytest.mark.parametrize("command", ["", "classify", "evaluate", "train", "demo", "info"])
+@pytest.mark.parametrize(
+    "command", ["", "classify", "detect", "evaluate", "fit", "train", "demo", "info"]
+)
 def test_help(command: str, capsys) -> None:
     said = call(capsys, *command.split(), "--help")
     assert (said.code, said.err) == (0, "")

@@ -177,7 +177,7 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
         ({"--timesteps": "uniform"}, "--timesteps is for classifiers"),
         ({"--average": "loss"}, "--average is for classifiers"),
         ({"--classes": "cat,dog"}, "has classes of its own"),
-        ({"--timestep-embedding": "original"}, "--timestep-embedding is for DiTs"),
+        ({"--timestep-embedding": "original"}, "--timestep-embedding is for classifiers"),
         ({"--model": "digits"}, "expected a layout-to-image model, got digits"),
         ({"--data": "nothing.json"}, "nothing.json"),
     ],
@@ -187,6 +187,21 @@ def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected)
     options |= {"--out": tmp_path / "run", **changes}
     arguments = [part for pair in options.items() if pair[1] is not None for part in pair]
     assert_refused(call(capsys, "evaluate", *arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("evaluate", "--data", "digits", "--images", "."), "--images is for detectors; digits is"),
+        (("evaluate", "--data", "digits", "--prior", "none"), "--prior is for detectors; digits"),
+        (("evaluate", "--data", "a.npz", "--prior-weight", 1), "--prior-weight is for detectors"),
+        (("fit", "--data", "digits", "--images", "."), "digits is for classifiers"),
+        (("fit", "--generate", 3, "--images", "."), "fit without --data is for classifiers"),
+    ],
+)
+def test_options_of_the_other_job(arguments: tuple, expected: str, tmp_path, capsys) -> None:
+    assert_refused(call(capsys, *arguments, "--out", tmp_path / "run"), expected)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ class TestNpz:
     @pytest.mark.parametrize(
         "arrays, message",
         [
-            ({}, "images and labels, or x_test and y_test, got none"),
+            ({}, "images and labels, or x_test and y_test, or x, y, drawer and classes, got none"),
             ({"images": pixels(2)}, "images and labels.*got 'images'"),
             ({"images": pixels(2), "y_test": np.zeros(2, int)}, "got 'images', 'y_test'"),
             ({"images": pixels(2), "labels": np.zeros(3, int)}, "2 images and 3 labels"),

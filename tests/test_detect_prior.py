@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ class TestOnAnalyticModel:
         (alone,) = LayoutDetector(toy)(scene, **settings)
         (unweighted,) = LayoutDetector(toy, against_objects, prior_weight=0)(scene, **settings)
         (weighted,) = LayoutDetector(toy, against_objects, prior_weight=1e4)(scene, **settings)
-        assert unweighted.to_dict() == alone.to_dict()
+        assert replace(unweighted, seconds=0).to_dict() == replace(alone, seconds=0).to_dict()
         assert len(alone) > 0 and len(weighted) == 0
 
     def test_identity(self, toy, against_objects) -> None:

@@ -53,9 +53,11 @@ def test_fields(found: Detections) -> None:
     assert dtypes == (torch.float32, torch.int64, torch.float32)
     assert found.to_dict() == {
         "boxes": [[0, 0.5, 8, 10.25], [3, 4, 5, 6]],
-        "classes": [2, 0],
+        "indices": [2, 0],
         "labels": ["two words", "cat"],
         "confidences": [0.75, 1],
+        "evaluations": 0,
+        "seconds": 0,
     }
 
 
@@ -64,15 +66,16 @@ def test_class_probabilities(found: Detections, unsure: Detections) -> None:
     assert unsure.class_probabilities.dtype == torch.float32
     assert unsure.class_probabilities.shape == (2, 3)
     plain = unsure.to_dict()
-    assert plain.pop("probabilities") == unsure.class_probabilities.tolist()
-    assert list(plain) == ["boxes", "classes", "labels", "confidences"]
+    assert plain.pop("class_probabilities") == unsure.class_probabilities.tolist()
+    fields = ["boxes", "labels", "indices", "confidences", "evaluations", "seconds"]
+    assert list(plain) == fields
 
 
 @pytest.mark.parametrize("rows", [[], np.zeros((0, 3)), torch.zeros(0, 3)])
 def test_class_probabilities_of_nothing(rows: object) -> None:
     empty = Detections([], [], [], NAMES, rows)
     assert empty.class_probabilities.shape == (0, 3)
-    assert empty.to_dict()["probabilities"] == []
+    assert empty.to_dict()["class_probabilities"] == []
     assert empty.to_coco(17, (1, 2, 3), every_class=True) == []
 
 

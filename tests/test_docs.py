@@ -33,6 +33,7 @@ PAGES = (
     "docs/timesteps.md",
     "docs/detection.md",
     "docs/layouts.md",
+    "docs/records.md",
 )
 
 

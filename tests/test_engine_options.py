@@ -19,7 +19,7 @@ from dive_fast import DiffusionClassifier, DiveFastError, RunError
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.data import open_dataset
 from dive_fast.engine import EngineOptions
-from dive_fast.evaluation.classification import evaluate
+from dive_fast.evaluation import evaluate
 from dive_fast.models.dit.model import DiT
 
 LEVELS = ("off", "exact", "encoder")

@@ -22,7 +22,7 @@ from tiny import NAMES, read_json, write_model
 from dive_fast import DiffusionClassifier, DiveFastError, RunError
 from dive_fast.data import DataSet, Example, digits
 from dive_fast.data.images import read_image
-from dive_fast.evaluation.classification import evaluate, read_records, summarise
+from dive_fast.evaluation import evaluate, read_records, summarise
 
 ROOT = Path(__file__).parent.parent
 SUMMARY = {
@@ -63,7 +63,7 @@ def lines(out: Path) -> list[dict]:
 def assert_same_answers(found: dict[str, dict], expected: dict[str, dict]) -> None:
     assert found.keys() == expected.keys()
     for key, record in expected.items():
-        for name in ("label", "prediction", "evaluations", "n_probes"):
+        for name in ("label", "index", "truth", "evaluations", "n_probes"):
             assert found[key][name] == record[name]
         for a, b in zip(found[key]["losses"], record["losses"], strict=True):
             assert a == (b if b is None else pytest.approx(b, rel=1e-4))
@@ -71,15 +71,15 @@ def assert_same_answers(found: dict[str, dict], expected: dict[str, dict]) -> No
 
 class TestFigures:
     def test_summarise(self) -> None:
-        def record(label: int, prediction: int) -> dict:
+        def record(truth: int, index: int) -> dict:
             return {
-                "label": label, "prediction": prediction, "probability": 0.9,
+                "truth": truth, "index": index, "probability": 0.9,
                 "evaluations": 10, "seconds": 0.5,
             }  # fmt: skip
 
         # Class 0: 3 of 4 right; class 2: 0 of 1.
         records = [record(0, 0), record(0, 0), record(0, 1), record(0, 0), record(2, 0)]
-        found = summarise([*records, {"label": 2, "error": "bad"}])
+        found = summarise([*records, {"truth": 2, "error": "bad"}])
         assert found.to_dict() == {
             "accuracy": pytest.approx(0.6),
             "standard_error": pytest.approx((0.6 * 0.4 / 5) ** 0.5),
@@ -92,7 +92,7 @@ class TestFigures:
             "fill_rate": None,
         }
 
-    @pytest.mark.parametrize("records", [[], [{"label": 0, "error": "bad"}]])
+    @pytest.mark.parametrize("records", [[], [{"truth": 0, "error": "bad"}]])
     def test_nothing_to_summarise(self, records: list[dict]) -> None:
         found = summarise(records).to_dict()
         assert (found["n"], found["failed"]) == (0, len(records))
@@ -130,12 +130,12 @@ class TestRecords:
         }
         clf = DiffusionClassifier.from_pretrained(model)
         for record in records:
-            assert NAMES[record["label"]] == record["id"].split("/")[0]
+            assert NAMES[record["truth"]] == record["id"].split("/")[0]
             (expected,) = clf(folder / record["id"], strategy="enumerate", probes=5, seed=3)
-            assert record["prediction"] == expected.index
+            assert record["index"] == expected.index and record["label"] == expected.label
             assert record["losses"] == pytest.approx(expected.losses.tolist(), rel=1e-4)
             assert record["evaluations"] == 20
-        right = sum(r["prediction"] == r["label"] for r in records)
+        right = sum(r["index"] == r["truth"] for r in records)
         assert summary["accuracy"] == pytest.approx(right / 12)
 
         run = read_json(out / "run.json")
@@ -155,7 +155,7 @@ class TestRecords:
             "--probes", 3, "--json",
         )  # fmt: skip
         assert (said.code, json.loads(said.out)["n"]) == (0, 5)
-        assert [r["label"] for r in sorted(lines(out), key=lambda r: r["id"])] == labels.tolist()
+        assert [r["truth"] for r in sorted(lines(out), key=lambda r: r["id"])] == labels.tolist()
 
     def test_run_json_is_written_first(self, model: Path, tmp_path: Path) -> None:
         seen = []

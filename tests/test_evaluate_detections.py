@@ -15,9 +15,8 @@ from tiny import read_json
 
 from dive_fast import DataError, Detections, DiveFastError, RunError
 from dive_fast.data.coco import CocoDataset, read_coco
-from dive_fast.evaluation.classification import read_records
+from dive_fast.evaluation import evaluate_detections, read_records, summarise_detections
 from dive_fast.evaluation.coco_scores import NAMES
-from dive_fast.evaluation.detection import evaluate_detections, summarise_detections
 
 pytest.importorskip("pycocotools", reason="the COCO numbers come with the extra detect")
 
@@ -116,8 +115,8 @@ def test_records_and_summary(data: CocoDataset, tmp_path: Path, capfd) -> None:
     for image in data.images:
         record = records[str(image.id)]
         assert record["boxes"] == image.boxes.tolist()
-        assert record["classes"] == image.class_ids.tolist()
-        assert record["labels"] == [data.names[c] for c in record["classes"]]
+        assert record["indices"] == image.class_ids.tolist()
+        assert record["labels"] == [data.names[c] for c in record["indices"]]
         assert record["confidences"] == pytest.approx([0.9] * len(image.boxes))
         assert (record["evaluations"], record["seconds"]) == (100 + image.id, 0.5)
     assert list(summary)[:14] == [*NAMES, "AP_one_class", "AP_per_class"]
@@ -133,7 +132,7 @@ def test_records_and_summary(data: CocoDataset, tmp_path: Path, capfd) -> None:
     json.dumps(summary, allow_nan=False)
 
     run = read_json(out / "run.json")
-    assert run["config"] == {**CONFIG, "data": data.identity(), "names": list(GREYS)}
+    assert run["config"] == {"schema": 1, **CONFIG, "data": data.identity(), "names": list(GREYS)}
     assert {"dive_fast", "commit", "torch", "python"} <= set(run["environment"])
     again = summarise_detections(records, data, tuple(GREYS))
     assert again.to_dict() == summary
@@ -148,21 +147,21 @@ def test_second_guesses_count(data: CocoDataset, tmp_path: Path) -> None:
     assert summary.scores["AR100"] == pytest.approx(1)
     assert summary.objects_per_image == pytest.approx(7 / 6)
     records = read_records(out)
-    assert records["13"]["classes"] == [1, 2, 0]
-    assert records["13"]["probabilities"][0] == pytest.approx([0.3, 0.6, 0])
-    assert records["10"]["probabilities"] == []
+    assert records["13"]["indices"] == [1, 2, 0]
+    assert records["13"]["class_probabilities"][0] == pytest.approx([0.3, 0.6, 0])
+    assert records["10"]["class_probabilities"] == []
     assert summarise_detections(records, data, tuple(GREYS)) == summary
 
 
-def test_records_of_older_runs(data: CocoDataset, tmp_path: Path) -> None:
-    """Without probabilities objects count with their class; runs may have both kinds."""
+def test_records_without_class_probabilities(data: CocoDataset, tmp_path: Path) -> None:
+    """Without them objects count with their class; runs may have both kinds."""
     out = tmp_path / "run"
     new = evaluate_detections(GreyDetector(unsure=True), data, out, config=CONFIG)
     records = read_records(out)
 
     def summary(older: Iterable[str]):
         found = {
-            key: {k: v for k, v in record.items() if key not in older or k != "probabilities"}
+            key: {k: v for k, v in record.items() if key not in older or k != "class_probabilities"}
             for key, record in records.items()
         }
         return summarise_detections(found, data, tuple(GREYS))
@@ -203,7 +202,7 @@ def test_another_run_is_not_resumed(data: CocoDataset, tmp_path: Path) -> None:
         evaluate_detections(GreyDetector(["dark"]), data.select(2), out, config=CONFIG)
 
 
-def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, capsys) -> None:
+def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, caplog) -> None:
     folder = data.images[0].path.parent
     (folder / "1.png").unlink()
     (folder / "2.png").write_bytes(b"no picture")
@@ -222,8 +221,8 @@ def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, capsys)
     assert records["11"] == {"id": "11", "error": "image 11 has no picture."}
     assert records["13"]["error"].endswith("expected 60 x 40 pixels as annotated, got 40 x 60.")
     assert "expected 16-bit values" in records["14"]["error"]
-    first, second, third = capsys.readouterr().err.splitlines()  # the missing one is known already
-    assert first.startswith("dive-fast: ") and "2.png: expected an image" in first
+    first, second, third = caplog.messages  # the missing one is known already
+    assert first.startswith(str(folder)) and "2.png: expected an image" in first
     assert "3.png: expected 60 x 40 pixels" in second
     assert "4.png: expected 16-bit values" in third
 
@@ -236,14 +235,13 @@ def test_no_picture_can_be_used(data: CocoDataset, tmp_path: Path) -> None:
     assert set(summary.values()) == {None}
 
 
-def test_classes_by_name(data: CocoDataset, tmp_path: Path, capsys) -> None:
+def test_classes_by_name(data: CocoDataset, tmp_path: Path, caplog) -> None:
     """The detector's order is its own; what it does not know is missed."""
     detector = GreyDetector(["white", "dark"])
     summary = evaluate_detections(detector, data, tmp_path / "run", config=CONFIG)
-    assert capsys.readouterr().err == (
-        "dive-fast: boxes.json: the model does not know the classes 'light'; their boxes (2) count "
-        "as missed.\n"
-    )
+    assert caplog.messages == [
+        "boxes.json: the model does not know the classes 'light'; their boxes (2) count as missed."
+    ]
     assert summary.ap_per_class == {
         "dark": pytest.approx(1), "light": 0, "white": pytest.approx(1),
     }  # fmt: skip

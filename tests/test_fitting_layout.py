@@ -116,7 +116,7 @@ def test_crowds_and_unknown_classes_take_no_part(detector, data) -> None:
 def test_an_image_that_cannot_be_read(detector, data, caplog) -> None:
     data.images[0].path.write_bytes(b"no picture")
     assert detector.calibrate(data, **SEARCH).n == 5
-    assert [record.name for record in caplog.records] == ["dive_fast"]
+    assert len(caplog.messages) == 1
 
 
 def test_refused(detector, data, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from tiny_layout import make_layout_model
 from tiny_sd import write_to_hub
 
 from dive_fast import DiffusionClassifier, LayoutDetector, ModelError
-from dive_fast.cli.options import add_model_options, load_classifier
+from dive_fast.cli.loading import load_classifier
+from dive_fast.cli.options import add_classifier_options
 from dive_fast.models import load_model, resolve
 from dive_fast.models.files.hub import download, patterns, pickle_patterns
 from dive_fast.models.source import FAMILIES
@@ -138,7 +139,7 @@ def test_from_pretrained_resolves_once(hub, asked, tmp_path):
 
 def test_the_command_line_resolves_once(hub, asked):
     parser = argparse.ArgumentParser()
-    add_model_options(parser)
+    add_classifier_options(parser)
     options = parser.parse_args(["--model", "someone/tiny-sd", "--device", "cpu"])
     assert load_classifier(options, ["cat", "dog"]).names == ("cat", "dog")
     assert asked == ONCE

@@ -10,6 +10,13 @@ from dive_fast.data.paths import expand_inputs
 from dive_fast.errors import ImageError
 
 
+def good(arguments: list[str]) -> list[str]:
+    """The files of arguments that all give some."""
+    found = expand_inputs(arguments)
+    assert [error for _, error in found] == [None] * len(found)
+    return [path for path, _ in found]
+
+
 class TestExpandInputs:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -20,18 +27,19 @@ class TestExpandInputs:
         return tmp_path
 
     def test_folder(self, folder: Path) -> None:
-        names = [path.name for path in expand_inputs([str(folder)])]
+        names = [Path(path).name for path in good([str(folder)])]
         assert names == ["[1].png", "a.JPG", "b.png"]
 
     def test_files_keep_their_order(self, folder: Path) -> None:
         arguments = [str(folder / "notes.txt"), str(folder / "b.png"), str(folder / "a.JPG")]
-        assert expand_inputs(arguments) == [Path(a) for a in arguments]
+        assert good(arguments) == arguments
 
     def test_pattern_gives_files_only(self, folder: Path) -> None:
-        assert [p.name for p in expand_inputs([str(folder / "?*.png")])] == ["[1].png", "b.png"]
+        found = good([str(folder / "?*.png")])
+        assert [Path(path).name for path in found] == ["[1].png", "b.png"]
 
     def test_a_file_goes_before_the_pattern_its_name_is(self, folder: Path) -> None:
-        assert expand_inputs([str(folder / "[1].png")]) == [folder / "[1].png"]
+        assert good([str(folder / "[1].png")]) == [str(folder / "[1].png")]
 
     @pytest.mark.parametrize(
         "argument, message",
@@ -42,9 +50,11 @@ class TestExpandInputs:
         ],
     )
     def test_nothing_found(self, folder: Path, argument: str, message: str) -> None:
+        """An argument that gives none keeps its place, and the others are found."""
         (folder / "empty").mkdir()
-        with pytest.raises(ImageError, match=message):
-            expand_inputs([str(folder / "b.png"), str(folder / argument)])
-
-    def test_no_arguments(self) -> None:
-        pytest.raises(ImageError, expand_inputs, []).match("at least one picture")
+        arguments = [str(folder / name) for name in ("b.png", argument, "a.JPG")]
+        found = expand_inputs(arguments)
+        assert [path for path, _ in found] == arguments
+        assert [error is None for _, error in found] == [True, False, True]
+        assert isinstance(found[1][1], ImageError)
+        assert str(found[1][1]).startswith(arguments[1]) and message in str(found[1][1])

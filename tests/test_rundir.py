@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dive_fast.errors import RunError
-from dive_fast.evaluation.rundir import RunDirectory
+from dive_fast.evaluation.rundir import RunDirectory, read_records
 
 CONFIG = {"model": "digits", "seed": 0, "invert": {"lr": 0.01, "stages": (1, 2)}}
 
@@ -44,7 +44,7 @@ class TestOpen:
         with RunDirectory.open(str(path), CONFIG, {"torch": "2"}) as run:
             assert dict(run.done()) == {} and run.path == path
         stored = json.loads((path / "run.json").read_text())
-        assert stored["config"] == json.loads(json.dumps(CONFIG))
+        assert stored["config"] == {"schema": 1, **json.loads(json.dumps(CONFIG))}
         assert stored["environment"] == {"torch": "2"}
         assert lines(path) == []
         assert {p.name for p in path.iterdir()} == {"run.json", "results.jsonl", ".lock"}
@@ -78,6 +78,18 @@ class TestOpen:
             RunDirectory.open(tmp_path, CONFIG | change)
         with RunDirectory.open(tmp_path, CONFIG) as run:  # neither changed nor left locked
             assert list(run.done()) == ["image-0"]
+
+    @pytest.mark.parametrize(("schema", "got"), [({}, "None"), ({"schema": 2}, "2")])
+    def test_another_schema(self, tmp_path: Path, schema: dict, got: str) -> None:
+        """Neither gone on with nor read: the same field may mean something else."""
+        config = json.loads(json.dumps(CONFIG)) | schema
+        (tmp_path / "run.json").write_text(json.dumps({"config": config, "environment": {}}))
+        (tmp_path / "results.jsonl").write_text('{"id": "a", "label": 3, "prediction": 3}\n')
+        message = f"expected a run with records of schema 1, got schema {got}; compute it anew"
+        with pytest.raises(RunError, match=message):
+            RunDirectory.open(tmp_path, CONFIG)
+        with pytest.raises(RunError, match=message):
+            read_records(tmp_path)
 
     def test_foreign_content(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("precious")

@@ -226,5 +226,5 @@ class TestBoxArrays:
 
     def test_damaged(self, tmp_path: Path) -> None:
         (tmp_path / "boxes.npz").write_bytes(b"PK\x03\x04 no archive")
-        with pytest.raises(DataError, match="cannot be read as an .npz of plain arrays"):
+        with pytest.raises(DataError, match="unreadable, truncated or damaged"):
             read_box_arrays(tmp_path / "boxes.npz")

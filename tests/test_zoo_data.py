@@ -95,7 +95,7 @@ def test_augmentation_keeps_the_ground_and_moves_the_ink() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"y_train": None}, "expected the arrays x_train, y_train, got"),
+        ({"y_train": None}, "expected the arrays x_train and y_train, got"),
         ({"x_train": np.zeros((6, 20, 20), np.uint8)}, r"x_train as uint8 \[N, 28, 28\], got"),
         ({"x_train": np.zeros((6, 28, 28))}, r"x_train as uint8 \[N, 28, 28\], got float64"),
         ({"y_train": np.arange(5)}, r"y_train as whole numbers \[6\], got int64 \[5\]"),
@@ -110,7 +110,7 @@ def test_bad_mnist(changes: dict, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"drawer": None}, "expected the arrays x, y, drawer, classes, got"),
+        ({"drawer": None}, "expected the arrays x, y, drawer and classes, got"),
         ({"drawer": np.arange(3)}, "expected a drawer per picture, got 3"),
         ({"classes": np.array(["one"])}, "expected labels below 1, got 1"),
     ],
@@ -124,5 +124,5 @@ def test_no_file_and_no_archive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing is there"):
         load_mnist(tmp_path / "missing.npz", "train")
     (tmp_path / "bad.npz").write_bytes(b"no archive")
-    with pytest.raises(DataError, match="cannot be read as an .npz"):
+    with pytest.raises(DataError, match="expected an .npz archive of plain arrays"):
         load_mnist(tmp_path / "bad.npz", "train")

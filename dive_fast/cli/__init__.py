@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dive_fast import __version__
 from dive_fast.errors import DiveFastError
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after bad input, or 130 after an interrupt."""
     options = build_parser().parse_args(arguments)
     try:
-        code = options.run(options)
+        with _told():
+            code = options.run(options)
         # What is still buffered is written here, where a failure can be told.
         sys.stdout.flush()
         return code
@@ -88,6 +90,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subject = error.filename or "the output cannot be written"
         print(f"dive-fast: {subject}: {error.strerror or error}.", file=sys.stderr)
         return 2
+
+
+class _Teller(logging.Handler):
+    """Prints what the library warns of as a sentence on stderr, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"dive-fast: {record.getMessage()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """As long as a command runs; who calls the library alone has handlers of his own."""
+    log, teller = logging.getLogger("dive_fast"), _Teller()
+    log.addHandler(teller)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
 
 
 def _flush_or_discard() -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from tqdm import tqdm
+from dive_fast.cli.loading import chosen_strategy, load_classifier
+from dive_fast.cli.options import add_classifier_options, add_images, count
 
-from dive_fast.cli.options import (
-    add_model_options,
-    add_strategy_options,
-    chosen_strategy,
-    count,
-    load_classifier,
-)
+log = logging.getLogger(__name__)
 
 
 def add_parser(commands) -> None:
@@ -26,11 +22,8 @@ def add_parser(commands) -> None:
         help="classify images",
         description="Prints one line per image: path, label and probability.",
     )
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="picture files, folders of them, or globs"
-    )
-    add_model_options(parser)
-    add_strategy_options(parser)
+    add_images(parser)
+    add_classifier_options(parser)
     parser.add_argument(
         "--top", type=count, default=1, metavar="K", help="show the best K classes (default: 1)"
     )
@@ -39,96 +32,80 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from dive_fast.data.paths import expand_inputs
+    from dive_fast.evaluation.run import Source, run_over
+
     # A misspelt name should not wait for a large model to load.
     strategy = chosen_strategy(options)
-    errors: dict[int, str] = {}
-    paths = list(_expand(options.images, errors))
-    report = _Report(paths, errors, options)
-    if len(errors) < len(paths):
+    found = expand_inputs(options.images)
+    printed = _Printed([path for path, _ in found], as_json=options.json)
+    errors = dict(found)
+    if all(errors.values()):  # no model is needed to say so
+        classifier, stream = None, iter
+    else:
         classifier = load_classifier(options)
-        stream = classifier.stream(
-            latents=_latents(classifier, paths, errors),
-            strategy=strategy,
-            probes=options.probes,
-            seed=options.seed,
-            timesteps=options.timesteps,
-            progress=len(paths) if sys.stderr.isatty() else None,
-        )
-        for i, answer in stream:
-            report.add(i, answer)
-    return report.finish()
+
+        def stream(latents: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+            return classifier.stream(
+                latents=latents,
+                strategy=strategy,
+                probes=options.probes,
+                seed=options.seed,
+                timesteps=options.timesteps,
+                progress=len(errors) if sys.stderr.isatty() else None,
+            )
+
+    def latent(path: str) -> Any:
+        if (error := errors[path]) is not None:
+            raise error
+        return classifier.encode(path)[0]
+
+    run_over(
+        [Source(path, partial(latent, path)) for path in errors],
+        stream,
+        printed,
+        record=lambda path, answer, x0: answer.to_dict(options.top),
+    )
+    if options.json:
+        print(json.dumps(printed.records, indent=2, allow_nan=False))
+    return 2 if printed.failed else 0
 
 
-def _expand(arguments: list[str], errors: dict[int, str]) -> Iterator[Path]:
-    """The files of all arguments; one that gives none keeps its place, with an error."""
-    from dive_fast.data.paths import expand_inputs
-    from dive_fast.errors import ImageError
-
-    position = 0
-    for argument in arguments:
-        try:
-            found = expand_inputs([argument])
-        except ImageError as error:
-            errors[position] = str(error)
-            found = [Path(argument)]
-        yield from found
-        position += len(found)
-
-
-def _latents(classifier, paths: list[Path], errors: dict[int, str]) -> Iterator[tuple[int, Any]]:
-    from dive_fast.errors import ImageError
-
-    for i, path in enumerate(paths):
-        if i in errors:
-            continue
-        try:
-            x0 = classifier.encode(path)[0]
-        except ImageError as error:
-            errors[i] = str(error)
-            continue
-        yield i, x0
-
-
-class _Report:
-    """Prints in the order of the images, each as early as that order allows.
+class _Printed:
+    """Prints records in the order of the images, each as early as that order allows.
 
     Args:
-        paths: the images.
-        errors: by position, of those that cannot be read; grows while others are classified.
+        paths: the images, some perhaps several times.
+        as_json: print errors only; the rest is for whoever looks at ``records``.
     """
 
-    def __init__(
-        self, paths: list[Path], errors: dict[int, str], options: argparse.Namespace
-    ) -> None:
-        self.paths, self.errors, self.options = paths, errors, options
-        self.answers: dict[int, Any] = {}
-        self.records: list[dict[str, Any]] = []
+    def __init__(self, paths: Sequence[str], as_json: bool) -> None:
+        self.paths, self.as_json = paths, as_json
+        self.known: dict[str, Mapping[str, Any]] = {}
+        self.records: list[Mapping[str, Any]] = []
+        self.failed = False
 
-    def add(self, i: int, answer: Any) -> None:
-        self.answers[i] = answer
-        self._print_known()
+    def finished(self, path: str) -> bool:
+        return path in self.known
 
-    def finish(self) -> int:
-        """The exit code: 2 if an image could not be read."""
-        self._print_known()
-        if self.options.json:
-            print(json.dumps(self.records, indent=2, allow_nan=False))
-        return 2 if self.errors else 0
-
-    def _print_known(self) -> None:
-        while (i := len(self.records)) < len(self.paths):
-            if i in self.errors:
-                self.records.append({"image": str(self.paths[i]), "error": self.errors[i]})
-                # Above the progress bar, if there is one.
-                tqdm.write(f"dive-fast: {self.errors[i]}", file=sys.stderr)
-            elif i in self.answers:
-                self._print_answer(self.paths[i], self.answers.pop(i))
-            else:
+    def append(self, record: Mapping[str, Any]) -> None:
+        self.known[record["id"]] = record
+        while len(self.records) < len(self.paths):
+            next_one = self.known.get(self.paths[len(self.records)])
+            if next_one is None:
                 return
+            self.records.append(next_one)
+            self._print(next_one)
 
-    def _print_answer(self, path: Path, answer: Any) -> None:
-        top = answer.top(self.options.top)
-        self.records.append({"image": str(path), **answer.to_dict(), "top": top})
-        if not self.options.json:
-            best = ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in top)
-            tqdm.write(f"{path}: {best}", file=sys.stdout)
+    def _print(self, record: Mapping[str, Any]) -> None:
+        from tqdm import tqdm
+
+        from dive_fast.evaluation.run import sentence
+
+        if "error" in record:
+            self.failed = True
+            log.warning(sentence(record["id"], record["error"]))
+        elif not self.as_json:
+            best = ", ".join(f"{entry['label']} {entry['score']:.4f}" for entry in record["top"])
+            # Above the progress bar, if there is one.
+            tqdm.write(f"{record['id']}: {best}", file=sys.stdout)

@@ -10,12 +10,12 @@ from PIL import Image
 
 from dive_fast.data.coco import CocoDataset
 from dive_fast.data.scenes import write_scenes
-from dive_fast.evaluation.classification import environment, read_records
-from dive_fast.evaluation.detection import evaluate_detections
+from dive_fast.evaluation import evaluate_detections, read_records
+from dive_fast.evaluation.machine import environment
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.detector import LayoutDetector
 
-SCENES = 6
+SCENES = 2  # of some 2,500 evaluations each
 COLUMNS = 3
 GAP = 12  # pixels between pictures
 
@@ -30,7 +30,7 @@ def run_detection_demo(
 
     Args:
         out: the folder.
-        limit: scenes, six if None.
+        limit: scenes, two if None.
         progress: show a bar.
 
     Returns:
@@ -43,7 +43,6 @@ def run_detection_demo(
         detector,
         data,
         out / "scenes",
-        config=detector.identity(),
         environment=environment(detector),
         progress=progress,
     )
@@ -58,11 +57,11 @@ def draw(path: Path, data: CocoDataset, records: dict[str, dict], names: tuple[s
     drawn = []
     for image in data.images:
         record = records[str(image.id)]
-        found = Detections(record["boxes"], record["classes"], record["confidences"], names)
+        found = Detections(record["boxes"], record["indices"], record["confidences"], names)
         drawn.append(found.draw(image.read()))
     width, height = (max(side) for side in zip(*(picture.size for picture in drawn), strict=True))
-    rows = -(-len(drawn) // COLUMNS)
-    size = (COLUMNS * (width + GAP) + GAP, rows * (height + GAP) + GAP)
+    rows, columns = -(-len(drawn) // COLUMNS), min(len(drawn), COLUMNS)
+    size = (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP)
     sheet = Image.new("RGB", size, "white")
     for i, picture in enumerate(drawn):
         row, column = divmod(i, COLUMNS)

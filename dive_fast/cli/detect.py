@@ -5,27 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from dive_fast.cli.options import (
-    add_detector_options,
-    add_layout_strategy_options,
-    chosen_layout_strategy,
-    load_detector,
-)
-from dive_fast.cli.prior_options import tell_of_proportion
+from dive_fast.cli.loading import chosen_layout_strategy, load_detector
+from dive_fast.cli.options import add_detector_options, add_images
 
 DESCRIPTION = """\
 Finds the objects of images: the layout that best explains each under a layout-to-image model.
 
-DIR/run.json holds the configuration, DIR/results.jsonl one line per image, appended as they come,
-DIR/drawn/ the pictures with their boxes. Interrupted and run again with the same options it goes on
-where it stopped. An image that cannot be read is recorded with its error, is read again next time,
-and the rest go on; the exit code is then 2."""
+DIR/run.json holds the configuration, DIR/results.jsonl one line per image, appended as they come
+(docs/records.md), DIR/drawn/ the images with their boxes. Interrupted and run again with the same
+options it goes on where it stopped. An image that cannot be read is recorded with its error, is
+read again next time, and the rest go on; the exit code is then 2."""
 
 
 def add_parser(commands) -> None:
@@ -35,100 +28,60 @@ def add_parser(commands) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="picture files, folders of them, or globs"
-    )
+    add_images(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the results go")
     add_detector_options(parser)
-    add_layout_strategy_options(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    from dive_fast.data.images import read_image, to_mode
     from dive_fast.data.paths import expand_inputs
-    from dive_fast.errors import ImageError
-    from dive_fast.evaluation.rundir import RunDirectory
+    from dive_fast.evaluation import RunDirectory
+    from dive_fast.evaluation.machine import environment
+    from dive_fast.evaluation.run import Source, run_over
 
     # A misspelt name should not wait for a large model to load.
     strategy = chosen_layout_strategy(options)
-    errors: dict[str, str] = {}
-    paths: list[str] = []
-    for argument in options.images:
-        try:
-            paths += map(str, expand_inputs([argument]))
-        except ImageError as error:
-            errors[argument] = str(error)
-            paths.append(argument)
-    paths = list(dict.fromkeys(paths))
+    errors = dict(expand_inputs(options.images))
     detector = load_detector(options)
-    tell_of_proportion(detector)
     chosen = {"strategy": strategy, "probes": options.probes, "seed": options.seed}
-    with RunDirectory.open(options.out, detector.identity(**chosen)) as results:
-        todo = [path for path in paths if not results.finished(path)]
-        pictures = _Pictures(todo, errors, results)
-        with tqdm(total=len(todo), unit="image", disable=not sys.stderr.isatty()) as bar:
-            for path, found in detector.stream(pictures, **chosen):
-                drawn = _draw(found, pictures.pop(path), results.path / "drawn", path)
-                cost = {"evaluations": found.evaluations, "seconds": found.seconds}
-                results.append({"id": path, **found.to_dict(), **cost, "drawn": drawn})
-                bar.update()
-        records = [results.done()[path] for path in paths]
-    return _report(records, options.json)
+
+    def image(path: str) -> Any:
+        if (error := errors[path]) is not None:
+            raise error
+        return to_mode(read_image(path), 3)
+
+    with RunDirectory.open(
+        options.out, detector.identity(**chosen), environment(detector)
+    ) as results:
+        run_over(
+            [Source(path, partial(image, path), name=path) for path in errors],
+            partial(detector.stream, **chosen),
+            results,
+            progress=sys.stderr.isatty(),
+            record=partial(_record, results.path / "drawn"),
+        )
+        records = [results.done()[path] for path in errors]
+    if options.json:
+        print(json.dumps(records, indent=2, allow_nan=False))
+    good = [record for record in records if "error" not in record]
+    for record in good if not options.json else ():
+        print(f"{record['id']}: {_line(record)}")
+    return 0 if len(good) == len(records) else 2
 
 
-class _Pictures:
-    """Reads the pictures as they are asked for, and keeps them until they are drawn on.
-
-    What cannot be read is recorded with its error.
-    """
-
-    def __init__(self, paths: list[str], errors: dict[str, str], results: Any) -> None:
-        self.paths, self.errors, self.results = paths, errors, results
-        self.kept: dict[str, Any] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        from dive_fast.data.images import read_image, to_mode
-        from dive_fast.errors import ImageError
-
-        for path in self.paths:
-            error = self.errors.get(path)
-            if error is None:
-                try:
-                    self.kept[path] = to_mode(read_image(path), 3)
-                except ImageError as problem:
-                    error = str(problem)
-            if error is not None:
-                self.results.append({"id": path, "error": error})
-                continue
-            yield path, self.kept[path]
-
-    def pop(self, path: str) -> Any:
-        return self.kept.pop(path)
-
-
-def _draw(found: Any, picture: Any, folder: Path, path: str) -> str:
-    """Writes the picture with its boxes under a name that is still free; returns the name."""
+def _record(folder: Path, path: str, found: Any, image: Any) -> dict[str, Any]:
+    """What was found, and the name of the image with its boxes, which is still free."""
     folder.mkdir(exist_ok=True)
     stem, number = Path(path).stem, 1
     target = folder / f"{stem}.png"
     while target.exists():
         number += 1
         target = folder / f"{stem}-{number}.png"
-    found.draw(picture).save(target)
-    return f"{folder.name}/{target.name}"
-
-
-def _report(records: list[dict[str, Any]], as_json: bool) -> int:
-    """Prints all images in their order; the exit code is 2 if one could not be read."""
-    if as_json:
-        print(json.dumps(records, indent=2, allow_nan=False))
-    for record in records:
-        if "error" in record:
-            print(f"dive-fast: {record['error']}", file=sys.stderr)
-        elif not as_json:
-            print(f"{record['id']}: {_line(record)}")
-    return 2 if any("error" in record for record in records) else 0
+    found.draw(image).save(target)
+    return {**found.to_dict(), "drawn": f"{folder.name}/{target.name}"}
 
 
 def _line(record: dict[str, Any]) -> str:

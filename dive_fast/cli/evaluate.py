@@ -1,31 +1,34 @@
-"""``dive-fast evaluate``: accuracy on labelled images."""
+"""``dive-fast evaluate``: accuracy of a classifier, or the COCO numbers of a detector."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 
-from dive_fast.cli import evaluate_detections
-from dive_fast.cli.options import (
-    CLASSIFIER,
-    DETECTOR,
-    add_model_options,
-    add_strategy_options,
+from dive_fast.cli.jobs import annotated_images, is_detection
+from dive_fast.cli.loading import (
+    chosen_layout_strategy,
     chosen_strategy,
-    count,
     load_classifier,
+    load_detector,
 )
-from dive_fast.cli.prior_options import add_prior_options, refuse_detector_options
+from dive_fast.cli.options import add_options_of_both, count
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Classifies labelled images and reports accuracy, evaluations and seconds per image; or detects in
-the held-out scenes or the images of a COCO annotation file and reports the twelve COCO numbers;
---model is then scenes unless said, --strategy guided (default) or invert, and --probes 48.
+Runs a classifier over labelled images, or a detector over annotated ones. The data say which:
 
-RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come.
-Interrupted and run again with the same options it goes on where it stopped. An image that cannot
-be read is recorded with its error and the rest go on; the exit code is then 2.
+  classifier  --data digits, a folder by class, or an .npz
+              accuracy, calibration error, evaluations and seconds per image
+  detector    --data scenes, or a COCO annotation file with --images
+              the twelve COCO numbers, evaluations and seconds per image
+
+RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come
+(docs/records.md). Interrupted and run again with the same options it goes on where it stopped. An
+image that cannot be read is recorded with its error and the rest go on; the exit code is then 2.
 
 A text-conditional model without --classes is asked about the names of the sub-folders, or about the
 categories of the annotation file."""
@@ -34,19 +37,17 @@ categories of the annotation file."""
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="measure accuracy on labelled images",
+        help="measure a classifier or a detector on images with known answers",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--data",
         required=True,
-        metavar="digits|scenes|DIR|FILE.npz|FILE.json",
-        help="digits or scenes (the held-out ones), a folder with one sub-folder per class, an "
-        ".npz with images and labels (or x_test and y_test), or a COCO annotation file",
-    )
-    parser.add_argument(
-        "--images", metavar="DIR", help="the pictures of a COCO annotation file (detection)"
+        metavar="digits|DIR|FILE.npz|scenes|FILE.json",
+        help="for a classifier digits (the held-out ones), a folder with one sub-folder per class, "
+        "or an .npz with images and labels (or x_test and y_test); for a detector scenes (the "
+        "held-out ones), or a COCO annotation file",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
     parser.add_argument(
@@ -55,50 +56,71 @@ def add_parser(commands) -> None:
         metavar="N",
         help="a random subset of N images; of scenes the first N",
     )
-    add_model_options(parser)
-    add_prior_options(parser.add_argument_group("layouts (detection)"))
-    add_strategy_options(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
-    parser.set_defaults(run=run, model=None)
+    add_options_of_both(parser, strategy="auto", prior=True)
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    if evaluate_detections.is_detection(options):
-        options.model = options.model or DETECTOR
-        return evaluate_detections.run(options)
-    from dive_fast.data import folder_classes, open_dataset, select
-    from dive_fast.evaluation.classification import evaluate
-
-    refuse_detector_options(options)
-    options.model = options.model or CLASSIFIER
-    strategy = chosen_strategy(options)
-    classifier = load_classifier(options, folder_classes(options.data))
-    data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
+    evaluated = _detector if is_detection(options) else _classifier
     try:
-        summary = evaluate(
-            classifier,
-            data,
-            options.out,
-            strategy=strategy,
-            probes=options.probes,
-            seed=options.seed,
-            timesteps=options.timesteps,
-            progress=sys.stderr.isatty(),
-        )
+        summary, text = evaluated(options)
     except KeyboardInterrupt:
-        print(f"dive-fast: interrupted; run again to go on from {options.out}.", file=sys.stderr)
+        log.warning("interrupted; run again to go on from %s.", options.out)
         return 130
     if options.json:
         print(json.dumps(summary.to_dict(), allow_nan=False))
+    elif summary.n == 0:
+        print(f"no image could be read ({summary.failed} failed)")
     else:
-        print(as_text(summary))
+        print(text(summary))
     return 2 if summary.failed else 0
 
 
-def as_text(summary) -> str:
+def _classifier(options: argparse.Namespace):
+    from dive_fast.data import folder_classes, open_dataset, select
+    from dive_fast.evaluation import evaluate
+
+    strategy = chosen_strategy(options)
+    classifier = load_classifier(options, folder_classes(options.data))
+    data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
+    summary = evaluate(
+        classifier,
+        data,
+        options.out,
+        strategy=strategy,
+        probes=options.probes,
+        seed=options.seed,
+        timesteps=options.timesteps,
+        progress=sys.stderr.isatty(),
+    )
+    return summary, classifier_text
+
+
+def _detector(options: argparse.Namespace):
+    from dive_fast.evaluation import evaluate_detections
+    from dive_fast.evaluation.machine import environment
+
+    strategy = chosen_layout_strategy(options)
+    with annotated_images(options, "test") as data:
+        detector = load_detector(options, data.names)
+        for problem in data.problems:
+            log.warning(problem)
+        summary = evaluate_detections(
+            detector,
+            data,
+            options.out,
+            environment=environment(detector),
+            progress=sys.stderr.isatty(),
+            strategy=strategy,
+            probes=options.probes,
+            seed=options.seed,
+        )
+    return summary, detector_text
+
+
+def classifier_text(summary) -> str:
     """The summary, one figure a line."""
-    if summary.n == 0:
-        return f"no image could be read ({summary.failed} failed)"
     lines = [
         f"accuracy                 {summary.accuracy:.2%} +- {summary.standard_error:.2%}",
         f"mean per-class accuracy  {summary.mean_per_class_accuracy:.2%}",
@@ -111,4 +133,21 @@ def as_text(summary) -> str:
         lines.append(f"batches filled           {summary.fill_rate:.1%}")
     if summary.failed:
         lines.append(f"images that failed       {summary.failed}")
+    return "\n".join(lines)
+
+
+def detector_text(summary) -> str:
+    """The summary, one figure a line."""
+    lines = [
+        f"{name:22} {'-' if value is None else f'{value:.3f}'}"
+        for name, value in {**summary.scores, "AP_one_class": summary.ap_one_class}.items()
+    ]
+    lines += [
+        f"images                 {summary.n}",
+        f"objects per image      {summary.objects_per_image:.2f}",
+        f"evaluations per image  {summary.evaluations_per_image:,.0f}",
+        f"seconds per image      {summary.seconds_per_image:.3f}",
+    ]
+    if summary.failed:
+        lines.append(f"images that failed     {summary.failed}")
     return "\n".join(lines)

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
-from dive_fast.cli import evaluate_detections
-from dive_fast.cli.options import (
-    CLASSIFIER,
-    DETECTOR,
-    add_model_options,
-    add_strategy_options,
+from dive_fast.cli.jobs import annotated_images, is_detection
+from dive_fast.cli.loading import (
+    chosen_layout_strategy,
     chosen_strategy,
-    count,
     load_classifier,
     load_detector,
 )
+from dive_fast.cli.options import add_options_of_both, count
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Fits to labelled images, prints what it changes, and writes it into dive_fast.json beside the model:
+Fits a frozen model's few free numbers to images with known answers, prints what it changes, and
+writes them into dive_fast.json beside the model, where every command finds them. Use images that
+were not in the model's training, or it will be too sure. The data say what is fitted:
 
-  timesteps  which timesteps part the right class from its rivals; probes are then taken there
-  shortlist  what one gradient says of every class; strategy auto then measures fewer of them
-  beta       the temperature of log p(y | x0) = -beta L(y; x0), for honest probabilities
+  classifier  --data digits, a folder by class, or an .npz: all three, or what --what names
+    timesteps   where probes tell the right class from its rivals; they are then taken there
+    shortlist   what one gradient says of every class; strategy auto then measures fewer of them
+                (learned from the first 60 images, each of which measures every class)
+    beta        the temperature of log p(y | x0) = -beta L(y; x0), for honest probabilities,
+                fitted to the answers of --strategy (default: enumerate)
+    Timesteps and shortlist need no data: with --generate N the model makes its own images.
 
-Best use images that the model was not trained on: of those it is surer than of others. Timesteps
-and shortlist can be fitted without data, to images that the model generates itself (--generate N).
-A shortlist measures every class of up to 60 images; --limit takes fewer. Beta is fitted to the
-answers of --strategy enumerate unless said.
-
-Of a detector (--data scenes, or a COCO annotation file with --images) beta is fitted: to the first
-100 training scenes (--limit takes others, up to 1,000), or to annotated images, by the search that
-the options name. --model is then scenes unless said, --strategy guided (default) or invert, and
---probes 48. A prior is left out."""
+  detector    --data scenes, or a COCO annotation file with --images
+    beta        the temperature of the confidences, fitted to what --strategy (default: guided)
+                finds without a prior; of the scenes in the first 100 (--limit takes up to 1,000)"""
 
 PARTS = ("timesteps", "shortlist", "beta")
 SHORTLIST_IMAGES = 60
@@ -48,21 +48,17 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--data",
-        metavar="digits|scenes|DIR|FILE.npz|FILE.json",
-        help="digits or scenes (the training part), a folder with one sub-folder per class, an "
-        ".npz with images and labels (or x_train and y_train), or a COCO annotation file",
-    )
-    parser.add_argument(
-        "--images", metavar="DIR", help="the pictures of a COCO annotation file (detection)"
-    )
-    parser.add_argument(
-        "--generate", type=count, metavar="N", help="fit to N images of the model's own"
+        metavar="digits|DIR|FILE.npz|scenes|FILE.json",
+        help="for a classifier digits (the training part), a folder with one sub-folder per class, "
+        "or an .npz with images and labels (or x_train and y_train); for a detector scenes (the "
+        "training part), or a COCO annotation file",
     )
     parser.add_argument(
         "--what",
         type=_parts,
         metavar="timesteps,shortlist,beta",
-        help="what to fit (default: all; without --data timesteps and shortlist)",
+        help="what to fit (default: all; without --data timesteps and shortlist; of a detector "
+        "beta)",
     )
     parser.add_argument(
         "--out",
@@ -76,9 +72,13 @@ def add_parser(commands) -> None:
         metavar="N",
         help="a random subset of N images; of scenes the first N",
     )
-    add_model_options(parser)
-    add_strategy_options(parser)
-    parser.set_defaults(run=run, model=None, prior="none", prior_weight=None)
+    add_options_of_both(parser, strategy="enumerate", prior=False).add_argument(
+        "--generate",
+        type=count,
+        metavar="N",
+        help="fit timesteps and shortlist to N images of the model's own",
+    )
+    parser.set_defaults(run=run)
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -89,13 +89,16 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
+    fit = _fit_detector if is_detection(options) else _fit_classifier
+    fitted = fit(options)
+    print(f"written to {fitted.save_fitted(options.out)}")
+    return 0
+
+
+def _fit_classifier(options: argparse.Namespace):
     from dive_fast.data import load_all, open_dataset, select
     from dive_fast.errors import DiveFastError
 
-    if evaluate_detections.is_detection(options):
-        options.model = options.model or DETECTOR
-        return run_detection(options)
-    options.model = options.model or CLASSIFIER
     options.strategy = options.strategy or "enumerate"
     strategy = chosen_strategy(options)
     what = options.what or (PARTS if options.data else PARTS[:-1])
@@ -109,15 +112,12 @@ def run(options: argparse.Namespace) -> int:
     if options.data is not None:
         data = open_dataset(options.data, classifier.names, part="train")
         images, labels = load_all(select(data, options.limit, options.seed))
+    generated = None if options.generate is None else {"generate": options.generate}
     if "timesteps" in what:
-        given = {"generate": options.generate}
-        if options.generate is None:
-            given = {"images": images, "labels": labels}
+        given = generated or {"images": images, "labels": labels}
         print(as_text(classifier.fit_timesteps(**given, **common)))
     if "shortlist" in what:
-        given = {"generate": options.generate}
-        if options.generate is None:
-            given = {"images": images[:SHORTLIST_IMAGES]}
+        given = generated or {"images": images[:SHORTLIST_IMAGES]}
         learned = classifier.fit_shortlist(**given, **common)
         print(f"shortlist: slope {learned.slope:g}, curvature of {len(learned.curvature)} classes")
     if "beta" in what:
@@ -130,23 +130,21 @@ def run(options: argparse.Namespace) -> int:
             **common,
         )
         print(record)
-    print(f"written to {classifier.save_fitted(options.out)}")
-    return 0
+    return classifier
 
 
-def run_detection(options: argparse.Namespace) -> int:
+def _fit_detector(options: argparse.Namespace):
     from dive_fast.errors import DiveFastError
 
     if options.what not in (None, ("beta",)):
         raise DiveFastError(f"of a detector beta can be fitted, got {','.join(options.what)}.")
-    if options.generate is not None:
-        raise DiveFastError("--generate is for classifiers; a detector needs annotated images.")
-    strategy = evaluate_detections.checked_strategy(options)
-    with evaluate_detections.detection_data(options, "train", SCENES_TO_FIT) as data:
+    options.prior, options.prior_weight = "none", None
+    strategy = chosen_layout_strategy(options)
+    with annotated_images(options, "train", SCENES_TO_FIT) as data:
         detector = load_detector(options, data.names)
         _check_out(options, detector)
         for problem in data.problems:
-            print(f"dive-fast: {problem}", file=sys.stderr)
+            log.warning(problem)
         record = detector.calibrate(
             data,
             strategy=strategy,
@@ -155,8 +153,7 @@ def run_detection(options: argparse.Namespace) -> int:
             progress=sys.stderr.isatty(),
         )
     print(record)
-    print(f"written to {detector.save_fitted(options.out)}")
-    return 0
+    return detector
 
 
 def _check_out(options: argparse.Namespace, fitted) -> None:

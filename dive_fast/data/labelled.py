@@ -20,6 +20,7 @@ from PIL import Image
 
 from dive_fast.data import digits, omniglot
 from dive_fast.data.images import read_image
+from dive_fast.data.npz import read_npz
 from dive_fast.data.paths import list_images
 from dive_fast.errors import DataError, ImageError, some
 
@@ -194,7 +195,11 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _open_npz(path: Path, class_names: Sequence[str], part: str) -> DataSet:
-    images, labels = _read_npz(path, part)
+    arrays = read_npz(path, *_NPZ_PAIRS[part], omniglot.ARRAYS)
+    if set(arrays) == set(omniglot.ARRAYS):
+        images, labels, _ = omniglot.load_omniglot(path, part)
+    else:
+        images, labels = arrays.values()
     _check_arrays(path, images, labels, len(class_names))
     return DataSet(
         name=path.name,
@@ -202,37 +207,6 @@ def _open_npz(path: Path, class_names: Sequence[str], part: str) -> DataSet:
         names=None,
         content=_array_digest(images, labels),
     )
-
-
-def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays of the first pair of names that the file has, each member read once."""
-    try:
-        with open(path, "rb") as file:  # np.load leaves a damaged file open if it opens it itself
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: expected an .npz archive, got a single array.")
-            if set(omniglot.ARRAYS) <= set(archive.files):
-                pictures = omniglot.load_omniglot(path, part)
-                return pictures.images, pictures.labels
-            for pair in _NPZ_PAIRS[part]:
-                if all(key in archive.files for key in pair):
-                    # A member that is no .npy comes back as bytes: an array without dimensions.
-                    return np.asarray(archive[pair[0]]), np.asarray(archive[pair[1]])
-            other = " and ".join(_NPZ_PAIRS[part][1])
-            raise DataError(
-                f"{path}: expected the arrays images and labels, or {other}, "
-                f"got {some(archive.files) or 'none'}."
-            )
-    except DataError:
-        raise
-    except Exception as error:  # a damaged archive fails in zipfile, zlib or numpy
-        if "pickle" in str(error).lower():
-            raise DataError(
-                f"{path}: expected an .npz archive of plain arrays, got pickled objects or no "
-                "archive at all; pickles are not loaded, because they can run code."
-            ) from error
-        reason = str(error).rstrip(".") or type(error).__name__
-        raise DataError(f"{path}: unreadable, truncated or damaged ({reason}).") from error
 
 
 def _check_arrays(path: Path, images: np.ndarray, labels: np.ndarray, n_classes: int) -> None:

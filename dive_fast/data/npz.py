@@ -1,7 +1,9 @@
-"""Reading the ``.npz`` files that zoo models are trained on."""
+"""Reading ``.npz`` files."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,29 +20,63 @@ class Pictures(NamedTuple):
     names: tuple[str, ...]
 
 
+@contextlib.contextmanager
+def open_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """An ``.npz`` of plain arrays, open; its ``files`` are the arrays' names.
+
+    Raises:
+        DataError: there is no such file, or reading it fails, also later inside the context.
+    """
+    try:
+        # np.load leaves a damaged file open if it opens it itself.
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: expected an .npz archive, got a single array.")
+            with archive:
+                yield archive
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: expected an .npz file, but nothing is there.") from error
+    except Exception as error:  # a damaged archive fails in zipfile, zlib, lzma or numpy
+        if "pickle" in str(error).lower():
+            raise DataError(
+                f"{path}: expected an .npz archive of plain arrays, got pickled objects or no "
+                "archive at all; pickles are not loaded, because they can run code."
+            ) from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise DataError(f"{path}: unreadable, truncated or damaged ({reason}).") from error
+
+
+def read_npz(path: str | Path, *choices: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of the first of the choices that an ``.npz`` has whole, by their names.
+
+    Raises:
+        DataError: as ``open_npz``, or none of the choices is there.
+    """
+    with open_npz(path) as archive:
+        for names in choices:
+            if set(names) <= set(archive.files):
+                # A member that is no .npy comes as bytes: an array without dimensions.
+                return {name: np.asarray(archive[name]) for name in names}
+        expected = ", or ".join(f"{', '.join(names[:-1])} and {names[-1]}" for names in choices)
+        got = ", ".join(map(repr, archive.files)) or "none"
+        if len(choices) == 1:
+            missing = (name for name in choices[0] if name not in archive.files)
+            got = f"none called {', '.join(missing)}"
+        raise DataError(f"{path}: expected the arrays {expected}, got {got}.")
+
+
 def read_arrays(
     path: str | Path, names: tuple[str, ...], size: tuple[int, int]
 ) -> tuple[np.ndarray, ...]:
     """The arrays ``names`` of an ``.npz``; the first holds pictures, the second their labels.
 
     Raises:
-        DataError: no such file, unreadable, an array missing, or of another form.
+        DataError: as ``read_npz``, or pictures or labels of another form.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = [name for name in names if name not in archive.files]
-            if missing:
-                raise DataError(
-                    f"{path}: expected the arrays {', '.join(names)}, "
-                    f"got {', '.join(archive.files) or 'none'}."
-                )
-            arrays = tuple(archive[name] for name in names)
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: expected an .npz file, but nothing is there.") from error
-    except Exception as error:  # a damaged archive fails in zipfile, zlib, lzma or numpy
-        raise DataError(f"{path}: cannot be read as an .npz of plain arrays ({error}).") from error
+    arrays = tuple(read_npz(path, names).values())
     images, labels = arrays[:2]
     if images.dtype != np.uint8 or images.shape[1:] != size or len(images) == 0:
         raise DataError(

@@ -14,32 +14,36 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-def expand_inputs(arguments: Sequence[str]) -> list[Path]:
+def expand_inputs(arguments: Sequence[str]) -> list[tuple[str, ImageError | None]]:
     """Files from command-line arguments: files, folders and glob patterns, in the given order.
 
-    A folder gives the pictures directly in it, sorted by name; a pattern gives its files, sorted.
+    A folder gives the images directly in it, sorted by name; a pattern gives its files, sorted.
 
-    Raises:
-        ImageError: an argument gives no file.
+    Returns:
+        (path, None) for each file; (argument, what is wrong) for an argument that gives none.
     """
-    paths: list[Path] = []
+    found: list[tuple[str, ImageError | None]] = []
     for argument in arguments:
-        if os.path.isdir(argument):
-            found = list_images(argument)
-            if not found:
-                raise ImageError(f"{argument}: expected pictures in this folder, got none.")
-        elif os.path.exists(argument):
-            found = [Path(argument)]
-        elif glob.has_magic(argument):
-            found = sorted(Path(p) for p in glob.glob(argument) if os.path.isfile(p))
-            if not found:
-                raise ImageError(f"{argument}: expected files of this pattern, got none.")
-        else:
-            raise ImageError(f"{argument}: no such file or folder.")
-        paths += found
-    if not paths:
-        raise ImageError("expected at least one picture, got none.")
-    return paths
+        try:
+            found += [(str(path), None) for path in _expand(argument)]
+        except ImageError as error:
+            found.append((argument, error))
+    return found
+
+
+def _expand(argument: str) -> list[Path]:
+    if os.path.isdir(argument):
+        found, none = list_images(argument), "expected pictures in this folder, got none"
+    elif os.path.exists(argument):
+        return [Path(argument)]
+    elif glob.has_magic(argument):
+        found = sorted(Path(p) for p in glob.glob(argument) if os.path.isfile(p))
+        none = "expected files of this pattern, got none"
+    else:
+        found, none = [], "no such file or folder"
+    if not found:
+        raise ImageError(f"{argument}: {none}.")
+    return found
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:

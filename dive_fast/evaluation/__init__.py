@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dive_fast.evaluation.classification import Summary, evaluate, read_records, summarise
+from dive_fast.evaluation.classification import Summary, evaluate, summarise
 from dive_fast.evaluation.detection import (
     DetectionSummary,
     evaluate_detections,
     summarise_detections,
 )
-from dive_fast.evaluation.rundir import RunDirectory
+from dive_fast.evaluation.rundir import RunDirectory, read_records
 
 __all__ = [
     "DetectionSummary",

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
 from dive_fast.data.coco import CocoDataset, CocoImage, class_categories, unknown_classes
 from dive_fast.data.images import to_mode
-from dive_fast.errors import ImageError
-from dive_fast.evaluation.classification import machine
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
+from dive_fast.evaluation.machine import machine
+from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.predict.detections import Detections
+
+log = logging.getLogger(__name__)
 
 
 class Detector(Protocol):
@@ -28,14 +30,17 @@ class Detector(Protocol):
         """The classes' names."""
         ...
 
-    def stream(self, images: Iterable[tuple[str, Image.Image]]) -> Iterator[tuple[str, Detections]]:
+    def stream(
+        self, images: Iterable[tuple[str, Image.Image]], **search: Any
+    ) -> Iterator[tuple[str, Detections]]:
         """Reads images when it has room for them, yields answers as they are ready.
 
         Args:
-            images: (key, RGB picture), each key once.
+            images: (key, RGB image), each key once.
+            search: what ``evaluate_detections`` was given beside its own arguments.
 
         Yields:
-            (key, detections in pixels of that picture), in any order.
+            (key, detections in pixels of that image), in any order.
         """
         ...
 
@@ -84,11 +89,12 @@ def evaluate_detections(
     dataset: CocoDataset,
     out: str | Path,
     *,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     progress: bool = False,
+    **search: Any,
 ) -> DetectionSummary:
-    """Searches every picture of ``dataset`` and appends one line each to ``out/results.jsonl``.
+    """Searches every image of ``dataset`` and appends one line each to ``out/results.jsonl``.
 
     ``out/run.json`` is written first. Run again with the same configuration it resumes: images
     that have a line are not searched again. An image that is missing, cannot be read or has
@@ -96,12 +102,14 @@ def evaluate_detections(
 
     Args:
         detector: finds the objects.
-        dataset: pictures and annotated boxes. Its classes and the detector's are matched by name.
+        dataset: images and annotated boxes. Its classes and the detector's are matched by name.
         out: the run directory.
-        config: what decides the detector's answers, for JSON: model, settings, seed. A run of
-            another configuration is not resumed.
+        config: what decides the detector's answers, for JSON: model, settings, seed; of a
+            ``LayoutDetector`` its ``identity`` if None. A run of another configuration is not
+            resumed.
         environment: what else is worth recording; never compared.
-        progress: shows a bar.
+        progress: show a bar.
+        **search: for the detector's ``stream``: strategy, probes, seed.
 
     Raises:
         RunError: ``out`` holds another run, or cannot be written.
@@ -112,21 +120,22 @@ def evaluate_detections(
     pycocotools()
     class_categories(dataset, detector.names)
     if (unknown := unknown_classes(dataset, detector.names)) is not None:
-        _tell(unknown)
-    full_config = {**config, "data": dataset.identity(), "names": list(detector.names)}
-    with RunDirectory.open(out, full_config, {**machine(), **(environment or {})}) as run:
-        todo = [image for image in dataset.images if not run.finished(str(image.id))]
-        with tqdm(
-            total=len(dataset.images),
-            initial=len(dataset.images) - len(todo),
-            unit="image",
-            disable=not progress,
-        ) as bar:
-            for key, detections in detector.stream(_pictures(todo, run, bar)):
-                cost = {"evaluations": detections.evaluations, "seconds": detections.seconds}
-                run.append({"id": key, **detections.to_dict(), **cost})
-                bar.update()
+        log.warning(unknown)
+    config = detector.identity(**search) if config is None else config
+    config = {**config, "data": dataset.identity(), "names": list(detector.names)}
+    sources = [
+        # A missing image is among the data's problems already.
+        Source(str(i.id), partial(_read, i), name=None if i.path is None else str(i.path))
+        for i in dataset.images
+    ]
+    with RunDirectory.open(out, config, {**machine(), **(environment or {})}) as run:
+        run_over(sources, partial(detector.stream, **search), run, progress=progress)
         return summarise_detections(run.done(), dataset, detector.names)
+
+
+def _read(image: CocoImage) -> Image.Image:
+    # A mode that cannot be converted is this image's error and not the detector's.
+    return to_mode(image.read(), 3)
 
 
 def summarise_detections(
@@ -134,7 +143,7 @@ def summarise_detections(
 ) -> DetectionSummary:
     """The figures over records of ``results.jsonl`` (by id, as ``read_records`` gives them).
 
-    Records without ``probabilities``, as older runs have them, are scored by their class alone.
+    Records without ``class_probabilities`` are scored by their class alone.
 
     Args:
         records: a run's records, also of an unfinished one; images without a record do not count.
@@ -178,32 +187,8 @@ def summarise_detections(
 def _detections(record: Mapping[str, Any], names: Sequence[str]) -> Detections:
     return Detections(
         record["boxes"],
-        record["classes"],
+        record["indices"],
         record["confidences"],
         tuple(names),
-        record.get("probabilities"),
+        record.get("class_probabilities"),
     )
-
-
-def _pictures(
-    todo: Sequence[CocoImage], run: RunDirectory, bar: tqdm
-) -> Iterator[tuple[str, Image.Image]]:
-    """Reads the pictures one by one; those that cannot be read go straight to the record."""
-    for image in todo:
-        try:
-            # A mode that cannot be converted is this picture's error and not the detector's.
-            picture = to_mode(image.read(), 3)
-        except ImageError as error:
-            if image.path is not None:  # a missing one is already among the data's problems
-                # The message begins with the path where the file, not its mode, is the trouble.
-                name = "" if str(image.path) in str(error) else f"{image.path}: "
-                _tell(f"{name}{error}")
-            run.append({"id": str(image.id), "error": str(error)})
-            bar.update()
-            continue
-        yield str(image.id), picture
-
-
-def _tell(sentence: str) -> None:
-    """On stderr, above the progress bar if there is one."""
-    tqdm.write(f"dive-fast: {sentence}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """A run directory: ``run.json`` says what is run, ``results.jsonl`` holds one line per record.
 
 Results are only ever appended. A run that was killed is opened again and goes on where it
-stopped: a torn last line is dropped, everything before it is kept.
+stopped: a torn last line is dropped, everything before it is kept. docs/records.md says what a
+record holds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system: runs are not locked there
     fcntl = None
+
+# Of the records' form. Another number, and no run of the old form is gone on with or misread.
+SCHEMA = 1
 
 _RUN, _RESULTS, _LOCK = "run.json", "results.jsonl", ".lock"
 
@@ -54,16 +58,19 @@ class RunDirectory:
 
         Args:
             path: the directory; created with its parents if missing.
-            config: what decides the results, for JSON; compared when the run is resumed.
+            config: what decides the results, for JSON; compared when the run is resumed. It is
+                stored with ``"schema"``, the number of the records' form.
             environment: versions, platform, commit and the like, for JSON; stored when the run is
                 created, never compared.
 
         Raises:
-            RunError: the directory holds a run of another configuration or something else, is
-                being written by another process, is damaged, or cannot be written.
+            RunError: the directory holds a run of another configuration, of another schema or
+                something else, is being written by another process, is damaged, or cannot be
+                written.
         """
         path = Path(path)
         config, environment = _for_json(config), _for_json(environment or {})
+        config = {"schema": SCHEMA, **config}
         run = cls(path, _lock_directory(path))
         try:
             if (path / _RUN).exists():
@@ -173,6 +180,22 @@ class RunDirectory:
                 self.close()
 
 
+def read_records(path: str | os.PathLike[str]) -> dict[str, dict]:
+    """The records of a run directory by id; a torn last line is left out.
+
+    Of records with the same id the first one without an "error" counts, else the last.
+
+    Raises:
+        RunError: there is no run, its records have another schema, or it is damaged.
+    """
+    path = Path(path)
+    try:
+        _check_schema(path, _read_config(path / _RUN))
+        return _read_results(path / _RESULTS)[0]
+    except OSError as error:
+        raise _cannot("read", Path(error.filename or path), error) from error
+
+
 def _lock_directory(path: Path) -> BinaryIO | None:
     """Create the directory, or see that it is one of ours, and lock it."""
     try:
@@ -227,7 +250,16 @@ def _read_config(path: Path) -> dict:
     return config
 
 
+def _check_schema(path: Path, config: dict) -> None:
+    if (there := config.get("schema")) != SCHEMA:
+        raise RunError(
+            f"{path}: expected a run with records of schema {SCHEMA}, got schema {there}; compute "
+            "it anew in another directory."
+        )
+
+
 def _compare(path: Path, there: dict, here: dict) -> None:
+    _check_schema(path, there)
     difference = _first_difference(there, here, "")
     if difference:
         raise RunError(

@@ -62,23 +62,31 @@ class Classification:
         """The best k measured classes, as the transformers pipelines give them.
 
         Returns:
-            ``[{"label": ..., "score": ...}, ...]``, the answer first.
+            ``[{"label": ..., "index": ..., "score": ...}, ...]``, the answer first; ``index`` is
+            the class's row in the vocabulary.
         """
         order = self.log_posterior.argsort(descending=True, stable=True).tolist()
         # A strategy's answer need not be the class of the lowest mean it happened to see.
         order = [self.index, *(i for i in order if i != self.index)]
         return [
-            {"label": self.names[i], "score": math.exp(self.log_posterior[i].item())}
+            {"label": self.names[i], "index": i, "score": math.exp(self.log_posterior[i].item())}
             for i in order[:k]
             if self.n_probes[i] > 0 or i == self.index
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON; null stands for what was not measured or has no bound."""
+    def to_dict(self, top: int = 5) -> dict[str, Any]:
+        """Plain numbers for JSON, as docs/records.md lists them.
+
+        null stands for what was not measured or has no bound; ``eliminated`` lists rows.
+
+        Args:
+            top: how many classes ``"top"`` lists.
+        """
         return {
             "label": self.label,
             "index": self.index,
             "probability": self.probability,
+            "top": self.top(top),
             "log_posterior": [_finite(x) for x in self.log_posterior.tolist()],
             "losses": [_finite(x) for x in self.losses.tolist()],
             "n_probes": self.n_probes.tolist(),

@@ -132,19 +132,21 @@ class Detections:
         return [self.names[c] for c in self.class_id.tolist()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists for JSON: ``boxes`` (xyxy), ``classes``, ``labels`` and ``confidences``.
+        """Plain lists and numbers for JSON, as docs/records.md lists them.
 
-        ``probabilities``, a list of C for each object, comes with them where they are known.
+        ``boxes`` (xyxy), ``labels``, ``indices`` and ``confidences``, one for each object;
+        ``class_probabilities``, a list of C for each, where they are known; ``evaluations`` and
+        ``seconds``.
         """
-        found = {
+        found: dict[str, Any] = {
             "boxes": self.xyxy.tolist(),
-            "classes": self.class_id.tolist(),
             "labels": self.labels,
+            "indices": self.class_id.tolist(),
             "confidences": self.confidence.tolist(),
         }
         if self.class_probabilities is not None:
-            found["probabilities"] = self.class_probabilities.tolist()
-        return found
+            found["class_probabilities"] = self.class_probabilities.tolist()
+        return {**found, "evaluations": self.evaluations, "seconds": self.seconds}
 
     def to_coco(
         self,

@@ -18,7 +18,7 @@ from dive_fast.predict.matching import match
 from dive_fast.predict.predictor import Predictor
 from dive_fast.strategies.layout import LayoutAnswer
 
-_LOG = logging.getLogger("dive_fast")
+log = logging.getLogger(__name__)
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
 
 
@@ -93,4 +93,4 @@ def _readable(data: CocoDataset) -> Iterator[tuple[int, Image.Image]]:
         try:
             yield image.id, to_mode(image.read(), 3)
         except ImageError as error:
-            _LOG.warning("%s", error)
+            log.warning(error)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dive_fast.data.coco.dataset import CocoDataset, CocoImage
+from dive_fast.data.npz import read_npz
 from dive_fast.errors import DataError
 
 _ARRAYS = (
@@ -36,7 +37,7 @@ def read_box_arrays(path: str | os.PathLike[str]) -> CocoDataset:
         DataError: no such file, unreadable, an array missing, or arrays that do not fit together.
     """
     path = Path(path)
-    arrays = _read(path)
+    arrays = read_npz(path, _ARRAYS)
     offset, boxes = arrays["offset"], arrays["box_xyxy"]
     n, m = len(arrays["image_id"]), len(boxes)
     fits = (
@@ -83,21 +84,3 @@ def read_box_arrays(path: str | os.PathLike[str]) -> CocoDataset:
         source=path.name,
         problems=tuple(f"{path.name}: {what}: {count}." for what, count in said.items() if count),
     )
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = [name for name in _ARRAYS if name not in archive.files]
-            if missing:
-                raise DataError(
-                    f"{path}: expected the arrays {', '.join(_ARRAYS)}, got none called "
-                    f"{', '.join(missing)}."
-                )
-            return {name: archive[name] for name in _ARRAYS}
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: expected an .npz file, but nothing is there.") from error
-    except Exception as error:  # a damaged archive fails in zipfile, zlib or numpy
-        raise DataError(f"{path}: cannot be read as an .npz of plain arrays ({error}).") from error

@@ -1,0 +1,155 @@
+"""What the options of a command name: strategies, classes, models."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dive_fast.models import Source
+
+log = logging.getLogger(__name__)
+
+WORDS = {"true": "True", "false": "False", "none": "None"}  # as they are written elsewhere
+
+
+def chosen_strategy(options: argparse.Namespace):
+    """The strategy that the options name, with its settings.
+
+    Raises:
+        DiveFastError: an unknown name or setting, or a value that the strategy refuses.
+    """
+    from dive_fast.errors import DiveFastError
+    from dive_fast.strategies import resolve_strategy
+
+    try:
+        return resolve_strategy(options.strategy, options.preset, strategy_settings(options))
+    except TypeError as error:  # a number where several belong
+        given = ", ".join(options.set)
+        raise DiveFastError(f"{given}: not a value that the strategy takes ({error}).") from error
+
+
+def chosen_layout_strategy(options: argparse.Namespace):
+    """The search for layouts that the options name, with its settings.
+
+    Raises:
+        DiveFastError: as ``chosen_strategy``.
+    """
+    from dive_fast.strategies.layout import resolve_layout_strategy
+
+    return resolve_layout_strategy(options.strategy, strategy_settings(options))
+
+
+def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--set`` says, values read as Python literals where they are such, in any case.
+
+    Raises:
+        DiveFastError: no NAME=VALUE.
+    """
+    from dive_fast.errors import DiveFastError
+
+    settings = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise DiveFastError(f"expected --set NAME=VALUE, got {text!r}.")
+        try:
+            settings[name] = ast.literal_eval(WORDS.get(value.lower(), value))
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    return settings
+
+
+def class_names(text: str) -> list[str]:
+    """The names that ``--classes`` gives: a file's lines, or what stands between commas.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    from dive_fast.errors import ModelError
+
+    path = Path(text)
+    try:
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [line.strip() for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{text} cannot be read as a list of classes: {error}.") from error
+    if "," not in text and (path.suffix or path.name != text):
+        raise ModelError(f"expected classes with commas between or a file of them, got {text!r}.")
+    return [name.strip() for name in text.split(",")]
+
+
+def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None = None):
+    """The classifier that the options name.
+
+    Args:
+        classes: of a text-conditional model for which neither the options nor its directory name
+            any.
+    """
+    from dive_fast.models import resolve
+    from dive_fast.predict.classifier import DiffusionClassifier
+
+    source = resolve(options.model, allow_pickle=options.allow_pickle)
+    classifier = DiffusionClassifier.from_pretrained(
+        source,
+        timestep_embedding=options.timestep_embedding or "auto",
+        average=options.average,
+        **_common(options, classes, source),
+    )
+    if options.fitted is not None:
+        classifier.load_fitted(options.fitted)
+    return classifier
+
+
+def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = None):
+    """The detector that the options name; a warning where its prior may be far too heavy.
+
+    Args:
+        classes: as in ``load_classifier``.
+    """
+    from dive_fast.models import resolve
+    from dive_fast.predict.detector import LayoutDetector
+
+    source = resolve(options.model, allow_pickle=options.allow_pickle)
+    detector = LayoutDetector.from_pretrained(
+        source,
+        {None: "auto", "none": None}.get(options.prior, options.prior),
+        prior_weight=options.prior_weight,
+        **_common(options, classes, source),
+    )
+    if options.fitted is not None:
+        detector.load_fitted(options.fitted)
+    if detector.prior_out_of_proportion:
+        log.warning(
+            "the beta of %s is not fitted, so its prior may be far too heavy: dive-fast fit, "
+            "--prior none or a smaller --prior-weight mends that.",
+            detector.model.name,
+        )
+    return detector
+
+
+def _common(
+    options: argparse.Namespace, classes: Sequence[str] | None, source: Source
+) -> dict[str, Any]:
+    """What classifiers and detectors are loaded with alike."""
+    names = ("dtype", "device", "batch_size", "allow_pickle")
+    names += ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "classes": _chosen_classes(options, classes, source),
+        "templates": options.template,
+    }
+
+
+def _chosen_classes(
+    options: argparse.Namespace, classes: Sequence[str] | None, source: Source
+) -> Sequence[str] | None:
+    """What ``--classes`` says; else ``classes``, if the model cannot do without."""
+    if options.classes is not None:
+        return class_names(options.classes)
+    return classes if classes is not None and source.needs_classes else None

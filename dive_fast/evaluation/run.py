@@ -1,0 +1,98 @@
+"""Images in, one record each out: what ``classify``, ``detect`` and ``evaluate`` do alike.
+
+What has a record is not computed again. An image that cannot be read is recorded with its error,
+and the rest go on. docs/records.md says what a record holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from dive_fast.errors import ImageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image that wants an answer.
+
+    Attributes:
+        id: of its record; each once in a run.
+        read: gives the image as the stream takes it; raises ``ImageError`` where it cannot.
+        facts: what the record says beside the answer, such as ``truth``.
+        name: what a sentence on it calls it; None where somebody else tells its error.
+    """
+
+    id: str
+    read: Callable[[], Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+
+
+class Records(Protocol):
+    """Where records go: a ``RunDirectory``, or what prints them."""
+
+    def finished(self, record_id: str) -> bool:
+        """Whether there is an answer of that id already."""
+        ...
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Takes one more record: with "error", or with an answer."""
+        ...
+
+
+def as_record(source_id: str, answer: Any, image: Any) -> Mapping[str, Any]:
+    """A ``Classification`` or ``Detections`` for JSON."""
+    return answer.to_dict()
+
+
+def run_over(
+    sources: Sequence[Source],
+    stream: Callable[[Iterable[tuple[str, Any]]], Iterable[tuple[str, Any]]],
+    records: Records,
+    *,
+    progress: bool = False,
+    record: Callable[[str, Any, Any], Mapping[str, Any]] = as_record,
+) -> None:
+    """Reads the images one by one, and appends a record of each as soon as it is known.
+
+    Args:
+        sources: the images.
+        stream: takes (id, image) one by one, yields (id, answer) in any order.
+        records: where they go. Sources that are finished there are left out.
+        progress: show a bar.
+        record: of an id, its answer and its image, what goes into the record.
+    """
+    todo = {source.id: source for source in sources if not records.finished(source.id)}
+    images: dict[str, Any] = {}  # read, but not answered yet
+    with tqdm(
+        total=len(sources), initial=len(sources) - len(todo), unit="image", disable=not progress
+    ) as bar:
+
+        def pairs() -> Iterator[tuple[str, Any]]:
+            for source in todo.values():
+                try:
+                    images[source.id] = source.read()
+                except ImageError as error:
+                    if source.name is not None:
+                        log.warning(sentence(source.name, error))
+                    records.append({"id": source.id, **source.facts, "error": str(error)})
+                    bar.update()
+                else:
+                    yield source.id, images[source.id]
+
+        for key, answer in stream(pairs()):
+            found = record(key, answer, images.pop(key))
+            records.append({"id": key, **todo[key].facts, **found})
+            bar.update()
+
+
+def sentence(name: str, error: object) -> str:
+    """An error that says what it is about: most begin with the path already."""
+    return str(error) if name in str(error) else f"{name}: {error}"
