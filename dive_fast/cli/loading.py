@@ -91,10 +91,9 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
         classes: of a text-conditional model for which neither the options nor its directory name
             any.
     """
-    from dive_fast.models import resolve
     from dive_fast.predict.classifier import DiffusionClassifier
 
-    source = resolve(options.model, allow_pickle=options.allow_pickle)
+    source = _found(options)
     classifier = DiffusionClassifier.from_pretrained(
         source,
         timestep_embedding=options.timestep_embedding or "auto",
@@ -112,10 +111,9 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     Args:
         classes: as in ``load_classifier``.
     """
-    from dive_fast.models import resolve
     from dive_fast.predict.detector import LayoutDetector
 
-    source = resolve(options.model, allow_pickle=options.allow_pickle)
+    source = _found(options)
     detector = LayoutDetector.from_pretrained(
         source,
         {None: "auto", "none": None}.get(options.prior, options.prior),
@@ -131,6 +129,14 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
             detector.model.name,
         )
     return detector
+
+
+def _found(options: argparse.Namespace) -> Source:
+    """The model that ``--model`` names, found once; a misspelt precision does not wait for it."""
+    from dive_fast.models import check_place, resolve
+
+    check_place(options.dtype, options.device)
+    return resolve(options.model, allow_pickle=options.allow_pickle)
 
 
 def _common(

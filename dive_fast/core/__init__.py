@@ -1,1 +1,1 @@
-"""The method's own objects, without networks, files or users: what everything above speaks of."""
+"""The method's own objects, without networks or users: what everything above speaks of."""

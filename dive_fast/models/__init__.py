@@ -15,7 +15,7 @@ from dive_fast.models.protocol import Model
 from dive_fast.models.source import Source, register_model_family, resolve
 from dive_fast.models.text.prompts import Classes
 
-__all__ = ["DTYPES", "Source", "load_model", "register_model_family", "resolve"]
+__all__ = ["DTYPES", "Source", "check_place", "load_model", "register_model_family", "resolve"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,7 +51,7 @@ def load_model(
         ModelError: the source is unknown, broken, or of a family that is not supported; a
             text-conditional model without classes, or classes for another one.
     """
-    dtype, device = _as_dtype(dtype), _as_device(device)
+    dtype, device = check_place(dtype, device)
     source = resolve(source, allow_pickle=allow_pickle)
     options: dict[str, Any] = {
         "allow_pickle": allow_pickle,
@@ -68,6 +68,17 @@ def load_model(
     model = loaded.to(device, dtype)
     apply_fitted(model, read_fitted(source.directory))
     return model
+
+
+def check_place(
+    dtype: torch.dtype | str, device: torch.device | str | None
+) -> tuple[torch.dtype, torch.device]:
+    """Precision and device as ``load_model`` takes them, for those who fetch a model before.
+
+    Raises:
+        ModelError: an unknown precision, or a device that cannot be used.
+    """
+    return _as_dtype(dtype), _as_device(device)
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

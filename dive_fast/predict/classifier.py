@@ -15,7 +15,7 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_images
 from dive_fast.engine import EngineOptions, Finished
 from dive_fast.errors import DiveFastError, ImageError, ModelError
-from dive_fast.models import Source, load_model, resolve
+from dive_fast.models import Source, check_place, load_model, resolve
 from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
@@ -60,6 +60,7 @@ class DiffusionClassifier(Fitting):
             ModelError: the source is unknown, broken, or of a family that is not supported.
         """
         options = EngineOptions(**engine)
+        check_place(dtype, device)
         source = resolve(source, allow_pickle=allow_pickle)
         model = load_model(
             source,

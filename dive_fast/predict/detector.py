@@ -14,7 +14,7 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_image, as_pictures, squashed_tensor
 from dive_fast.engine import EngineOptions, Finished, Job
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models import Source, load_model, resolve
+from dive_fast.models import Source, check_place, load_model, resolve
 from dive_fast.models.protocol import optional
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.detections import Detections
@@ -99,6 +99,7 @@ class LayoutDetector(DetectorFitting):
                 broken or another model's.
         """
         options = EngineOptions(**engine)
+        check_place(dtype, device)
         source = resolve(source, allow_pickle=allow_pickle)
         model = load_model(
             source,
