@@ -117,7 +117,7 @@ def run_variant(
         "prior": config.get("prior"),
         **summary.to_dict(),
         "found": found_objects(read_records(runs / variant.name), data, detector.names),
-        "brute_force": brute_force(detector.model.layout, config["probes"], objects),
+        "brute_force": brute_force(detector.model.layout_format, config["probes"], objects),
         "threads": torch.get_num_threads(),
     }, detector
 

@@ -29,7 +29,7 @@ def model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("scenes")
     made = make_scenes_model()
     made.save_pretrained(directory)
-    make_prior(made.layout, made.vocabulary.table).save_pretrained(directory / "prior")
+    make_prior(made.layout_format, made.vocabulary.table).save_pretrained(directory / "prior")
     return directory
 
 

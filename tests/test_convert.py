@@ -45,13 +45,13 @@ def test_the_same_output_as_before(tmp_path, capsys, ema):
     assert said.code == 0, said.err
     assert "2 objects of 3 classes on a 8 x 8 grid, pictures of 16 pixels" in said.out
     model = load_model(tmp_path / "out")
-    assert model.layout == LayoutFormat.latent_diffusion(NAMES, 2, 70)
+    assert model.layout_format == LayoutFormat.latent_diffusion(NAMES, 2, 70)
     assert model.latent_shape == (3, 8, 8) and model.image_shape == (3, 16, 16)
-    assert model.layout.names == tuple(NAMES) and model.layout.none == 69
+    assert model.layout_format.names == tuple(NAMES) and model.layout_format.none == 69
 
     layouts = [Layout(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),
                Layout(torch.tensor([[0.1, 0.2, 0.5, 0.9]]), torch.tensor([1]))]  # fmt: skip
-    tokens = torch.stack([model.layout.encode(layout) for layout in layouts])
+    tokens = torch.stack([model.layout_format.encode(layout) for layout in layouts])
     generator = torch.Generator().manual_seed(1)
     x_t, t = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([3, 700])
     context = encode_layout(state, SMALL, tokens)
@@ -131,7 +131,7 @@ def test_half_precision_and_safetensors(tmp_path):
     model = convert_layout_checkpoint(tmp_path / "m.safetensors", latent_size=8)
     assert model.unet.dtype == torch.float32
     # No names: every token but none may be a class.
-    assert len(model.layout.names) == 69 and model.layout.names[7] == "class 7"
+    assert len(model.layout_format.names) == 69 and model.layout_format.names[7] == "class 7"
 
 
 class Evil:
@@ -157,7 +157,10 @@ def test_lightning_callbacks_are_passed_over(tmp_path, monkeypatch):
         patch.setitem(sys.modules, name, module)
         content = {"callbacks": {module.ModelCheckpoint: {"best": 1}}}
         torch.save({"state_dict": make_state(SMALL), **content}, tmp_path / "model.ckpt")
-    assert convert_layout_checkpoint(tmp_path / "model.ckpt", NAMES, latent_size=8).layout.grid == 8
+    assert (
+        convert_layout_checkpoint(tmp_path / "model.ckpt", NAMES, latent_size=8).layout_format.grid
+        == 8
+    )
 
 
 def without(prefix: str) -> dict:

@@ -24,7 +24,7 @@ def detector() -> LayoutDetector:
 def picture(detector) -> Image.Image:
     """Six pixels square: one channel a class."""
     model = detector.model
-    board = Board(model.vocabulary.table, model.layout, None)
+    board = Board(model.vocabulary.table, model.layout_format, None)
     x0 = model.picture(board.conditions([SCENE]).flatten(1))[0]
     return Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy())
 

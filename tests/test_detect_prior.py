@@ -34,7 +34,7 @@ FAST = (
 
 def save_prior(model: Path, out: Path) -> LayoutPrior:
     loaded = load_model(model)
-    prior = make_prior(loaded.layout, loaded.vocabulary.table, width=36)
+    prior = make_prior(loaded.layout_format, loaded.vocabulary.table, width=36)
     prior.save_pretrained(out)
     return prior
 
@@ -70,7 +70,7 @@ def toy() -> PictureModel:
 
 @pytest.fixture(scope="module")
 def scene(toy) -> Image.Image:
-    board = Board(toy.vocabulary.table, toy.layout, None)
+    board = Board(toy.vocabulary.table, toy.layout_format, None)
     x0 = toy.picture(board.conditions([SCENE]).flatten(1))[0]
     return Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy())
 

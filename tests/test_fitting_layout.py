@@ -37,7 +37,7 @@ def detector() -> LayoutDetector:
 def data(detector, tmp_path: Path) -> CocoDataset:
     """What the model sees exactly, as pictures of 6 x 6 pixels."""
     model = detector.model
-    board = Board(model.vocabulary.table, model.layout, None)
+    board = Board(model.vocabulary.table, model.layout_format, None)
     folder = tmp_path / "pictures"
     folder.mkdir()
     images = []

@@ -48,11 +48,11 @@ def layouts() -> list[Layout]:
 
 
 def tokens_of(model: GeoDiffusion) -> torch.Tensor:
-    return torch.stack([model.layout.encode(layout) for layout in layouts()])
+    return torch.stack([model.layout_format.encode(layout) for layout in layouts()])
 
 
 def text_of(model: GeoDiffusion, tokens: torch.Tensor) -> torch.Tensor:
-    shape = (model.layout.n_slots, model.vocabulary.dim)
+    shape = (model.layout_format.n_slots, model.vocabulary.dim)
     with torch.no_grad():
         return model.layout_encoder(model.embed(tokens).unflatten(1, shape))
 
@@ -80,7 +80,7 @@ def test_embeddings_of_layouts_are_the_pipelines(model, pipeline) -> None:
 
 
 def test_every_class_alone_and_a_full_prompt(model, pipeline) -> None:
-    form = model.layout
+    form = model.layout_format
     # 40 tokens less start, end and 11 of the template leave five times three and two corners.
     assert form.max_objects == 5 and form.grid == GRID and form.names == CLASSES
     some = [Layout(BOXES[:1], torch.tensor([c])) for c in range(4)]
@@ -94,7 +94,7 @@ def test_absent_objects_may_stand_anywhere(model) -> None:
     tokens = tokens_of(model)[2]
     triples = tokens.view(-1, 3)
     moved = triples[[4, 0, 3, 2, 1]].flatten()
-    assert (moved[:3] == model.layout.none).all()
+    assert (moved[:3] == model.layout_format.none).all()
     both = text_of(model, torch.stack([tokens, moved]))
     torch.testing.assert_close(both[0], both[1])
 
@@ -104,7 +104,7 @@ def test_an_encoder_with_a_mask_of_the_padding(directory) -> None:
     prompts = LocationPrompts(CLASSES, ("cat", "dog", "of cat", "owl"), "An image {bbox}", GRID)
     encoder = LocationPromptEncoder(tower, prompts)
     tower.encoder.config.use_attention_mask = True
-    tokens = encoder.layout.encode(layouts()[1])[None]
+    tokens = encoder.layout_format.encode(layouts()[1])[None]
     batch = tower.tokenizer(
         ["An image cat <l5> <l22>"], padding="max_length", max_length=LENGTH, return_tensors="pt"
     )
@@ -138,7 +138,7 @@ def test_prediction_is_the_pipelines_and_comes_in_parts(model, pipeline) -> None
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_gradients_are_those_of_finite_differences(model, relaxed) -> None:
     model.to("cpu", torch.float64)
-    form, dim = model.layout, model.vocabulary.dim
+    form, dim = model.layout_format, model.vocabulary.dim
     generator = torch.Generator().manual_seed(1)
     x_t = torch.randn(1, *model.latent_shape, generator=generator).double()
     t = torch.tensor([400])
@@ -215,13 +215,13 @@ def test_what_a_published_directory_states(tmp_path) -> None:
     path = write_geodiffusion(tmp_path / "geo", config=config, published=False)
     model = load_model(path, device="cpu", classes={"kitten": "cat", "dog": "the dog"})
     assert model.image_shape == (3, 32, 32) and model.latent_shape == (4, 16, 16)
-    assert model.layout.names == ("kitten", "dog")
+    assert model.layout_format.names == ("kitten", "dog")
     layout = Layout(BOXES[:2], torch.tensor([0, 1]))
     assert model.prompt(layout) == "An cat <l5> <l22> the dog <l2> <l14>, image"
     expected = encode_prompts(StableDiffusionPipeline.from_pretrained(path), [model.prompt(layout)])
-    found = text_of(model, model.layout.encode(layout)[None])
+    found = text_of(model, model.layout_format.encode(layout)[None])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert model.layout.max_objects == 4  # at most, where more would fit
+    assert model.layout_format.max_objects == 4  # at most, where more would fit
     written = load_model(path, device="cpu", classes=["cat"], templates=["{} of dog"])
     assert written.prompt(Layout(BOXES[:1], torch.tensor([0]))) == "cat <l5> <l22> of dog"
     assert written.identity() != model.identity()

@@ -45,7 +45,7 @@ def conditions(model, order=(0, 1)) -> torch.Tensor:
     """Of none, one and two objects."""
     order = torch.tensor(order)
     layouts = [Layout(BOXES[order[:n]], IDS[order[:n]]) for n in range(3)]
-    return model.embed(torch.stack([model.layout.encode(layout) for layout in layouts]))
+    return model.embed(torch.stack([model.layout_format.encode(layout) for layout in layouts]))
 
 
 def noisy(model, m: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_the_order_of_objects_does_not_matter(model):
 
 
 def test_tokens_and_what_they_mean(model):
-    table, form = model.vocabulary.table, model.layout
+    table, form = model.vocabulary.table, model.layout_format
     assert form.names == CLASSES and (form.grid, form.max_objects) == (33, 30)
     assert table.shape == (3 + 33 * 33 + 1, 5) and model.vocabulary.names[3] == "(0, 0)"
     assert model.latent_shape == (4, 8, 8) and model.image_shape == (3, 16, 16)
@@ -227,7 +227,7 @@ def test_phrases(directory):
     a, b = (plain.text.pooled_states([text], plain.device)[0] for text in ("cat", "a cat"))
     torch.testing.assert_close(other.phrases[0], (a + b) / 2, **ROUNDING)
     other.set_classes(["fox"], templates=["a {}", "{}"])
-    assert other.layout.names == ("fox",) and other.vocabulary.dim == 3
+    assert other.layout_format.names == ("fox",) and other.vocabulary.dim == 3
     other.set_classes(["fox"])
     assert other.classes.prompts == (("fox",),)
     assert other.grounding(torch.zeros(1, 90 * 3))["masks"].sum() == 0
@@ -247,9 +247,9 @@ def test_what_a_directory_states(directory, model, tmp_path):
     assert not resolve(copy).needs_classes and resolve(directory).needs_classes
     other = load_model(copy)
     assert other.classes.prompts == (("a cat",), ("a fox",))
-    assert (other.layout.grid, other.layout.max_objects) == (17, 4)
+    assert (other.layout_format.grid, other.layout_format.max_objects) == (17, 4)
     x_t, t = noisy(model, 1)
-    absent = [torch.zeros(1, m.layout.n_slots * m.vocabulary.dim) for m in (model, other)]
+    absent = [torch.zeros(1, m.layout_format.n_slots * m.vocabulary.dim) for m in (model, other)]
     without, with_caption = model.predict(x_t, t, absent[0]), other.predict(x_t, t, absent[1])
     assert (without - with_caption).abs().max() > 0.01
     torch.testing.assert_close(in_parts(other, x_t, t, absent[1]), with_caption, **ROUNDING)

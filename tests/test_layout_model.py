@@ -93,7 +93,7 @@ def test_directory_round_trip(tmp_path, options, shape):
     model = make_layout_model(**options)
     model.save_pretrained(tmp_path / "model")
     loaded = load_model(tmp_path / "model")
-    assert loaded.layout == FORMAT and loaded.identity() == model.identity()
+    assert loaded.layout_format == FORMAT and loaded.identity() == model.identity()
     assert loaded.latent_shape == shape and loaded.image_shape == (3, 8, 8)
     assert loaded.beta == torch.tensor(shape).prod() / 2
     assert torch.equal(loaded.vocabulary.table, model.vocabulary.table)

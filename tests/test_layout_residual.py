@@ -71,7 +71,7 @@ def test_error_maps_average_to_the_losses(batch_size: int) -> None:
     """Whatever the batches, beside requests of other kinds; and they show what is missing."""
     model = ToyLayoutModel()
     probes = low_discrepancy_probes(6, 1000, model.latent_shape)
-    board = Board(model.vocabulary.table, model.layout, probes)
+    board = Board(model.vocabulary.table, model.layout_format, probes)
     box = Box(1, 2, 4, 6)
     layouts = [(), (Item(1, box),), (Item(0, Box(0, 0, 6, 6)),)]
     (x0,) = model.picture(board.conditions([(Item(1, box),)]).flatten(1))

@@ -46,7 +46,7 @@ def model() -> ToyLayoutModel:
 
 def make_board(model: ToyLayoutModel, penalty=None) -> Board:
     probes = low_discrepancy_probes(24, 1000, model.latent_shape)
-    return Board(model.vocabulary.table, model.layout, probes, penalty=penalty)
+    return Board(model.vocabulary.table, model.layout_format, probes, penalty=penalty)
 
 
 def run(model: ToyLayoutModel, board: Board, strategy, scenes=SCENES, batch_size: int = 256):
@@ -64,7 +64,7 @@ def test_conditions_are_tokens_of_the_layout(model) -> None:
         tokens = embedded.argmax(dim=1)
         assert board.items(tokens) == items
         assert torch.equal(board.table[tokens], embedded)
-        layout = model.layout.decode(tokens)
+        layout = model.layout_format.decode(tokens)
         assert layout.class_ids.tolist() == [item.class_id for item in items]
 
 
@@ -164,7 +164,7 @@ def test_split_and_join(model) -> None:
     def split(state: State):
         return state.split(0)
 
-    company = Company(-0.1, model.layout.none)
+    company = Company(-0.1, model.layout_format.none)
     assert set(drive(model, two, around, split).items) == set(two)
     assert drive(model, one, one, split).items == one
     parts = drive(model, one, one, split, company).items
@@ -200,7 +200,10 @@ def test_split_as_classes_names_both(model) -> None:
     """One box around two; a box around one, and a layout without a free slot, stay."""
     two = (Item(2, Box(0, 1, 3, 5)), Item(1, Box(3, 1, 6, 5)))
     around, one = (Item(0, Box(0, 1, 6, 5)),), (Item(2, Box(1, 1, 5, 5)),)
-    full = (*around, *(Item(0, Box(0, 0, 1, 1)) for _ in range(model.layout.max_objects - 1)))
+    full = (
+        *around,
+        *(Item(0, Box(0, 0, 1, 1)) for _ in range(model.layout_format.max_objects - 1)),
+    )
 
     def split(state: State):
         return state.split_as_classes(0)
@@ -309,7 +312,7 @@ def test_alone_as_in_a_batch(model) -> None:
 
 def test_a_penalty_on_objects_removes_them(model) -> None:
     """A prior that finds every object far too unlikely leaves none."""
-    board = make_board(model, Company(100, model.layout.none))
+    board = make_board(model, Company(100, model.layout_format.none))
     for strategy in (Guided(), InvertLayout(steps=5)):
         assert all(answer.items == () for answer, _ in run(model, board, strategy))
 

@@ -90,7 +90,7 @@ def test_an_object_of_any_class() -> None:
     board = make_board()
     any_class = (*ITEMS[:2], ITEMS[2]._replace(class_id=ANY))
     (price,), (known,) = board.price([any_class]), board.price([ITEMS])
-    tokens = board.format.projection(board.table)(board.conditions([ITEMS]))[1]
+    tokens = board.layout_format.projection(board.table)(board.conditions([ITEMS]))[1]
     tokens[0, 6] = -1
     assert float(price) == pytest.approx(float(board.penalty.of_tokens(tokens)))
     assert float(price) != pytest.approx(float(known))

@@ -163,7 +163,7 @@ def test_scenes_end_to_end(tmp_path: Path, monkeypatch, capsys) -> None:
     assert said.code == 0
     assert "loss of held-out scenes" in said.out and "that of an empty canvas" in said.out
     model = load_model(tmp_path / "model")
-    assert model.layout == SCENES_FORMAT and model.image_shape == (1, 32, 32)
+    assert model.layout_format == SCENES_FORMAT and model.image_shape == (1, 32, 32)
     facts = json.loads((tmp_path / "model" / "dive_fast.json").read_text())
     assert (facts["config"]["steps"], facts["config"]["bf16"]) == (2, True)
     assert facts["expected"]["layout"] > 0

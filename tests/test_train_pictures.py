@@ -123,8 +123,8 @@ def test_end_to_end(tmp_path: Path, capsys) -> None:
     assert "expected a box of some size, got 0 x 10" in said.err
     assert "beyond the 1 largest of an image: 3" in said.err
     model = load_model(out)
-    assert model.layout.names == ("cat", "dog") and model.layout.max_objects == 1
-    assert model.layout.grid == 9 and model.image_shape == (3, 16, 16)
+    assert model.layout_format.names == ("cat", "dog") and model.layout_format.max_objects == 1
+    assert model.layout_format.grid == 9 and model.image_shape == (3, 16, 16)
     facts = json.loads((out / "dive_fast.json").read_text())
     assert (facts["config"]["steps"], facts["config"]["bf16"]) == (2, True)
     assert facts["expected"]["layout"] > 0

@@ -52,7 +52,7 @@ BIG, BIGGER, SMALL = (0, 0, 50, 50), (0, 0, 100, 100), (0, 0, 100, 5)
 class TestLayoutTokens:
     def test_what_fits(self, model: Path) -> None:
         """Classes go by name; objects keep their order; an image without boxes is one too."""
-        form = load_model(model).layout
+        form = load_model(model).layout_format
         tokens, said = layout_tokens(dataset([(2, *BIG, 0), (0, *BIGGER, 0)], []), form)
         assert said == ()
         first = form.decode(tokens[0])
@@ -61,7 +61,7 @@ class TestLayoutTokens:
         assert len(form.decode(tokens[1])) == 0
 
     def test_what_does_not(self, model: Path) -> None:
-        form = load_model(model).layout
+        form = load_model(model).layout_format
         tokens, said = layout_tokens(
             dataset(
                 [(1, *BIG, 0), (0, *BIG, 0)],  # a dog
@@ -82,7 +82,7 @@ class TestLayoutTokens:
         )
 
     def test_nothing_fits(self, model: Path) -> None:
-        form = load_model(model).layout
+        form = load_model(model).layout_format
         with pytest.raises(DataError, match="expected a layout that the model can write, got none"):
             layout_tokens(dataset([(0, *SMALL, 0)]), form)
         with pytest.raises(DataError, match="expected classes that the model knows"):
@@ -125,9 +125,9 @@ def test_the_command(model: Path, tmp_path: Path, capsys) -> None:
     loss = facts["expected"]["held_out_loss"]
     assert said.out == f"{out}: loss {loss:.4f} of 1 held-out layouts, learned from 5 layouts\n"
     loaded = load_model(model)
-    prior = load_prior(out, loaded.layout, loaded.vocabulary.table)
-    v = loaded.embed(torch.full((1, loaded.layout.n_slots), loaded.layout.none))
-    v = v.unflatten(1, (loaded.layout.n_slots, -1))
+    prior = load_prior(out, loaded.layout_format, loaded.vocabulary.table)
+    v = loaded.embed(torch.full((1, loaded.layout_format.n_slots), loaded.layout_format.none))
+    v = v.unflatten(1, (loaded.layout_format.n_slots, -1))
     assert torch.isfinite(prior.losses(v, torch.tensor([500]), torch.zeros_like(v))).all()
     assert_refused(call(capsys, *arguments), "holds a prior already; choose another --out")
 
@@ -144,7 +144,7 @@ def test_scenes(tmp_path: Path, monkeypatch, capsys) -> None:
     assert said.out.endswith("of 8 held-out layouts, learned from scenes made anew\n")
     assert json.loads((out / "dive_fast.json").read_text())["config"]["bf16"] is True
     loaded = load_model(model)
-    load_prior(out, loaded.layout, loaded.vocabulary.table)
+    load_prior(out, loaded.layout_format, loaded.vocabulary.table)
 
 
 class TestBadInput:

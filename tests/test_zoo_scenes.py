@@ -42,7 +42,7 @@ def test_the_true_layout_explains_a_scene_best(detector: LayoutDetector) -> None
     """Losses without the prior, on common probes: what detection rests on."""
     model, made = detector.model, load_scenes("test", N)
     probes = Guided().probes(PROBES, len(model.schedule), model.latent_shape, 0)
-    board = Board(model.vocabulary.table, model.layout, probes)
+    board = Board(model.vocabulary.table, model.layout_format, probes)
     x0 = model.encode(torch.from_numpy(made.images).float()[:, None] / 127.5 - 1)
 
     class Measured:
@@ -61,8 +61,8 @@ def test_the_prior_is_the_model_s_own(detector: LayoutDetector) -> None:
     """Scenes as they are made are more usual than a sliver, and than one digit twice."""
     assert detector.prior is not None
     model, made = detector.model, load_scenes("test", 40)
-    penalty = LayoutPenalty(detector.prior, 1.0, 8, model.layout)
-    board = Board(model.vocabulary.table, model.layout, None, penalty=penalty)
+    penalty = LayoutPenalty(detector.prior, 1.0, 8, model.layout_format)
+    board = Board(model.vocabulary.table, model.layout_format, None, penalty=penalty)
     scenes = [s for s in (true_layout(made, i) for i in range(40)) if len(s) < 4]
     slivers = [(*s, Item(3, Box(2, 2, 3, 12))) for s in scenes]
     twice = [(*s, s[0]) for s in scenes]

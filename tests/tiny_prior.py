@@ -36,7 +36,7 @@ def make_prior(form: LayoutFormat = FORMAT, table: Tensor = TABLE, width: int = 
 
 def make_prior_against_objects(model) -> LayoutPrior:
     """Whatever it sees, it expects no object."""
-    table, form = model.vocabulary.table, model.layout
+    table, form = model.vocabulary.table, model.layout_format
     tokens = torch.arange(form.n_slots)[None] % form.vocabulary_size
     prior = LayoutPrior.for_table(form, table, tokens, width=16, layers=1, heads=2)
     n_class, n_corner = len(form.names) + 1, 2 * form.grid + 1

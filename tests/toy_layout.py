@@ -27,11 +27,11 @@ class ToyLayoutModel:
 
     def __init__(self, n_classes: int = 3, max_objects: int = 3, grid: int = 7) -> None:
         names = [f"class {c}" for c in range(n_classes)]
-        self.layout = LayoutFormat.compact(names, max_objects, grid)
+        self.layout_format = LayoutFormat.compact(names, max_objects, grid)
         self.name = "toy layout"
         self.schedule = Schedule.from_betas(make_betas("linear", 1000))
-        table = torch.eye(self.layout.vocabulary_size)
-        self.vocabulary = Vocabulary(table, self.layout.token_names())
+        table = torch.eye(self.layout_format.vocabulary_size)
+        self.vocabulary = Vocabulary(table, self.layout_format.token_names())
         self.latent_shape = self.image_shape = (n_classes, grid - 1, grid - 1)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.beta = 100.0
@@ -44,7 +44,7 @@ class ToyLayoutModel:
 
     def picture(self, condition: Tensor) -> Tensor:
         """x0 [M, C, h, w] of relaxed layouts [M, S * V]."""
-        form = self.layout
+        form = self.layout_format
         slots = condition.view(len(condition), form.max_objects, 3, form.vocabulary_size)
         colour = slots[:, :, 0, slice(*form.class_range)]  # [M, O, C]
         shape = (len(condition), form.max_objects, form.grid, form.grid)

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         head_channels=options.head_channels,
     )
     model.save_pretrained(options.out)
-    layout = model.layout
+    layout = model.layout_format
     print(
         f"{options.out}: layouts of {layout.max_objects} objects of {len(layout.names)} classes on "
         f"a {layout.grid} x {layout.grid} grid, pictures of {model.image_shape[1]} pixels"

@@ -116,14 +116,14 @@ class LayoutConditioned(LatentModel):
     """A family that takes layouts: a condition is the embeddings of S tokens end to end, [N, S D].
 
     Attributes:
-        layout: what the tokens mean.
+        layout_format: what the tokens mean.
         vocabulary: of the tokens: table [V, D] and what each one means.
     """
 
-    layout: LayoutFormat
+    layout_format: LayoutFormat
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "layout": self.layout.to_dict()}
+        return {**super().facts(), "layout": self.layout_format.to_dict()}
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens int64 [N, S] to conditions, float32 [N, S D] on the CPU.
@@ -131,7 +131,7 @@ class LayoutConditioned(LatentModel):
         Raises:
             ModelError: another shape or dtype, or tokens outside the vocabulary.
         """
-        slots, size = self.layout.n_slots, self.layout.vocabulary_size
+        slots, size = self.layout_format.n_slots, self.layout_format.vocabulary_size
         if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != slots:
             raise ModelError(
                 f"expected tokens int64 of shape [N, {slots}], "
@@ -149,7 +149,7 @@ class LayoutConditioned(LatentModel):
         Raises:
             ModelError: another shape.
         """
-        shape = (self.layout.n_slots, self.vocabulary.dim)
+        shape = (self.layout_format.n_slots, self.vocabulary.dim)
         if condition.dim() != 2 or condition.shape[1] != math.prod(shape):
             raise ModelError(
                 f"the condition of the layout-to-image model {self.name} is the embeddings of "

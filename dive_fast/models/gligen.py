@@ -68,7 +68,7 @@ class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
         device: where the phrases are encoded; ``to`` moves the network itself.
 
     Attributes:
-        layout: what the tokens mean.
+        layout_format: what the tokens mean.
         vocabulary: of the tokens: table [V, C + 2] and what each one means. A condition is
             3 max_objects rows.
         phrases: float32 [C, P], the classes' pooled embeddings.
@@ -109,8 +109,8 @@ class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
         Raises:
             ModelError: a grid below 2, or not 1 to 30 objects.
         """
-        grid = self.layout.grid if grid is None else grid
-        max_objects = self.layout.max_objects if max_objects is None else max_objects
+        grid = self.layout_format.grid if grid is None else grid
+        max_objects = self.layout_format.max_objects if max_objects is None else max_objects
         self._describe(grid, max_objects)
 
     def _set(self, classes: ClassPrompts, device: torch.device) -> None:
@@ -139,13 +139,15 @@ class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
             )
         self._sizes = (grid, max_objects)
         n = len(self.classes.names)
-        self.layout = LayoutFormat.compact(self.classes.names, max_objects, grid)
-        table = torch.zeros(self.layout.vocabulary_size, n + 2)
+        self.layout_format = LayoutFormat.compact(self.classes.names, max_objects, grid)
+        table = torch.zeros(self.layout_format.vocabulary_size, n + 2)
         table[:n, :n] = torch.eye(n)
         sides = torch.linspace(-1, 1, grid)
         y, x = torch.meshgrid(sides, sides, indexing="ij")
-        table[slice(*self.layout.coordinate_range), n:] = torch.stack([x, y], dim=2).flatten(0, 1)
-        self.vocabulary = Vocabulary(table, self.layout.token_names())
+        table[slice(*self.layout_format.coordinate_range), n:] = torch.stack([x, y], dim=2).flatten(
+            0, 1
+        )
+        self.vocabulary = Vocabulary(table, self.layout_format.token_names())
 
     def _place(self) -> None:
         """Phrases and caption to where the network is, in its precision."""
@@ -175,10 +177,10 @@ class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
             boxes [N, 30, 4] as left, top, right, bottom in the unit interval; masks [N, 30], 1 for
             an object that is there; positive_embeddings [N, 30, P]. Differentiable.
         """
-        n = len(self.layout.names)
+        n = len(self.layout_format.names)
         objects = self.slots(condition).unflatten(1, (-1, SLOTS_PER_OBJECT))
         # All 30 are given: absent ones are attended to as well.
-        objects = F.pad(objects, (0, 0, 0, 0, 0, MAX_OBJECTS - self.layout.max_objects))
+        objects = F.pad(objects, (0, 0, 0, 0, 0, MAX_OBJECTS - self.layout_format.max_objects))
         weights, corners = objects[:, :, 0, :n], objects[:, :, 1:, n:]
         found = {
             "boxes": (corners.flatten(2) + 1) / 2,

@@ -113,7 +113,7 @@ class LayoutDetector(DetectorFitting):
         if prior == "auto":
             prior = source.prior
         if prior is not None:
-            prior = load_prior(prior, model.layout, model.vocabulary.table)
+            prior = load_prior(prior, model.layout_format, model.vocabulary.table)
         detector = cls(
             model,
             prior,
@@ -128,7 +128,7 @@ class LayoutDetector(DetectorFitting):
     @property
     def names(self) -> tuple[str, ...]:
         """The classes' names."""
-        return self.model.layout.names
+        return self.model.layout_format.names
 
     @property
     def prior_out_of_proportion(self) -> bool:
@@ -240,7 +240,7 @@ class LayoutDetector(DetectorFitting):
         chosen = resolve_layout_strategy(strategy, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         model = self.model
-        board = Board(model.vocabulary.table, model.layout, probe_list, seed, penalty)
+        board = Board(model.vocabulary.table, model.layout_format, probe_list, seed, penalty)
         sizes: dict[Any, tuple[int, int]] = {}
 
         def jobs() -> Iterator[Job]:
@@ -275,7 +275,9 @@ class LayoutDetector(DetectorFitting):
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
         """The boxes of an answer in pixels of a picture (width, height), float32 xyxy [n, 4]."""
         sides = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
-        return sides.view(-1, 4) * (torch.tensor([*size, *size]) / (self.model.layout.grid - 1))
+        return sides.view(-1, 4) * (
+            torch.tensor([*size, *size]) / (self.model.layout_format.grid - 1)
+        )
 
     def identity(
         self,
@@ -298,7 +300,7 @@ class LayoutDetector(DetectorFitting):
         if self.prior is None or self.prior_weight == 0:
             return None
         weight = self.prior_weight / self.model.beta
-        return LayoutPenalty(self.prior, weight, self.prior_probes, self.model.layout, seed)
+        return LayoutPenalty(self.prior, weight, self.prior_probes, self.model.layout_format, seed)
 
     def _class_probabilities(self, answer: LayoutAnswer) -> torch.Tensor:
         """Of each object, the posterior of all classes that it could be, float32 [n, C].
@@ -319,7 +321,7 @@ class LayoutDetector(DetectorFitting):
 
 
 def _check_layout(model: Any) -> None:
-    if optional(model, "layout") is None:
+    if optional(model, "layout_format") is None:
         raise ModelError(
             f"expected a layout-to-image model, got {model.name}, which has no layout."
         )
@@ -333,7 +335,7 @@ def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None)
         if weight:
             raise ModelError(f"prior_weight is {weight}, but {model.name} has no prior to weigh.")
         return 0.0
-    if not fits(prior, model.layout, model.vocabulary.table):
+    if not fits(prior, model.layout_format, model.vocabulary.table):
         raise ModelError(
             f"expected a prior over the layouts and the token table of {model.name}, got one of "
             "another model."

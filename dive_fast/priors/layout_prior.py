@@ -78,17 +78,17 @@ class LayoutPrior(ModelMixin, ConfigMixin):
             raise ModelError(f"expected a width that {heads} heads divide, got {width}.")
         if num_train_timesteps < 2:
             raise ModelError(f"expected at least 2 timesteps, got {num_train_timesteps}.")
-        self.layout = LayoutFormat.from_dict(layout)
-        self.kinds = SlotKinds(self.layout)
+        self.layout_format = LayoutFormat.from_dict(layout)
+        self.kinds = SlotKinds(self.layout_format)
         self.schedule = Schedule.from_betas(make_betas("linear", num_train_timesteps))
         # Not stored: it is the model's.
         self.register_buffer("embeddings", None, persistent=False)
-        n_classes, n_sides = len(self.layout.names) + 1, 2 * self.layout.grid + 1
+        n_classes, n_sides = len(self.layout_format.names) + 1, 2 * self.layout_format.grid + 1
         self.object_in = nn.Linear(n_classes + 2 * n_sides, width)
         self.object_out = nn.Linear(width, n_classes + 2 * n_sides)
-        if self.layout.crop:
-            self.crop_in = nn.Linear(self.layout.crop_slots * n_sides, width)
-            self.crop_out = nn.Linear(width, self.layout.crop_slots * n_sides)
+        if self.layout_format.crop:
+            self.crop_in = nn.Linear(self.layout_format.crop_slots * n_sides, width)
+            self.crop_out = nn.Linear(width, self.layout_format.crop_slots * n_sides)
         layer = nn.TransformerEncoderLayer(
             width,
             heads,
@@ -101,7 +101,7 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         self.blocks = nn.TransformerEncoder(
             layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
-        for linear in (self.object_out, *([self.crop_out] if self.layout.crop else [])):
+        for linear in (self.object_out, *([self.crop_out] if self.layout_format.crop else [])):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -196,14 +196,16 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         n, n_sides = classes.shape[1], sides.shape[2]
         inputs = torch.cat([classes, sides[:, : 2 * n].unflatten(1, (n, 2)).flatten(2)], dim=2)
         h = self.object_in(inputs)
-        if self.layout.crop:
+        if self.layout_format.crop:
             h = torch.cat([h, self.crop_in(sides[:, 2 * n :].flatten(1))[:, None]], dim=1)
         h = self.blocks(h)
         out = self.object_out(h[:, :n])
         class_logits, side_logits = out.split([classes.shape[2], 2 * n_sides], dim=2)
         side_logits = side_logits.unflatten(2, (2, n_sides)).flatten(1, 2)
-        if self.layout.crop:
-            crop_logits = self.crop_out(h[:, n]).unflatten(1, (self.layout.crop_slots, n_sides))
+        if self.layout_format.crop:
+            crop_logits = self.crop_out(h[:, n]).unflatten(
+                1, (self.layout_format.crop_slots, n_sides)
+            )
             side_logits = torch.cat([side_logits, crop_logits], dim=1)
         return class_logits, side_logits
 
@@ -274,9 +276,9 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         Raises:
             ModelError: tokens of another shape or dtype.
         """
-        if tokens.dtype != torch.int64 or tokens.shape[1:] != (self.layout.n_slots,):
+        if tokens.dtype != torch.int64 or tokens.shape[1:] != (self.layout_format.n_slots,):
             raise ModelError(
-                f"expected tokens int64 [N, {self.layout.n_slots}], got {tokens.dtype} "
+                f"expected tokens int64 [N, {self.layout_format.n_slots}], got {tokens.dtype} "
                 f"{list(tokens.shape)}."
             )
         known, positions = tokens >= 0, self.positions(tokens)
@@ -313,7 +315,7 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         return logits.log_softmax(dim=2)
 
     def _check(self, v: Tensor, timesteps: Tensor, noises: Tensor) -> None:
-        crop, dim = self.layout.crop_slots, self.dim
+        crop, dim = self.layout_format.crop_slots, self.dim
         good = v.dim() == 3 and v.shape[2] == dim and v.shape[1] > crop
         if not good or (v.shape[1] - crop) % SLOTS_PER_OBJECT:
             extra = f" + {crop}" if crop else ""

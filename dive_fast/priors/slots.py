@@ -25,12 +25,12 @@ class SlotKinds:
     Layouts may have fewer objects than the format, or more.
     """
 
-    layout: LayoutFormat
+    layout_format: LayoutFormat
 
     @property
     def ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The tokens of each kind, (start, stop)."""
-        return self.layout.class_range, self.layout.coordinate_range
+        return self.layout_format.class_range, self.layout_format.coordinate_range
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -41,13 +41,13 @@ class SlotKinds:
     def slots(self, layouts: Tensor) -> tuple[Tensor, Tensor]:
         """Where each kind stands in layouts [B, S] or [B, S, D], int64, on their device."""
         slots = torch.arange(layouts.shape[1], device=layouts.device)
-        is_crop = slots >= len(slots) - self.layout.crop_slots
+        is_crop = slots >= len(slots) - self.layout_format.crop_slots
         is_class = (slots % SLOTS_PER_OBJECT == 0) & ~is_crop
         return slots[is_class], slots[~is_class]
 
     def rows(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """The rows [C + 1, D] and [G G + 1, D] of a table [V, D] that each kind can hold."""
-        none = table[self.layout.none : self.layout.none + 1]
+        none = table[self.layout_format.none : self.layout_format.none + 1]
         classes, corners = (torch.cat([table[slice(*each)], none]) for each in self.ranges)
         return classes, corners
 
@@ -56,18 +56,18 @@ class SlotKinds:
         found = []
         for slots, (start, stop) in zip(self.slots(tokens), self.ranges, strict=True):
             part = tokens[:, slots]
-            found.append(torch.where(part == self.layout.none, stop - start, part - start))
+            found.append(torch.where(part == self.layout_format.none, stop - start, part - start))
         return found[0], found[1]
 
     def side_probabilities(self, corners: Tensor) -> Tensor:
         """Probabilities of corners [..., G G + 1] as those of sides [..., 2 G + 1]."""
-        grid = self.layout.grid
+        grid = self.layout_format.grid
         board = corners[..., :-1].unflatten(-1, (grid, grid))
         return torch.cat([board.sum(dim=-2), board.sum(dim=-1), corners[..., -1:]], dim=-1)
 
     def corner_logits(self, sides: Tensor) -> Tensor:
         """Logits of corners [..., G G + 1]: the sum of those of their sides [..., 2 G + 1]."""
-        grid = self.layout.grid
+        grid = self.layout_format.grid
         columns, rows, none = sides.split([grid, grid, 1], dim=-1)
         board = rows[..., :, None] + columns[..., None, :]
         return torch.cat([board.flatten(-2), none], dim=-1)

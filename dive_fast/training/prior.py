@@ -90,7 +90,7 @@ def train_layout_prior(
     out = Path(out)
     check_free(out)
     loaded = load_model(model, device="cpu")
-    layout = optional(loaded, "layout")
+    layout = optional(loaded, "layout_format")
     if layout is None:
         raise ModelError(f"expected a layout-to-image model, got {model}, which has no layouts.")
     table = loaded.vocabulary.table

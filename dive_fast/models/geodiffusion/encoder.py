@@ -42,7 +42,7 @@ class LocationPromptEncoder(nn.Module):
         prompts: how layouts are written.
 
     Attributes:
-        layout: what the tokens mean.
+        layout_format: what the tokens mean.
         table: float32 [V, D] on the CPU, the tokens' embeddings.
         text_encoder: CLIP's.
 
@@ -68,7 +68,7 @@ class LocationPromptEncoder(nn.Module):
             max_objects = min(max_objects, prompts.max_objects)
         self.prompts, self.length = prompts, tower.length
         self.text_encoder = tower.encoder
-        self.layout = LayoutFormat.compact(prompts.names, max_objects, prompts.grid)
+        self.layout_format = LayoutFormat.compact(prompts.names, max_objects, prompts.grid)
         cells = weight[words.cells]
         # About as long as the corners' rows, so that no slot outweighs the others in a projection;
         # a power of two, so that a row gives its phrase exactly in every precision.

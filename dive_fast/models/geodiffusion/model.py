@@ -37,7 +37,7 @@ class GeoDiffusion(LayoutUNet):
         image_size: side of the pictures; that of the UNet's configuration if None.
 
     Attributes:
-        layout: what the tokens mean.
+        layout_format: what the tokens mean.
         vocabulary: of the tokens: table [V, D] and what each one means. A condition is S rows.
 
     Raises:
@@ -63,8 +63,8 @@ class GeoDiffusion(LayoutUNet):
             shape = (unet.config.in_channels, side, side)
         super().__init__(unet, vae, schedule, name=name, latent_shape=shape)
         self.layout_encoder = encoder
-        self.layout = encoder.layout
-        self.vocabulary = Vocabulary(encoder.table, self.layout.token_names())
+        self.layout_format = encoder.layout_format
+        self.vocabulary = Vocabulary(encoder.table, self.layout_format.token_names())
 
     def prompt(self, layout: Layout) -> str:
         """What the pipeline would be given for a layout.
@@ -72,7 +72,7 @@ class GeoDiffusion(LayoutUNet):
         Raises:
             DiveFastError: the layout cannot be written, see ``LayoutFormat.encode``.
         """
-        form = self.layout
+        form = self.layout_format
         triples = form.encode(layout).view(-1, SLOTS_PER_OBJECT)[: len(layout)]
         first = torch.tensor([form.class_start, *(form.coordinate_start,) * 2])
         return self.layout_encoder.prompts.write([tuple(x) for x in (triples - first).tolist()])

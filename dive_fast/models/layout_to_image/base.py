@@ -81,7 +81,7 @@ class LayoutModel(EncodedLayout):
         space_to_depth: int = 1,
         name: str | None = None,
     ) -> None:
-        self.layout = read_format(encoder)
+        self.layout_format = read_format(encoder)
         self._check(denoiser, encoder)
         check_images(denoiser.config.in_channels, vae, space_to_depth)
         schedule, self.scheduler = scheduler, None
@@ -96,7 +96,7 @@ class LayoutModel(EncodedLayout):
         self.image_shape = (channels // r**2, *(r * side for side in sides))
         # Cloned: the vocabulary stays in float32 on the CPU and as it is.
         table = encoder.token_embedding.weight.detach().float().cpu().clone()
-        self.vocabulary = Vocabulary(table, self.layout.token_names())
+        self.vocabulary = Vocabulary(table, self.layout_format.token_names())
 
     def facts(self) -> dict[str, Any]:
         return {

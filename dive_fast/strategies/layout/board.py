@@ -92,7 +92,7 @@ class Board:
 
     Attributes:
         table: float32 [V, D], the tokens' embeddings.
-        format: how layouts are written as tokens.
+        layout_format: how layouts are written as tokens.
         probes: the probe list; requests name its rows.
         seed: for searches that draw at random.
         penalty: the prior's part of the loss (``dive_fast.priors.LayoutPenalty``); None for no
@@ -100,7 +100,7 @@ class Board:
     """
 
     table: Tensor
-    format: LayoutFormat
+    layout_format: LayoutFormat
     probes: ProbeList
     seed: int = 0
     penalty: Penalty | None = None
@@ -117,7 +117,7 @@ class Board:
 
     def items(self, tokens: Tensor) -> Items:
         """The objects that tokens [S] mean; triples that are no valid box are left out."""
-        objects = zip(*(each.tolist() for each in self.format.read(tokens)), strict=True)
+        objects = zip(*(each.tolist() for each in self.layout_format.read(tokens)), strict=True)
         items = (Item(c, Box(*sides)) for c, sides in objects if c >= 0)
         return tuple(
             item
@@ -128,14 +128,14 @@ class Board:
     def _condition(self, items: Items) -> Tensor:
         tokens = self._tokens(items)
         found = self.table[tokens.clamp_min(0)]
-        found[tokens < 0] = self.table[slice(*self.format.class_range)].mean(dim=0)
+        found[tokens < 0] = self.table[slice(*self.layout_format.class_range)].mean(dim=0)
         return found
 
     def _tokens(self, items: Items) -> Tensor:
         """int64 [S]; -1 for the class of an object of ANY class."""
         classes = torch.tensor([item.class_id for item in items], dtype=torch.int64)
         sides = torch.tensor([item.box for item in items], dtype=torch.int64).view(-1, 4)
-        tokens = self.format.write(classes.clamp_min(0), sides)
+        tokens = self.layout_format.write(classes.clamp_min(0), sides)
         of_any = (classes == ANY).nonzero()[:, 0]
         tokens[SLOTS_PER_OBJECT * of_any] = -1
         return tokens

@@ -110,7 +110,7 @@ class Guided(LayoutProbes):
     def _begin(self, state: State) -> Steps:
         """The best layout of regions, or of a relaxed search."""
         found = [regions(state.unexplained, share * state.peak) for share in LEVELS]
-        most = state.board.format.max_objects
+        most = state.board.layout_format.max_objects
         layouts = [tuple(Item(ANY, box) for box in boxes[:most]) for boxes in found]
         if self.starts:
             layouts += yield from self._relaxed(state.board)

@@ -80,9 +80,9 @@ class InvertLayout(LayoutProbes):
         """The optimisation alone: the lowest running loss of every layout met, and the steps."""
         k = len(board.probes)
         min_size = 1 if self.joint_boxes else None
-        project = board.format.projection(board.table, self.metric, min_size)
+        project = board.layout_format.projection(board.table, self.metric, min_size)
         generator = torch.Generator().manual_seed(board.seed)
-        shape = (self.starts, board.format.n_slots, board.table.shape[1])
+        shape = (self.starts, board.layout_format.n_slots, board.table.shape[1])
         noise = torch.randn(shape, generator=generator)
         v = (noise * board.table.std() + board.table.mean()).requires_grad_()
         optimizer = torch.optim.AdamW([v], lr=self.learning_rate)

@@ -25,7 +25,7 @@ LEAST_MASS = 0.02  # share of the whole error that a region holds at least
 def residual(board: Board, items: Items, probe_ids: Tensor) -> Steps:
     """The error of a layout in every cell between the grid's lines, float32 [G - 1, G - 1]."""
     (found,) = yield ErrorMaps(board.conditions([items]).flatten(1), probe_ids)
-    return cells(found, board.format.grid)
+    return cells(found, board.layout_format.grid)
 
 
 def cells(error_map: Tensor, grid: int) -> Tensor:

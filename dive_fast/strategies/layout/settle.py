@@ -30,7 +30,7 @@ def decide(board: Board, items: Items, i: int, probe_ids: Tensor) -> Steps:
     All are measured on the first third of the probes, the best ``LIKELY`` classes and none on the
     rest. The other classes keep the distance to the best one that they had there.
     """
-    classes = range(len(board.format.names))
+    classes = range(len(board.layout_format.names))
     layouts = [with_class(items, i, c) for c in classes] + [without(items, i)]
     first = max(1, len(probe_ids) // 3)
     losses = yield from measure(board, layouts, probe_ids[:first])
@@ -73,7 +73,7 @@ def settle(board: Board, items: Items, probe_ids: Tensor, margin: float, rounds:
         rows = []
         for i in range(len(items)):
             rows.append((yield from decide(board, items, i, probe_ids)))
-    n_classes = len(board.format.names)
+    n_classes = len(board.layout_format.names)
     table = torch.stack(rows) if rows else torch.empty(0, n_classes + 1, dtype=torch.float64)
     if rows:
         loss = float(table[0, items[0].class_id])

@@ -65,12 +65,12 @@ class State:
     @property
     def small_step(self) -> int:
         """What counts as a small step of a side, in lines of the grid."""
-        return small_step(self.board.format.grid)
+        return small_step(self.board.layout_format.grid)
 
     @property
     def is_full(self) -> bool:
         """Whether no slot is free."""
-        return len(self.items) >= self.board.format.max_objects
+        return len(self.items) >= self.board.layout_format.max_objects
 
     def measure(self, layouts: Sequence[Items]) -> Steps:
         """The mean loss of each layout with the prior's part, float64 [N]."""
@@ -95,7 +95,7 @@ class State:
         """
         while step >= 1:
             box = self.items[i].box
-            boxes = neighbours(box, step, self.board.format.grid)
+            boxes = neighbours(box, step, self.board.layout_format.grid)
             if not boxes:  # no room on a small grid
                 step //= 2
                 continue
@@ -236,10 +236,10 @@ class State:
         return replaced(without(self.items, j), i, whole)
 
     def _touching(self) -> list[tuple[int, int]]:
-        return touching([item.box for item in self.items], self.board.format.grid)
+        return touching([item.box for item in self.items], self.board.layout_format.grid)
 
     def _classes(self) -> range:
-        return range(len(self.board.format.names))
+        return range(len(self.board.layout_format.names))
 
 
 def _together(box: Box, boxes: Sequence[Box], losses: Tensor, loss: float) -> Box | None:
