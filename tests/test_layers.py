@@ -134,6 +134,12 @@ def test_every_room_has_its_floor() -> None:
     assert len(FLOORS) == 9
 
 
+def test_the_page_on_architecture_has_every_room() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [name for name in RANK if f"`{name}`" not in page and f"`{name}/`" not in page]
+    assert rooms == []
+
+
 @pytest.mark.parametrize(("module", "path"), [pytest.param(*m, id=m[0]) for m in modules()])
 def test_imports_point_downwards(module: str, path: Path) -> None:
     assert wrong_imports(module, path.read_text(), path.name == "__init__.py") == []
