@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command import assert_refused, call
 from PIL import Image
-from tiny_layout import make_layout_model, make_scenes_model
+from tiny_layout import make_layout_model
 
 from dive_fast import zoo
 from dive_fast.data.scenes import NAMES
@@ -187,14 +187,6 @@ def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected)
     options |= {"--out": tmp_path / "run", **changes}
     arguments = [part for pair in options.items() if pair[1] is not None for part in pair]
     assert_refused(call(capsys, "evaluate", *arguments), expected)
-
-
-@pytest.fixture(scope="module")
-def scenes_model(tmp_path_factory) -> Path:
-    """Of the scenes' layouts, random weights; where the zoo's would lie."""
-    directory = tmp_path_factory.mktemp("zoo") / "scenes"
-    make_scenes_model().save_pretrained(directory)
-    return directory
 
 
 def test_evaluate_on_scenes(scenes_model, tmp_path, capsys, monkeypatch) -> None:
