@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m dive_fast demo --out demo
 
 test: $(VENV)/.installed lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

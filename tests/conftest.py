@@ -1,12 +1,63 @@
-"""One thread per test: on small tensors a second one costs more than it brings, and where other
-work shares the cores it costs milliseconds per operation."""
+"""One thread per test, where the real data lie, and the small models that several modules read."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
-import torch
+
+# On small tensors a second thread costs more than it brings, and where other work shares the cores
+# it costs milliseconds per operation. Set before torch is loaded, and so for processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
+def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """The path of an archive of real images; the test is skipped where it does not lie."""
+
+    def find(name: str) -> Path:
+        if not (DATA / name).exists():
+            pytest.skip(f"the real images are not here: {name} in ../shared/data")
+        return DATA / name
+
+    return find
+
+
+# -- model directories, written once per process; tests read them, and copy what they change ------
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion."""
+    from tiny_sd import write_sd
+
+    return write_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion XL."""
+    from tiny_sd import write_sdxl
+
+    return write_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def scenes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layout-to-image model of the scenes' layouts, random weights; named as the zoo's."""
+    from tiny_layout import make_scenes_model
+
+    directory = tmp_path_factory.mktemp("zoo") / "scenes"
+    make_scenes_model().save_pretrained(directory)
+    return directory

@@ -34,10 +34,10 @@ def toy():
 
 def test_the_embedded_model_reads_held_out_digits(classifier, digits):
     for strategy in ("enumerate", "invert"):
-        answers = classifier(digits.images[:60], strategy=strategy, probes=40)
-        right = [a.index == y for a, y in zip(answers, digits.labels[:60], strict=True)]
-        # 99.5% over all 397; one of sixty may go wrong with fewer probes.
-        assert sum(right) >= 59
+        answers = classifier(digits.images[:30], strategy=strategy, probes=40)
+        right = [a.index == y for a, y in zip(answers, digits.labels[:30], strict=True)]
+        # 99.5% over all 397; one of thirty may go wrong with fewer probes.
+        assert sum(right) >= 29
         assert all(a.label == NAMES[a.index] for a in answers)
 
 

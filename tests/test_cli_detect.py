@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command import assert_refused, call
 from PIL import Image
-from tiny_layout import make_layout_model, make_scenes_model
+from tiny_layout import make_layout_model
 
 from dive_fast import zoo
 from dive_fast.data.scenes import NAMES
@@ -202,14 +202,6 @@ def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected)
 def test_options_of_the_other_job(arguments: tuple, expected: str, tmp_path, capsys) -> None:
     assert_refused(call(capsys, *arguments, "--out", tmp_path / "run"), expected)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture(scope="module")
-def scenes_model(tmp_path_factory) -> Path:
-    """Of the scenes' layouts, random weights; where the zoo's would lie."""
-    directory = tmp_path_factory.mktemp("zoo") / "scenes"
-    make_scenes_model().save_pretrained(directory)
-    return directory
 
 
 def test_evaluate_on_scenes(scenes_model, tmp_path, capsys, monkeypatch) -> None:

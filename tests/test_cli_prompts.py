@@ -9,14 +9,8 @@ import pytest
 from command import assert_refused, call
 from PIL import Image
 from tiny import read_json
-from tiny_sd import write_sd
 
 from dive_fast import DiffusionClassifier
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sd(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture
@@ -36,23 +30,23 @@ def classify(capsys, image, model, *options: object) -> dict:
 
 
 @pytest.mark.parametrize("average", ["embedding", "loss"])
-def test_classes_and_templates(average, model, image, capsys):
+def test_classes_and_templates(average, sd, image, capsys):
     found = classify(
-        capsys, image, model, "--classes", "cat, dog,fox", "--average", average,
+        capsys, image, sd, "--classes", "cat, dog,fox", "--average", average,
         "--template", "a {}", "--template", "{}!",
     )  # fmt: skip
     clf = DiffusionClassifier.from_pretrained(
-        model, classes=["cat", "dog", "fox"], templates=["a {}", "{}!"], average=average
+        sd, classes=["cat", "dog", "fox"], templates=["a {}", "{}!"], average=average
     )
     (expected,) = clf(image, strategy="enumerate", probes=4)
     assert found["label"] == expected.label
     assert found["losses"] == pytest.approx(expected.losses.tolist(), rel=1e-4)
 
 
-def test_a_file_of_classes(model, image, tmp_path, capsys):
+def test_a_file_of_classes(sd, image, tmp_path, capsys):
     file = tmp_path / "names"
     file.write_text("cat\n\n  fox, red \ndog\n", encoding="utf-8")
-    found = classify(capsys, image, model, "--classes", file, "--top", 3)
+    found = classify(capsys, image, sd, "--classes", file, "--top", 3)
     assert {entry["label"] for entry in found["top"]} == {"cat", "fox, red", "dog"}
 
 
@@ -69,18 +63,18 @@ def test_a_file_of_classes(model, image, tmp_path, capsys):
         (["--classes", "cat,dog", "--average", "x"], "an average of embedding, loss, got 'x'"),
     ],
 )
-def test_bad_options(options, message, model, image, capsys):
-    assert_refused(call(capsys, "classify", image, "--model", model, *options), message)
+def test_bad_options(options, message, sd, image, capsys):
+    assert_refused(call(capsys, "classify", image, "--model", sd, *options), message)
 
 
-def test_bad_files_of_classes(model, image, tmp_path, capsys):
+def test_bad_files_of_classes(sd, image, tmp_path, capsys):
     file = tmp_path / "names"
     for content, message in (
         (b"", "classes must hold at least one text, got none"),
         (b"\xff\xfe\xfd", "cannot be read as a list of classes"),
     ):
         file.write_bytes(content)
-        said = call(capsys, "classify", image, "--model", model, "--classes", file)
+        said = call(capsys, "classify", image, "--model", sd, "--classes", file)
         assert_refused(said, message)
 
 
@@ -98,9 +92,9 @@ def folder(root: Path, names: tuple[str, ...]) -> Path:
     return root
 
 
-def test_evaluate_asks_about_the_folders_names(model, tmp_path, capsys):
+def test_evaluate_asks_about_the_folders_names(sd, tmp_path, capsys):
     data = folder(tmp_path / "data", ("cat", "dog"))
-    arguments = ("evaluate", "--model", model, "--data", data, "--probes", 4, "--json")
+    arguments = ("evaluate", "--model", sd, "--data", data, "--probes", 4, "--json")
     said = call(capsys, *arguments, "--out", tmp_path / "a")
     assert (said.code, said.err) == (0, "")
     assert json.loads(said.out)["n"] == 2
@@ -116,11 +110,11 @@ def test_evaluate_asks_about_the_folders_names(model, tmp_path, capsys):
     assert_refused(said, "does not know the classes 'cat'")
 
 
-def test_evaluate_without_folders_needs_classes(model, tmp_path, capsys):
-    said = call(capsys, "evaluate", "--model", model, "--data", "digits", "--out", tmp_path / "run")
+def test_evaluate_without_folders_needs_classes(sd, tmp_path, capsys):
+    said = call(capsys, "evaluate", "--model", sd, "--data", "digits", "--out", tmp_path / "run")
     assert_refused(said, "needs classes")
     (tmp_path / "empty").mkdir()
     said = call(
-        capsys, "evaluate", "--model", model, "--data", tmp_path / "empty", "--out", tmp_path / "r"
+        capsys, "evaluate", "--model", sd, "--data", tmp_path / "empty", "--out", tmp_path / "r"
     )
     assert_refused(said, "needs classes")

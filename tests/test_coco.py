@@ -27,8 +27,6 @@ from dive_fast.data.coco import (
 )
 from dive_fast.data.images import squash
 
-BCCD = Path(__file__).parents[2] / "shared" / "data" / "det3_bccd_640px.zip"
-
 GOOD = {
     "images": [
         {"id": 7, "width": 20, "height": 10, "file_name": "a.png"},
@@ -336,10 +334,8 @@ class TestBccd:
         assert data.images[0].class_ids.tolist() == [1]
         assert read_pictures(data, 16).shape == (1, 3, 16, 16)
 
-    def test_real(self, tmp_path: Path) -> None:
-        if not BCCD.exists():
-            pytest.skip(f"the real pictures are not here: {BCCD.name} in ../shared/data")
-        with zipfile.ZipFile(BCCD) as file:
+    def test_real(self, tmp_path: Path, real_data) -> None:
+        with zipfile.ZipFile(real_data("det3_bccd_640px.zip")) as file:
             file.extractall(tmp_path)
         for part, images, boxes in (("train", 205, 2804), ("val", 87, 1137), ("test", 72, 945)):
             data = load_bccd(tmp_path, part)

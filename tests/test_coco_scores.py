@@ -17,15 +17,11 @@ from dive_fast.evaluation.coco_scores import NAMES, score, score_boxes
 
 pytest.importorskip("pycocotools", reason="the COCO numbers come with the extra detect")
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "eval_coco_reference_100.zip"
-
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not REFERENCE.exists():
-        pytest.skip(f"the reference numbers are not here: {REFERENCE.name} in ../shared/data")
+def reference(tmp_path_factory: pytest.TempPathFactory, real_data) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    with zipfile.ZipFile(REFERENCE) as file:
+    with zipfile.ZipFile(real_data("eval_coco_reference_100.zip")) as file:
         file.extractall(folder)
     return folder
 

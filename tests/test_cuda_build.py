@@ -18,8 +18,12 @@ NVCC = shutil.which("nvcc")
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", ("nearest_box", "nearest_row"))
 def test_the_sources_compile(source, tmp_path):
-    """For both architectures at once; headers of a CPU build of torch are enough."""
-    command = [NVCC, "-c", "-std=c++20", "-O1", "-Werror=all-warnings"]
+    """For both architectures at once; headers of a CPU build of torch are enough.
+
+    Device code without optimisation: it takes half the time, and says the same of the sources.
+    """
+    command = [NVCC, "-c", "-std=c++20", "-O1", "-Xcicc", "-O0", "-Xptxas", "-O0"]
+    command += ["-Werror=all-warnings"]
     command += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__path__[0]) / "include")]

@@ -109,7 +109,7 @@ def test_the_convention_of_training_has_the_lower_loss():
     x0, labels = classifier.encode(train.images), torch.from_numpy(train.labels)
     optimizer = torch.optim.Adam(parameters, lr=3e-4)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
+    for _ in range(80):
         pick = torch.randint(len(x0), (64,), generator=generator)
         t = torch.randint(1000, (64,), generator=generator)
         eps = torch.randn(64, 1, 8, 8, generator=generator)

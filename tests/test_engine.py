@@ -55,7 +55,8 @@ def run(model, name, latents, batch_size):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_images_together_equal_images_alone_at_every_batch_size(model, name):
-    latents = torch.randn(9, *model.latent_shape, generator=torch.Generator().manual_seed(5))
+    n = 9 if isinstance(model, ToyModel) else 4  # the network is slow row by row
+    latents = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(5))
     alone = [run(model, name, latents[i : i + 1], 64)[0] for i in range(len(latents))]
     if isinstance(model, ToyModel):
         assert len({f.answer.index for f in alone}) > 2, "images that differ, or this says little"

@@ -233,7 +233,7 @@ class TestResume:
     def test_after_a_signal(self, kind: str, digit_model: Path, tmp_path: Path, capsys) -> None:
         """Nothing repeated, nothing lost, a torn last line dropped; the same answers."""
         out = tmp_path / "run"
-        arguments = ("evaluate", "--model", digit_model, "--data", "digits", "--limit", 40)
+        arguments = ("evaluate", "--model", digit_model, "--data", "digits", "--limit", 16)
         arguments += ("--strategy", "enumerate", "--probes", 40, "--json", "--out")
         # Small batches, so that it takes a while; they are no part of the configuration.
         process = self.start(*arguments, out, "--batch-size", 4)
@@ -245,15 +245,15 @@ class TestResume:
             assert errors == f"dive-fast: interrupted; run again to go on from {out}.\n"
         before = (out / "results.jsonl").read_bytes()
         before = before[: before.rfind(b"\n") + 1]
-        assert 3 <= before.count(b"\n") < 40
+        assert 3 <= before.count(b"\n") < 16
         with open(out / "results.jsonl", "ab") as file:
             file.write(b'{"id": "0000')
 
         said = call(capsys, *arguments, out)
         assert (said.code, said.err) == (0, "")
-        assert json.loads(said.out)["n"] == 40
+        assert json.loads(said.out)["n"] == 16
         assert (out / "results.jsonl").read_bytes().startswith(before)
-        assert len({record["id"] for record in lines(out)}) == len(lines(out)) == 40
+        assert len({record["id"] for record in lines(out)}) == len(lines(out)) == 16
 
         assert call(capsys, *arguments, tmp_path / "whole").code == 0
         assert_same_answers(read_records(out), read_records(tmp_path / "whole"))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from command import assert_refused, call
 from PIL import Image
-from tiny_layout import make_scenes_model
 from tiny_prior import make_prior_against_objects
 from toy_layout import PictureModel
 
@@ -131,14 +130,6 @@ def test_refused(detector, data, tmp_path: Path) -> None:
         detector.save_fitted()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("scenes")
-    made = make_scenes_model()
-    made.save_pretrained(directory)
-    return directory
-
-
 FAST = (
     "--set",
     "rough_probes=2",
@@ -154,15 +145,15 @@ KEEP = ("--strategy", "invert", "--set", "starts=1", "--set", "steps=2", "--set"
 
 
 class TestCommand:
-    def test_scenes(self, model: Path, tmp_path: Path, capsys) -> None:
+    def test_scenes(self, scenes_model: Path, tmp_path: Path, capsys) -> None:
         out = tmp_path / "fitted"
-        arguments = ("--data", "scenes", "--limit", 2, "--model", model)
+        arguments = ("--data", "scenes", "--limit", 2, "--model", scenes_model)
         said = call(capsys, "fit", *arguments, "--out", out, *KEEP, "--probes", 4)
         assert said.code == 0, said.err
         assert "objects" in said.out and f"written to {out / 'dive_fast.json'}" in said.out
         beta = json.loads((out / "dive_fast.json").read_text())["beta"]
         assert math.isfinite(beta)
-        detector = LayoutDetector.from_pretrained(model)
+        detector = LayoutDetector.from_pretrained(scenes_model)
         assert detector.model.beta != beta
         detector.load_fitted(out)
         assert detector.model.beta == detector.identity()["beta"] == beta
@@ -182,9 +173,9 @@ class TestCommand:
             (("--model", "digits"), "expected a layout-to-image model, got digits"),
         ],
     )
-    def test_refused(self, model: Path, tmp_path: Path, capsys, options, said: str) -> None:
+    def test_refused(self, scenes_model: Path, tmp_path: Path, capsys, options, said: str) -> None:
         out = tmp_path / "fitted"
-        given = ("--data", "scenes", "--model", model, "--out", out, *options)
+        given = ("--data", "scenes", "--model", scenes_model, "--out", out, *options)
         assert_refused(call(capsys, "fit", *given), said)
         assert not out.exists()
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import read_json, write_json
-from tiny_sd import LENGTH, write_sd, write_sdxl
+from tiny_sd import LENGTH, write_sd
 
 from dive_fast import DiffusionClassifier, ModelError
 from dive_fast.core.probes import low_discrepancy_probes
@@ -22,16 +21,6 @@ from dive_fast.predict.sampling import sample
 from dive_fast.strategies.averaged import averaged
 
 TEMPLATES = ("a photo of a {}.", "{}!", "a bad {}")
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sd(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
 def latents(n: int = 2) -> torch.Tensor:

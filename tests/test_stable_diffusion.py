@@ -28,13 +28,9 @@ KINDS = ("sd", "v", "sdxl")
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "sd": write_sd(root / "sd"),
-        "v": write_sd(root / "v", target="v_prediction", euler=True, seed=1),
-        "sdxl": write_sdxl(root / "sdxl"),
-    }
+def directories(sd, sdxl, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    v = write_sd(tmp_path_factory.mktemp("v"), target="v_prediction", euler=True, seed=1)
+    return {"sd": sd, "v": v, "sdxl": sdxl}
 
 
 def pictures(n: int = 2) -> torch.Tensor:

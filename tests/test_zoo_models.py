@@ -12,26 +12,22 @@ import pytest
 from dive_fast import DiffusionClassifier, zoo
 from dive_fast.data import load_all, open_dataset, select
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 SOURCES = {
     "mnist": ("cls10_mnist_28px.zip", "mnist_28px.npz"),
     "omniglot": ("cls242_omniglot_small_105px.zip", "omniglot242_32px.npz"),
 }
 
 
-def real_images(model: str, folder: Path) -> Path:
-    archive, member = SOURCES[model]
-    if not (DATA / archive).exists():
-        pytest.skip(f"the real images are not here: {archive} in ../shared/data")
-    with zipfile.ZipFile(DATA / archive) as file:
-        return Path(file.extract(member, folder))
-
-
 # What enumeration with 250 probes reaches lies well above; see docs/models.md.
 @pytest.mark.parametrize(("model", "n", "least"), [("mnist", 60, 0.8), ("omniglot", 30, 0.4)])
-def test_auto_on_held_out_images(model: str, n: int, least: float, tmp_path: Path) -> None:
+def test_auto_on_held_out_images(
+    model: str, n: int, least: float, tmp_path: Path, real_data
+) -> None:
+    archive, member = SOURCES[model]
+    with zipfile.ZipFile(real_data(archive)) as file:
+        images = file.extract(member, tmp_path)
     classifier = DiffusionClassifier.from_pretrained(model)
-    data = select(open_dataset(real_images(model, tmp_path), classifier.names), n, seed=1)
+    data = select(open_dataset(images, classifier.names), n, seed=1)
     images, labels = load_all(data)
     answers = classifier(images, strategy="auto")
     right = np.mean([a.index == y for a, y in zip(answers, labels, strict=True)])

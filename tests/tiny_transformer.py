@@ -16,15 +16,16 @@ def make_transformer(
     n_classes: int = N_CLASSES,
     channels: int = CHANNELS,
     size: int = SIZE,
+    layers: int = 2,
 ) -> DiTTransformer2DModel:
-    """Two blocks of width 16; with ``tied`` the blocks' embedders hold equal copies."""
+    """Blocks of width 16; with ``tied`` the blocks' embedders hold equal copies."""
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=channels,
         out_channels=channels * (2 if learned_sigma else 1),
-        num_layers=2,
+        num_layers=layers,
         sample_size=size,
         patch_size=2,
         num_embeds_ada_norm=n_classes,
