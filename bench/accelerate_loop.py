@@ -5,10 +5,10 @@ timestep of a prompt before the next prompt, cut into batches. Weights are rando
 depend on them. `--size sd` is Stable Diffusion 1.5's published shape in bf16 and one enumeration
 step, 8 prompts at the same (x_t, t); it needs about 4 GB.
 
-Plain and accelerated network take turns on a new picture each time, as in a run over pictures with
+Plain and accelerated network take turns on a new image each time, as in a run over images with
 the same prompts. Before any time is taken, their errors are compared. The expected ratio counts
 FLOPs alone: of P prompts only one pays for the prefix, and none for keys and values that an earlier
-picture paid for. Appends one line to bench/results/accelerate_loop.jsonl.
+image paid for. Appends one line to bench/results/accelerate_loop.jsonl.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def main() -> None:
         f"prefix {shares['prefix_share']:.2%} and K/V {shares['kv_share']:.2%} of "
         f"{shares['gflops_per_row']:.1f} GFLOP a row"
     )
-    print(f"plain {median['plain']:.3f} s, accelerate {median['accelerate']:.3f} s a picture")
+    print(f"plain {median['plain']:.3f} s, accelerate {median['accelerate']:.3f} s an image")
     print(f"ratio {result['ratio']:.3f}, expected from FLOPs {shares['expected_ratio']:.3f}")
     print(
         f"prefixes: {seen['prefix_misses']} computed, {seen['prefix_hits']} found, "

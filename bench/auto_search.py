@@ -1,11 +1,11 @@
-"""How the parameters of `auto` were chosen: on moved training pictures, never on held-out ones.
+"""How the parameters of `auto` were chosen: on moved training images, never on held-out ones.
 
     python -m bench.auto_search --model digits --limit 200
     python -m bench.auto_search --model omniglot --data omniglot242_32px.npz --limit 48
 
 First table: where one gradient at the mean embedding ranks the answer of enumeration, with the
 first-order estimate alone, with a curvature per class, and with a slope too (learned on the other
-pictures). Second table: agreement with enumeration and evaluations of `auto` with one parameter
+images). Second table: agreement with enumeration and evaluations of `auto` with one parameter
 changed at a time. Losses are measured once and replayed. Where there are more classes than 16,
 enumeration means the best 16 of all classes on 24 probes, on all 250. Appends to
 bench/results/auto_search.jsonl.
@@ -95,7 +95,7 @@ class Replay:
         return self.gradients[key]
 
     def run(self, strategy: Auto, i: int) -> tuple[int, int]:
-        """The answer for picture i, and its evaluations."""
+        """The answer for image i, and its evaluations."""
         task = Task(self.vocabulary, self.probes, shortlist=self.shortlist)
         search, reply, cost = strategy.search(task), None, 0
         while True:
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="digits")
     parser.add_argument("--data", type=Path, help="the .npz of Omniglot")
-    parser.add_argument("--limit", type=int, default=48, help="training pictures (default: 48)")
+    parser.add_argument("--limit", type=int, default=48, help="training images (default: 48)")
     parser.add_argument("--change", nargs="+", choices=CHANGES, default=list(CHANGES))
     options = parser.parse_args()
     if options.model == "omniglot" and options.data is None:

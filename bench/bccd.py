@@ -1,4 +1,4 @@
-"""BCCD: 364 pictures of blood, 640 x 480 pixels, with boxes of red cells, white cells, platelets.
+"""BCCD: 364 images of blood, 640 x 480 pixels, with boxes of red cells, white cells, platelets.
 
 Source: github.com/Shenggan/BCCD_Dataset (MIT), in its official split, with annotations in COCO's
 form: ``instances_train.json``, ``instances_val.json`` and ``instances_test.json`` beside the
@@ -18,7 +18,7 @@ PARTS = ("train", "val", "test")
 
 
 def load_bccd(folder: str | os.PathLike[str], part: str) -> CocoDataset:
-    """The official split: ``"train"`` 205 pictures, ``"val"`` 87, ``"test"`` 72.
+    """The official split: ``"train"`` 205 images, ``"val"`` 87, ``"test"`` 72.
 
     Raises:
         DataError: another part is asked for, nothing is there, or it is not BCCD.

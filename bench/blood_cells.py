@@ -1,16 +1,16 @@
-"""Cuts the pictures of BCCD into tiles, a data set that small models on a CPU can learn.
+"""Cuts the images of BCCD into tiles, a data set that small models on a CPU can learn.
 
     python -m bench.blood_cells --data BCCD_FOLDER --out TILES
     dive-fast train-layout --annotations TILES/train.json --images TILES/images \
         --max-objects 8 --out MODEL
     dive-fast evaluate --data TILES/test.json --images TILES/images --model MODEL --out RUN
 
-A picture of 640 x 480 becomes six tiles of 240 x 240, three in a row that overlap by 40 pixels; a
-training picture fifteen, five in a row, so that cells are learned wherever they lie in a tile.
+An image of 640 x 480 becomes six tiles of 240 x 240, three in a row that overlap by 40 pixels; a
+training image fifteen, five in a row, so that cells are learned wherever they lie in a tile.
 Of the cells that a tile cuts, those that lie in it by 60% and more are annotated, cut at its
 border; those that lie in it by 25% to 60% are annotated in training tiles, so that the layout says
 what is seen, and marked as crowds in the others, so that finding them is neither right nor wrong;
-the rest is left out. The official split stays: tiles of a test picture are test tiles.
+the rest is left out. The official split stays: tiles of a test image are test tiles.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def area(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def write_tiles(dataset: CocoDataset, out: Path, part: str) -> CocoDataset:
-    """Writes the pictures of all tiles to ``out/images`` and ``out/PART.json``."""
+    """Writes the images of all tiles to ``out/images`` and ``out/PART.json``."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     tiles: list[CocoImage] = []
     training = part == "train"

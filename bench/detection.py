@@ -8,7 +8,7 @@ Every variant writes a run directory below --runs: cut off and started again it 
 (seconds are then those of all sessions). Appends one line a variant to --out.
 
 What a search would cost that tries all boxes, with B = (G (G - 1) / 2)^2 boxes on the grid, C
-classes, K probes, n objects found in a picture and at most M:
+classes, K probes, n objects found in an image and at most M:
 
     one object after the other    (n + 1) B C K evaluations; the last round finds that none is left
     all layouts                   K sum_{m=0}^M (B C)^m / m! evaluations, given as a power of ten
@@ -95,7 +95,7 @@ def run_variant(
     probes: int | None = None,
     batch_size: int | None = None,
 ) -> tuple[dict[str, Any], LayoutDetector]:
-    """Searches the pictures, or the rest of them; the figures, and the detector."""
+    """Searches the images, or the rest of them; the figures, and the detector."""
     prior = {"none": None}.get(variant.prior, variant.prior)
     detector = LayoutDetector.from_pretrained(
         model,
@@ -168,7 +168,7 @@ def found_objects(
 
 
 def brute_force(layout: LayoutFormat, probes: int, objects: float) -> dict[str, float]:
-    """Evaluations of one picture by the two formulas above."""
+    """Evaluations of one image by the two formulas above."""
     boxes = (layout.grid * (layout.grid - 1) // 2) ** 2
     one = boxes * len(layout.names)
     terms = [m * math.log(one) - math.lgamma(m + 1) for m in range(layout.max_objects + 1)]
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--data", default="scenes", help="scenes, or a COCO annotation file")
-    parser.add_argument("--images", help="the pictures of an annotation file")
+    parser.add_argument("--images", help="the images of an annotation file")
     parser.add_argument("--limit", type=int, default=200, help="pictures; of scenes the first ones")
     parser.add_argument("--strategies", type=words, default=["guided", "invert"])
     parser.add_argument("--prior", type=words, default=["none", "auto"], help="or directories")

@@ -1,4 +1,4 @@
-"""Training pictures of the zoo's models, moved: what parameters are chosen on.
+"""Training images of the zoo's models, moved: what parameters are chosen on.
 
 Moved a little further than in training where that is needed for the model to be as unsure of them
 as of new pictures.
@@ -21,7 +21,7 @@ FURTHER = {"rotate_degrees": 12.0, "scale": 0.14, "shear": 0.15, "shift_pixels":
 
 
 def moved_pictures(model: str, data: Path | None, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x0 float32 [N, 1, h, w] of at most ``limit`` random training pictures, and their labels."""
+    """x0 float32 [N, 1, h, w] of at most ``limit`` random training images, and their labels."""
     generator = torch.Generator().manual_seed(1)
     if model == "digits":
         train, config = load_digits("train"), dataclasses.replace(DIGITS, augment=1.0)

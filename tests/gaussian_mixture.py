@@ -1,6 +1,6 @@
 """A toy diffusion model whose score, losses and posterior are known in closed form.
 
-Class c is the Gaussian N(mu_c, sigma^2 I) over small pictures, with equal priors. Its class vector
+Class c is the Gaussian N(mu_c, sigma^2 I) over small images, with equal priors. Its class vector
 is mu_c itself, so the condition is continuous and the vocabulary is the table of the means.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class GaussianMixture:
-    """C Gaussians over pictures [ch, h, w], D = ch * h * w.
+    """C Gaussians over images [ch, h, w], D = ch * h * w.
 
     Attributes:
         table: [C, D] float32, the means; row c is the class vector of class c.
@@ -80,6 +80,6 @@ class GaussianMixture:
         return torch.log_softmax(-self._square_distance(x0) / (2 * self.sigma**2), dim=1)
 
     def _square_distance(self, x0: Tensor) -> Tensor:
-        """|| x0 - mu_c ||^2 for every picture and class: [B, C] float64."""
+        """|| x0 - mu_c ||^2 for every image and class: [B, C] float64."""
         difference = x0.flatten(1).double()[:, None] - self.table.double()
         return difference.square().sum(dim=2)

@@ -75,6 +75,6 @@ def test_the_loop_with_accelerate(monkeypatch):
     result = accelerate_loop.measure(size, repeats=1)
     assert result["ratio"] > 0
     seen = result["statistics"]
-    # Two pictures of three timesteps under two prompts, prompt by prompt.
+    # Two images of three timesteps under two prompts, prompt by prompt.
     assert (seen["prefix_misses"], seen["prefix_hits"], seen["prefix_shared"]) == (6, 6, 0)
     assert (seen["condition_misses"], seen["rows"], seen["plain_calls"]) == (2, 12, 0)

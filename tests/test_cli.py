@@ -68,7 +68,7 @@ BAD_FILES = {
     "empty": (b"", r"got an empty one \(0 bytes\)"),
     "cut": (png()[:400], "truncated or damaged"),
     "cut header": (png()[:20], "image.png: "),
-    "text": (b"no picture at all", "no known image format"),
+    "text": (b"no image at all", "no known image format"),
     "bomb": (bomb(), "expected at most 89,478,485 pixels"),
 }
 
@@ -132,7 +132,7 @@ class TestClassify:
         folder.mkdir()
         for i, name in enumerate(names):
             picture(i, size=(9 + i, 20)).save(folder / name)
-        (folder / "notes.txt").write_text("no picture, and not asked for")
+        (folder / "notes.txt").write_text("no image, and not asked for")
 
         def listed(*inputs: object) -> list[str]:
             said = call(capsys, "classify", *inputs, "--model", pixels, "--probes", 2)
@@ -213,7 +213,7 @@ class TestClassify:
         [
             ("missing.png", "missing.png: no such file or folder"),
             ("*.gif", "expected files of this pattern, got none"),
-            ("folder", "expected pictures in this folder, got none"),
+            ("folder", "expected images in this folder, got none"),
             ("", ": no such file or folder"),
         ],
     )

@@ -81,7 +81,7 @@ def test_pictures_of_one_name_are_all_kept(model, pictures, tmp_path, capsys) ->
 
 def test_bad_pictures_do_not_stop_the_rest(model, pictures, tmp_path, capsys) -> None:
     bad = tmp_path / "bad.png"
-    bad.write_text("no picture")
+    bad.write_text("no image")
     arguments = (bad, tmp_path / "missing.png", pictures[1])
     said = call(capsys, "detect", *arguments, "--model", model, "--out", tmp_path / "run", *FAST)
     assert said.code == 2
@@ -132,7 +132,7 @@ def test_classes_for_a_model_with_its_own(model, pictures, tmp_path, capsys, opt
 
 @pytest.fixture
 def annotated(pictures, tmp_path) -> Path:
-    """Both pictures and a missing one, with a box that is no box."""
+    """Both images and a missing one, with a box that is no box."""
     images = [
         {"id": i, "file_name": name, "width": size[0], "height": size[1]}
         for i, (name, size) in enumerate(
@@ -157,7 +157,7 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
     arguments = ("--data", annotated, "--images", tmp_path, "--model", model)
     arguments += ("--out", tmp_path / "run", *FAST)
     said = call(capsys, "evaluate", *arguments, "--json")
-    # The missing picture makes the code 2, and stops nothing.
+    # The missing image makes the code 2, and stops nothing.
     assert said.code == 2 and "Traceback" not in said.err
     summary = json.loads(said.out)
     assert {"AP", "AP50", "AP75", "AP_small", "AR100"} <= set(summary)
@@ -173,7 +173,7 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"--images": None}, "expected --images DIR, the pictures of .*boxes.json, got none"),
+        ({"--images": None}, "expected --images DIR, the images of .*boxes.json, got none"),
         ({"--timesteps": "uniform"}, "--timesteps is for classifiers"),
         ({"--average": "loss"}, "--average is for classifiers"),
         ({"--classes": "cat,dog"}, "has classes of its own"),

@@ -50,7 +50,7 @@ def write(folder: Path, content: object) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """The three pictures of GOOD."""
+    """The three images of GOOD."""
     folder = tmp_path / "pictures"
     for entry in GOOD["images"]:
         path = folder / entry["file_name"]
@@ -90,7 +90,7 @@ class TestReading:
     def test_without_pictures(self, tmp_path: Path) -> None:
         data = read_coco(write(tmp_path, GOOD))
         assert (data.problems, {i.path for i in data.images}) == ((), {None})
-        with pytest.raises(ImageError, match=r"image 7 has no picture\.$"):
+        with pytest.raises(ImageError, match=r"image 7 has no file\.$"):
             data.images[0].read()
 
 
@@ -167,7 +167,7 @@ class TestProblems:
         del content["images"][2]["file_name"]
         data = read_coco(write(tmp_path, content), pictures)
         assert data.problems == (
-            f"boxes.json: image 7 (a.png): the picture is not in {pictures}.",
+            f"boxes.json: image 7 (a.png): the file is not in {pictures}.",
             "boxes.json: image 5: expected a file_name, got None.",
         )
         assert [i.path for i in data.images] == [None, pictures / "sub" / "b.png", None]
@@ -211,7 +211,7 @@ class TestProblems:
             with pytest.raises(DataError, match=message):
                 read_coco(tmp_path / name)
         good = write(tmp_path, GOOD)
-        with pytest.raises(DataError, match="expected the folder of the pictures"):
+        with pytest.raises(DataError, match="expected the folder of the images"):
             read_coco(good, tmp_path / "nowhere")
         with pytest.raises(DataError, match="got none of 3; the first would be 'a.png'"):
             read_coco(good, tmp_path)
@@ -234,7 +234,7 @@ def test_round_trip(tmp_path: Path, pictures: Path) -> None:
 def test_pictures_in_another_form(tmp_path: Path, pictures: Path) -> None:
     data = read_coco(write(tmp_path, GOOD), pictures)
     Image.new("RGB", (10, 20), "white").save(pictures / "a.png")
-    (pictures / "c.png").write_bytes(b"no picture")
+    (pictures / "c.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match="expected 20 x 10 pixels as annotated, got 10 x 20"):
         data.images[0].read()
     with pytest.raises(ImageError, match="no known image format"):

@@ -197,5 +197,5 @@ def test_what_cannot_be_cut_runs_whole(text, latent) -> None:
 
 def test_a_given_unet_takes_no_pictures(unet, text, latent) -> None:
     model = wrap_unet(unet, text, Schedule(torch.ones(1), torch.zeros(1)), latent.shape[1:])
-    with pytest.raises(DiveFastError, match="expected latents, got pictures"):
+    with pytest.raises(DiveFastError, match="expected latents, got images"):
         model.encode(latent)

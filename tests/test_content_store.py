@@ -112,7 +112,7 @@ def test_bits_decide(dtype):
 
 
 def test_hashes_spread():
-    """Small counters differ in few bits, and so do pictures of one image at two timesteps."""
+    """Small counters differ in few bits, and so do images of one image at two timesteps."""
     rows = torch.arange(4096)[:, None].expand(-1, 3)
     assert len(set(row_hashes([rows.contiguous()]))) == 4096
     swapped = torch.tensor([[1, 2], [2, 1]])

@@ -43,7 +43,7 @@ def test_the_same_output_as_before(tmp_path, capsys, ema):
         "--names", tmp_path / "names.txt", "--latent-size", 8,
     )  # fmt: skip
     assert said.code == 0, said.err
-    assert "2 objects of 3 classes on a 8 x 8 grid, pictures of 16 pixels" in said.out
+    assert "2 objects of 3 classes on a 8 x 8 grid, images of 16 pixels" in said.out
     model = load_model(tmp_path / "out")
     assert model.layout_format == LayoutFormat.latent_diffusion(NAMES, 2, 70)
     assert model.latent_shape == (3, 8, 8) and model.image_shape == (3, 16, 16)

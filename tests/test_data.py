@@ -85,7 +85,7 @@ class TestFolder:
 
     def test_pictures_at_any_depth_in_order(self, tmp_path: Path) -> None:
         save_folder(tmp_path, {"tench": 2, "goldfish/inner": 1, ".cache": 1})
-        (tmp_path / "tench" / "notes.txt").write_text("no picture")
+        (tmp_path / "tench" / "notes.txt").write_text("no image")
         dataset = open_dataset(tmp_path, CLASSES)
         ids = [e.id for e in dataset.examples]
         assert ids == ["goldfish/inner/0.png", "tench/0.png", "tench/1.png"]
@@ -94,7 +94,7 @@ class TestFolder:
 
     def test_a_bad_picture_is_its_own_error(self, tmp_path: Path) -> None:
         save_folder(tmp_path, {"tench": 1})
-        (tmp_path / "tench" / "bad.png").write_bytes(b"not a picture")
+        (tmp_path / "tench" / "bad.png").write_bytes(b"not an image")
         (tmp_path / "tench" / "dangling.png").symlink_to(tmp_path / "gone.png")
         good, bad, dangling = open_dataset(tmp_path, CLASSES).examples
         assert np.asarray(good.load()).shape == (8, 8)
@@ -160,7 +160,7 @@ class TestNpz:
             ({"images": pixels(2), "labels": np.array([True, False])}, "integer labels.*bool"),
             ({"images": pixels(2), "labels": np.array([0, 5])}, "labels 0 to 4.*got 0 to 5"),
             ({"images": pixels(2), "labels": np.array([-1, 0])}, "labels 0 to 4.*got -1 to 0"),
-            ({"images": pixels(0), "labels": np.zeros(0, int)}, "at least one picture"),
+            ({"images": pixels(0), "labels": np.zeros(0, int)}, "at least one image"),
             ({"images": pixels(2, 8), "labels": np.zeros(2, int)}, r"got shape \(2, 8\)"),
             ({"images": pixels(2, 3, 8, 8), "labels": np.zeros(2, int)}, r"shape \(2, 3, 8, 8\)"),
             ({"images": np.zeros((2, 8, 8), int), "labels": np.zeros(2, int)}, "got int64"),
@@ -242,7 +242,7 @@ class TestIdentity:
         save_folder(tmp_path, {"tench": 2})
         first = open_dataset(tmp_path, CLASSES).identity()
         assert open_dataset(f"{tmp_path}/", CLASSES).identity() == first
-        (tmp_path / "tench" / "0.png").write_bytes(b"another picture")
+        (tmp_path / "tench" / "0.png").write_bytes(b"another image")
         assert open_dataset(tmp_path, CLASSES).identity() != first
 
     def test_other_subset(self) -> None:

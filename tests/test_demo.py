@@ -9,7 +9,7 @@ import pytest
 
 from dive_fast.cli import demo_digits
 
-pytest.importorskip("matplotlib", reason="the picture comes with the extra demo")
+pytest.importorskip("matplotlib", reason="the image comes with the extra demo")
 
 
 def test_the_picture_comes_first(tmp_path: Path, monkeypatch, capsys) -> None:

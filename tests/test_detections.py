@@ -237,9 +237,9 @@ class TestDraw:
         assert areas[1] > areas[0] + outline / 4
 
     def test_every_corner_of_the_picture(self) -> None:
-        """Captions wider than the box, or than the picture, and boxes at and over the border."""
+        """Captions wider than the box, or than the image, and boxes at and over the border."""
         boxes = [[0, 0, 1, 1], [30, 19, 32, 20], [-5, -5, 40, 30], [0, 19, 1, 20]]
-        found = Detections(boxes, [0] * 4, [0.5] * 4, ("a name longer than the picture " * 3,))
+        found = Detections(boxes, [0] * 4, [0.5] * 4, ("a name longer than the image " * 3,))
         assert found.draw(np.zeros((20, 32), dtype=np.uint8)).size == (384, 240)
 
     def test_modes(self, found: Detections, tmp_path) -> None:

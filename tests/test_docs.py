@@ -63,7 +63,7 @@ def text_conditional() -> dict:
 
 
 def annotated() -> dict:
-    """One detection, and the annotated picture that it is right about."""
+    """One detection, and the annotated image that it is right about."""
     Image.new("L", (32, 32)).save("scene.png")
     boxes, classes = torch.tensor([[2.0, 4, 12, 16]]), torch.tensor([1])
     image = CocoImage(7, Path("scene.png"), (32, 32), boxes, classes, torch.tensor([False]))

@@ -48,7 +48,7 @@ def pixels(n: int) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures of each class."""
+    """Three images of each class."""
     for i, array in enumerate(pixels(12)):
         path = tmp_path / "data" / NAMES[i % 4] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +324,7 @@ class TestBadInput:
         [
             ("nowhere", "nowhere: expected 'digits', a folder by class or an .npz file"),
             ("empty", "expected a sub-folder for each class, got none"),
-            ("no pictures", "expected pictures in its sub-folders, got none"),
+            ("no images", "expected images in its sub-folders, got none"),
             ("unknown", "the model does not know the classes 'zebra'"),
             ("digits", "the model does not know the classes 'zero', 'one'"),
             ("text.npz", "text.npz: "),
@@ -337,7 +337,7 @@ class TestBadInput:
     )
     def test_data(self, data: str, message: str, model: Path, tmp_path: Path, capsys) -> None:
         (tmp_path / "empty").mkdir()
-        (tmp_path / "no pictures" / "star").mkdir(parents=True)
+        (tmp_path / "no images" / "star").mkdir(parents=True)
         (tmp_path / "unknown" / "zebra").mkdir(parents=True)
         (tmp_path / "text.npz").write_text("no archive")
         two = np.array([0, 1])

@@ -1,4 +1,4 @@
-"""Evaluation of detectors: records, scores, resuming, and pictures that cannot be used."""
+"""Evaluation of detectors: records, scores, resuming, and images that cannot be used."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class GreyDetector:
 
 @pytest.fixture
 def data(tmp_path: Path) -> CocoDataset:
-    """Six pictures; picture i has i % 4 rectangles, each of another grey."""
+    """Six images; image i has i % 4 rectangles, each of another grey."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     images, annotations = [], []
@@ -205,18 +205,18 @@ def test_another_run_is_not_resumed(data: CocoDataset, tmp_path: Path) -> None:
 def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, caplog) -> None:
     folder = data.images[0].path.parent
     (folder / "1.png").unlink()
-    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes(b"no image")
     Image.new("L", (40, 60)).save(folder / "3.png")
     deep = Image.fromarray(np.full((40, 60), -1, dtype=np.int32))
     deep.save(folder / "4.png", format="TIFF")  # a mode that no detector can use
     data = read_coco(tmp_path / "boxes.json", folder)
-    assert data.problems == (f"boxes.json: image 11 (1.png): the picture is not in {folder}.",)
+    assert data.problems == (f"boxes.json: image 11 (1.png): the file is not in {folder}.",)
     out = tmp_path / "run"
     detector = GreyDetector()
     summary = evaluate_detections(detector, data, out, config=CONFIG)
     assert sorted(detector.searched) == ["10", "15"]
     assert (summary.n, summary.failed) == (2, 4)
-    assert summary.scores["AP"] == pytest.approx(1)  # of the pictures that were searched
+    assert summary.scores["AP"] == pytest.approx(1)  # of the images that were searched
     records = read_records(out)
     assert records["11"] == {"id": "11", "error": "image 11 has no picture."}
     assert records["13"]["error"].endswith("expected 60 x 40 pixels as annotated, got 40 x 60.")

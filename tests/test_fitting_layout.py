@@ -34,7 +34,7 @@ def detector() -> LayoutDetector:
 
 @pytest.fixture
 def data(detector, tmp_path: Path) -> CocoDataset:
-    """What the model sees exactly, as pictures of 6 x 6 pixels."""
+    """What the model sees exactly, as images of 6 x 6 pixels."""
     model = detector.model
     board = Board(model.vocabulary.table, model.layout_format, None)
     folder = tmp_path / "pictures"
@@ -113,7 +113,7 @@ def test_crowds_and_unknown_classes_take_no_part(detector, data) -> None:
 
 
 def test_an_image_that_cannot_be_read(detector, data, caplog) -> None:
-    data.images[0].path.write_bytes(b"no picture")
+    data.images[0].path.write_bytes(b"no image")
     assert detector.calibrate(data, **SEARCH).n == 5
     assert len(caplog.messages) == 1
 

@@ -210,7 +210,7 @@ def test_the_answer_does_not_depend_on_the_cache(directory) -> None:
 
 
 def test_what_a_published_directory_states(tmp_path) -> None:
-    """The size of its pictures (the UNet's configuration is that of Stable Diffusion's)."""
+    """The size of its images (the UNet's configuration is that of Stable Diffusion's)."""
     config = {**PUBLISHED, "prompt_template": "An {bbox}, image", "max_num_bbox": 4}
     path = write_geodiffusion(tmp_path / "geo", config=config, published=False)
     model = load_model(path, device="cpu", classes={"kitten": "cat", "dog": "the dog"})
@@ -263,7 +263,7 @@ def test_bad_options(directory, options: dict, said: str) -> None:
         ({"num_bucket_per_side": [4, 6]}, 24, "on a square grid, got 4 columns and 6 rows"),
         ({"num_bucket_per_side": [5, 5]}, 24, "expected 25 location tokens in .*, got 24"),
         ({"num_bucket_per_side": 5}, 25, "expected two numbers above 1 as num_bucket_per_side"),
-        ({"width": 32, "height": 16}, 25, "square pictures in .*, got width 32 and height 16"),
+        ({"width": 32, "height": 16}, 25, "square images in .*, got width 32 and height 16"),
         ({"width": 33, "height": 33}, 25, "a multiple of 2 pixels for this VAE, got 33"),
         ({"prompt_template": 3}, 25, "needs {bbox} once"),
         ({"max_num_bbox": 0}, 25, "expected at least 1 object as max_num_bbox in .*, got 0"),

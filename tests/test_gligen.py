@@ -300,9 +300,9 @@ def test_bad_options(directory, options, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_type": "gated-text-image"}, "also takes a picture of every object"),
+        ({"attention_type": "gated-text-image"}, "also takes an image of every object"),
         ({"attention_type": "default"}, "expected a unet with a position_net .* got .*'default'"),
-        ({"in_channels": 9}, r"paints into pictures \(9 channels\), expected .* \(4 channels\)"),
+        ({"in_channels": 9}, r"paints into images \(9 channels\), expected .* \(4 channels\)"),
         ({"in_channels": 5}, "expected 5 or 10 output channels .* got 4"),
         (
             {"cross_attention_dim": 14},

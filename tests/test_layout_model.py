@@ -47,7 +47,7 @@ def test_the_parts_together_are_the_network(space_to_depth):
         x_t, t, condition = inputs(model, m)
         expected = model.predict(x_t, t, condition)
         torch.testing.assert_close(in_parts(model, x_t, t, condition), expected, **ROUNDING)
-    assert (expected[0] - expected[3]).abs().max() > 1e-3  # the layout and the picture matter
+    assert (expected[0] - expected[3]).abs().max() > 1e-3  # the layout and the image matter
     other = model.predict(x_t[:1].expand(3, -1, -1, -1), t[:1].expand(3), condition[:3])
     assert (other[0] - other[1]).abs().max() > 1e-2
 

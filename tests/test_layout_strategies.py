@@ -125,7 +125,7 @@ class Company:
 
 
 def drive(model: ToyLayoutModel, scene, begin, move, penalty=None) -> State:
-    """Where a move of ``State`` leads from a layout, on the picture of a scene."""
+    """Where a move of ``State`` leads from a layout, on the image of a scene."""
 
     class Search:
         def search(self, board: Board):
@@ -155,7 +155,7 @@ def test_slide_finds_the_sides(model) -> None:
 def test_split_and_join(model) -> None:
     """Two halves of an object become one, what is not there goes, and else nothing changes.
 
-    Two halves of a box have its picture here, so it takes a prior that likes company to split one.
+    Two halves of a box have its image here, so it takes a prior that likes company to split one.
     """
     two = (Item(0, Box(0, 1, 2, 4)), Item(0, Box(4, 1, 6, 4)))
     around, one = (Item(0, Box(0, 1, 6, 4)),), (Item(0, Box(1, 1, 5, 5)),)

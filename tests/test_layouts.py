@@ -24,7 +24,7 @@ def random_format(rng: random.Random) -> LayoutFormat:
 
 
 def random_layout(rng: random.Random, form: LayoutFormat) -> Layout:
-    """Any number of objects, of any size above a step, edges of the picture included."""
+    """Any number of objects, of any size above a step, edges of the image included."""
     boxes, step = [], 1 / (form.grid - 1)
     for _ in range(rng.randint(0, form.max_objects)):
         width, height = (rng.choice([step, 1.0, rng.uniform(step, 1)]) for _ in range(2))

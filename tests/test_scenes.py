@@ -128,7 +128,7 @@ def test_no_scenes() -> None:
 class TestCoco:
     @pytest.mark.parametrize("part", ["test", "train"])
     def test_what_is_written_is_read_back(self, part: str, tmp_path: Path) -> None:
-        """Boxes and classes to the last digit, pictures to the last pixel; empty scenes too."""
+        """Boxes and classes to the last digit, images to the last pixel; empty scenes too."""
         made = load_scenes(part, 40)
         assert (made.counts == 0).any() == (part == "train")
         data = write_scenes(tmp_path / "scenes", part, 40)

@@ -106,7 +106,7 @@ def test_latents_are_the_vaes(directories):
     vae = AutoencoderKL.from_pretrained(directories["sd"] / "vae")
     with torch.no_grad():
         expected = vae.encode(pictures() * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-    # Pictures pass through 8 bits on their way.
+    # Images pass through 8 bits on their way.
     torch.testing.assert_close(clf.encode(pictures()), expected, rtol=0, atol=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Training on annotated pictures: flips, what is left out, and the model that comes out."""
+"""Training on annotated images: flips, what is left out, and the model that comes out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TINY = dataclasses.replace(
 
 
 def write_data(folder: Path, n: int = 5) -> Path:
-    """n pictures of 24 x 20, a cat in each and a dog in the even ones; the second is missing."""
+    """n images of 24 x 20, a cat in each and a dog in the even ones; the second is missing."""
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     boxes = []
@@ -107,7 +107,7 @@ def test_batches_are_of_the_chosen_pictures_and_their_boxes_follow_them() -> Non
             assert torch.equal(picture[0], expected)
             seen.add((x0, y0, x1, y1))
     assert not pictures[1, 0, 2:].any() and pictures[0, 0, 4, 2] == 255  # as they were
-    assert len(seen) == 8  # four flips of each of two pictures, none of the one left out
+    assert len(seen) == 8  # four flips of each of two images, none of the one left out
     again, _ = draw(3)
     assert torch.equal(again, draw(3)[0])
 
@@ -148,7 +148,7 @@ def test_too_few_pictures(tmp_path: Path) -> None:
 def test_pictures_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     """As if they were missing; the rest is learned with its own layouts."""
     annotations, said = write_data(tmp_path, n=6), []
-    (tmp_path / "pictures" / "3.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "3.png").write_bytes(b"no image")
     Image.new("RGB", (3, 3)).save(tmp_path / "pictures" / "4.png")
     trained = train_pictures(
         annotations,
@@ -162,7 +162,7 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     assert (trained.n_train, trained.n_held_out) == (2, 1)
     assert sum("left out: " in sentence for sentence in said) == 2
     for name in ("0", "2", "5"):
-        (tmp_path / "pictures" / f"{name}.png").write_bytes(b"no picture")
+        (tmp_path / "pictures" / f"{name}.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="expected at least 2 images to learn from, got 0"):
         train_pictures(
             annotations,

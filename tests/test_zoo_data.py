@@ -111,7 +111,7 @@ def test_bad_mnist(changes: dict, message: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"drawer": None}, "expected the arrays x, y, drawer and classes, got"),
-        ({"drawer": np.arange(3)}, "expected a drawer per picture, got 3"),
+        ({"drawer": np.arange(3)}, "expected a drawer per image, got 3"),
         ({"classes": np.array(["one"])}, "expected labels below 1, got 1"),
     ],
 )

@@ -71,10 +71,10 @@ def test_the_prior_is_the_model_s_own(detector: LayoutDetector) -> None:
 
 
 def test_demo(tmp_path) -> None:
-    """One picture; what is found is written, drawn, and found again without a search."""
+    """One image; what is found is written, drawn, and found again without a search."""
     found = run_detection_demo(tmp_path, limit=1, progress=False)
     assert found["n"] == 1 and 0 < found["evaluations_per_image"] < 10_000
-    assert "1 pictures" in as_line(found)
+    assert "1 images" in as_line(found)
     assert json.loads((tmp_path / "scenes.json").read_text()) == found
     assert (tmp_path / "scenes.png").stat().st_size > 1000
     (line,) = (tmp_path / "scenes" / "results.jsonl").read_text().splitlines()

@@ -14,13 +14,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from tiny_transformer import make_transformer
 
 NAMES = ("circle", "square", "star", "cross")
-SIZE = 8  # side of the pictures
+SIZE = 8  # side of the images
 
 
 def write_model(
     directory: Path, *, names: Sequence[str] = NAMES, vae: bool = False, seed: int = 0
 ) -> Path:
-    """Writes a DiT of grey 8 x 8 pictures or, with a VAE, of 2 x 4 x 4 latents of colour ones."""
+    """Writes a DiT of grey 8 x 8 images or, with a VAE, of 2 x 4 x 4 latents of colour ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = make_vae() if vae else None

@@ -73,7 +73,7 @@ def make_layout_model(
 
 
 def make_scenes_model() -> LayoutToImageModel:
-    """For the scenes' pictures and layouts."""
+    """For the scenes' images and layouts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet, encoder = build_layout_model(

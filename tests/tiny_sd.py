@@ -27,7 +27,7 @@ from transformers import (
 )
 
 LENGTH = 16  # tokens of a prompt
-SIZE = 16  # side of the pictures; latents are 8 x 8
+SIZE = 16  # side of the images; latents are 8 x 8
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -1,9 +1,9 @@
-"""A layout-to-image model whose denoiser is analytic: it knows the picture of every layout.
+"""A layout-to-image model whose denoiser is analytic: it knows the image of every layout.
 
     x0(v) = 1 - prod over objects of (1 - colour(class) inside(tl, br))
     eps_theta(x_t, t, v) = (x_t - a_t x0(v)) / s_t
 
-Token embeddings are one-hot, so that relaxed layouts have pictures too: ``inside`` is the product
+Token embeddings are one-hot, so that relaxed layouts have images too: ``inside`` is the product
 of two cumulative sums over the grid. The true layout has loss 0.
 """
 
@@ -60,7 +60,7 @@ class ToyLayoutModel:
 
 
 class PictureModel(ToyLayoutModel):
-    """The toy with pictures: channel values 0 and 1 are the grey levels 0 and 255."""
+    """The toy with images: channel values 0 and 1 are the grey levels 0 and 255."""
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return (images + 1) / 2

@@ -20,7 +20,7 @@ STRIDE = 2
 CENTRE_RADIUS = 1.5  # cells around a box's centre that answer for it
 PRIOR = 0.01  # score of every class before training
 MIN_SCORE = 0.01
-BEFORE_NMS = 300  # candidates of a picture
+BEFORE_NMS = 300  # candidates of an image
 NMS_IOU = 0.6
 MAX_DETECTIONS = 100
 BOX_WEIGHT = 2.0
@@ -51,7 +51,7 @@ class Targets(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The objects of one picture, best first: xyxy in pixels [n, 4], class ids and scores [n]."""
+    """The objects of one image, best first: xyxy in pixels [n, 4], class ids and scores [n]."""
 
     boxes: Tensor
     class_ids: Tensor
@@ -130,12 +130,12 @@ def _head(width: int, outputs: int) -> nn.Sequential:
 
 
 def as_input(images: Tensor) -> Tensor:
-    """Grey pictures, uint8 [B, h, w], as the network takes them."""
+    """Grey images, uint8 [B, h, w], as the network takes them."""
     return images.float().div(127.5).sub(1).unsqueeze(1)
 
 
 def centres(height: int, width: int) -> Tensor:
-    """x and y of the cells' centres in pixels, [cells, 2], for a picture of that size."""
+    """x and y of the cells' centres in pixels, [cells, 2], for an image of that size."""
     y, x = torch.meshgrid(
         torch.arange(height // STRIDE), torch.arange(width // STRIDE), indexing="ij"
     )
@@ -178,7 +178,7 @@ def detection_loss(dense: Dense, targets: Targets, height: int, width: int) -> T
 
 
 def decode(dense: Dense, height: int, width: int) -> list[Found]:
-    """The objects of every picture, 100 at most; boxes are cut at the picture's edges."""
+    """The objects of every image, 100 at most; boxes are cut at the image's edges."""
     limits = torch.tensor([width, height, width, height])
     boxes = _boxes(centres(height, width), dense.distances).clamp_min(0).minimum(limits)
     return [

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     layout = model.layout_format
     print(
         f"{options.out}: layouts of {layout.max_objects} objects of {len(layout.names)} classes on "
-        f"a {layout.grid} x {layout.grid} grid, pictures of {model.image_shape[1]} pixels"
+        f"a {layout.grid} x {layout.grid} grid, images of {model.image_shape[1]} pixels"
     )
     return 0
 

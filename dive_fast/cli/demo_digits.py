@@ -128,7 +128,7 @@ def draw(path: Path, records: Mapping[str, Mapping[str, dict]]) -> None:
         import matplotlib
     except ImportError as error:
         raise DiveFastError(
-            "the picture needs matplotlib, which is not installed: pip install 'dive_fast[demo]'."
+            "the image needs matplotlib, which is not installed: pip install 'dive_fast[demo]'."
         ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -17,7 +17,7 @@ from dive_fast.predict.detector import LayoutDetector
 
 SCENES = 2  # of some 2,500 evaluations each
 COLUMNS = 3
-GAP = 12  # pixels between pictures
+GAP = 12  # pixels between images
 
 
 def run_detection_demo(
@@ -53,7 +53,7 @@ def run_detection_demo(
 
 
 def draw(path: Path, data: CocoDataset, records: dict[str, dict], names: tuple[str, ...]) -> None:
-    """All pictures with what was found in them, side by side."""
+    """All images with what was found in them, side by side."""
     drawn = []
     for image in data.images:
         record = records[str(image.id)]
@@ -72,7 +72,7 @@ def draw(path: Path, data: CocoDataset, records: dict[str, dict], names: tuple[s
 def as_line(found: dict[str, Any]) -> str:
     """The figures for a terminal."""
     return (
-        f"scenes: {found['n']} pictures, AP50 {found['AP50']:.2f}, AP {found['AP']:.2f}, "
+        f"scenes: {found['n']} images, AP50 {found['AP50']:.2f}, AP {found['AP']:.2f}, "
         f"{found['evaluations_per_image']:,.0f} evaluations and "
-        f"{found['seconds_per_image']:.1f} s a picture"
+        f"{found['seconds_per_image']:.1f} s an image"
     )

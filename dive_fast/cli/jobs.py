@@ -36,7 +36,7 @@ def is_detection(options: argparse.Namespace) -> bool:
     if data == SCENES and options.images is not None:
         raise DataError("--images is for annotation files; the scenes bring their own pictures.")
     if detection and data != SCENES and options.images is None:
-        raise DataError(f"expected --images DIR, the pictures of {data}, got none.")
+        raise DataError(f"expected --images DIR, the images of {data}, got none.")
     options.model = options.model or (DETECTOR if detection else CLASSIFIER)
     return detection
 

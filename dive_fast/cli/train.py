@@ -19,7 +19,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE.npz",
-        help="the pictures of mnist or omniglot; digits and scenes come with scikit-learn",
+        help="the images of mnist or omniglot; digits and scenes come with scikit-learn",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
     parser.add_argument(
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         bf16=options.bf16,
     )
     print(
-        f"{options.out}: {expected['accuracy']:.2%} of {expected['n']} held-out pictures by "
+        f"{options.out}: {expected['accuracy']:.2%} of {expected['n']} held-out images by "
         f"{expected['strategy']}, {expected['probes']} probes"
     )
     return 0

@@ -12,21 +12,21 @@ from dive_fast.cli.train import add_course_options
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "train-layout",
-        help="train a layout-to-image model on annotated pictures",
+        help="train a layout-to-image model on annotated images",
         description="Trains a layout-to-image model on a data set in COCO's form, for detect and "
-        "evaluate. Pictures are squashed to a square, flipped at random, and a tenth of them is "
+        "evaluate. Images are squashed to a square, flipped at random, and a tenth of them is "
         "held out. Cut off and started again it goes on where it stopped.",
     )
     parser.add_argument(
         "--annotations", required=True, metavar="FILE.json", help="a COCO annotation file"
     )
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its images")
     parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
     parser.add_argument(
-        "--max-objects", type=count, default=30, metavar="N", help="in a picture (default: 30)"
+        "--max-objects", type=count, default=30, metavar="N", help="in an image (default: 30)"
     )
     sizes = {
-        "size": (32, "side of the pictures, in pixels"),
+        "size": (32, "side of the images, in pixels"),
         "patch-size": (4, "side of the transformer's patches, in pixels"),
         "channels": (128, "of the transformer"),
         "layers": (6, "of the transformer"),
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     )
     losses = trained.expected
     print(
-        f"{options.out}: loss of {trained.n_held_out} held-out pictures {losses['layout']:.4f} "
+        f"{options.out}: loss of {trained.n_held_out} held-out images {losses['layout']:.4f} "
         f"with their layout, {losses['empty']:.4f} without objects; learned from {trained.n_train}"
     )
     return 0

@@ -28,7 +28,7 @@ Steps = TypeVar("Steps", int, Tensor)
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The objects of one picture, in order.
+    """The objects of one image, in order.
 
     Attributes:
         boxes: float32 [n, 4], (left, top, right, bottom) in the unit interval, the right and the
@@ -330,7 +330,7 @@ class LayoutFormat:
         return (boxes.cpu().double() * (self.grid - 1)).round().long()
 
     def _whole_picture(self) -> Tensor:
-        """The crop's tokens for the whole picture, int64 [2], or [0] where there is no crop."""
+        """The crop's tokens for the whole image, int64 [2], or [0] where there is no crop."""
         start, stop = self.coordinate_range
         return torch.tensor([start, stop - 1] if self.crop else [], dtype=torch.int64)
 

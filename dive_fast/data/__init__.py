@@ -1,4 +1,4 @@
-"""Everything that is read from disk: pictures, labels, boxes."""
+"""Everything that is read from disk: images, labels, boxes."""
 
 from __future__ import annotations
 

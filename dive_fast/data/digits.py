@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn: 1,797 pictures of 8 x 8 pixels, ten classes.
+"""The handwritten digits of scikit-learn: 1,797 images of 8 x 8 pixels, ten classes.
 
 Source: the UCI "Optical Recognition of Handwritten Digits" test part (E. Alpaydin, C. Kaynak),
 as ``sklearn.datasets.load_digits`` ships it. Ink is light on a dark ground.
@@ -40,7 +40,7 @@ def load_digits(part: str) -> Digits:
             "pip install 'dive_fast[demo]'."
         ) from error
     bunch = load_sklearn_digits()
-    # 0..16 grey levels become the 0..255 of an ordinary picture, so that a digit saved as PNG and
+    # 0..16 grey levels become the 0..255 of an ordinary image, so that a digit saved as PNG and
     # read back is the same input.
     images = np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))

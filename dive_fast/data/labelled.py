@@ -1,6 +1,6 @@
-"""Labelled pictures to evaluate on: the digits, a folder by class, or an ``.npz``.
+"""Labelled images to evaluate on: the digits, a folder by class, or an ``.npz``.
 
-Pictures are loaded one by one when asked for, so that a bad one is one record's error and not the
+Images are loaded one by one when asked for, so that a bad one is one record's error and not the
 run's; labels are checked against the model's classes at once.
 """
 
@@ -37,7 +37,7 @@ class Example:
     Attributes:
         id: unique in its data set and the same in every run.
         label: index of the true class among the model's classes.
-        load: reads the picture: a PIL image, or an array [h, w] or [h, w, c]; raises
+        load: reads the image: a PIL image, or an array [h, w] or [h, w, c]; raises
             ``ImageError`` where it cannot.
     """
 
@@ -52,7 +52,7 @@ class DataSet:
 
     Attributes:
         name: ``"digits"``, or the name of the folder or file.
-        examples: the pictures with their labels.
+        examples: the images with their labels.
         names: what the data itself calls its classes, or None if it only has numbers.
         content: digest of the source's content (pixels for arrays; paths and sizes for files).
     """
@@ -79,7 +79,7 @@ class DataSet:
 def open_dataset(
     spec: str | os.PathLike[str], class_names: Sequence[str], part: str = "test"
 ) -> DataSet:
-    """Open labelled pictures for a model with these classes.
+    """Open labelled images for a model with these classes.
 
     Args:
         spec: ``"digits"`` (the 397 held-out handwritten digits); a folder with one sub-folder per
@@ -139,10 +139,10 @@ def select(dataset: DataSet, limit: int | None, seed: int) -> DataSet:
 
 
 def load_all(dataset: DataSet) -> tuple[list[Image.Image | np.ndarray], np.ndarray]:
-    """All pictures and their labels, int64 [n].
+    """All images and their labels, int64 [n].
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
     """
     labels = np.array([example.label for example in dataset.examples], dtype=np.int64)
     return [example.load() for example in dataset.examples], labels
@@ -176,7 +176,7 @@ def _open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
     except (OSError, ImageError) as error:
         raise DataError(f"{folder}: cannot be read ({error}).") from error
     if not labelled:
-        raise DataError(f"{folder}: expected pictures in its sub-folders, got none.")
+        raise DataError(f"{folder}: expected images in its sub-folders, got none.")
     ids = [path.relative_to(folder).as_posix() for path, _ in labelled]
     content = json.dumps(list(zip(ids, sizes, strict=True)))
     return DataSet(
@@ -230,7 +230,7 @@ def _check_arrays(path: Path, images: np.ndarray, labels: np.ndarray, n_classes:
             f"{len(labels)} labels."
         )
     if images.size == 0:
-        raise DataError(f"{path}: expected at least one picture, got shape {images.shape}.")
+        raise DataError(f"{path}: expected at least one image, got shape {images.shape}.")
     if labels.min() < 0 or labels.max() >= n_classes:
         raise DataError(
             f"{path}: expected labels 0 to {n_classes - 1}, the model's classes, "

@@ -17,7 +17,7 @@ __all__ = ["NAMES", "load_mnist"]
 
 
 def load_mnist(path: str | Path, part: str) -> Pictures:
-    """The official split: ``"train"`` 60,000 pictures, ``"test"`` 10,000.
+    """The official split: ``"train"`` 60,000 images, ``"test"`` 10,000.
 
     Raises:
         DataError: no such file, or not one of MNIST.

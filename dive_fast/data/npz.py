@@ -71,10 +71,10 @@ def read_npz(path: str | Path, *choices: Sequence[str]) -> dict[str, np.ndarray]
 def read_arrays(
     path: str | Path, names: tuple[str, ...], size: tuple[int, int]
 ) -> tuple[np.ndarray, ...]:
-    """The arrays ``names`` of an ``.npz``; the first holds pictures, the second their labels.
+    """The arrays ``names`` of an ``.npz``; the first holds images, the second their labels.
 
     Raises:
-        DataError: as ``read_npz``, or pictures or labels of another form.
+        DataError: as ``read_npz``, or images or labels of another form.
     """
     arrays = tuple(read_npz(path, names).values())
     images, labels = arrays[:2]

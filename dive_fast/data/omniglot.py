@@ -27,7 +27,7 @@ def load_omniglot(path: str | Path, part: str) -> Pictures:
     """
     images, labels, drawers, classes = read_arrays(path, ARRAYS, (32, 32))
     if len(drawers) != len(images):
-        raise DataError(f"{path}: expected a drawer per picture, got {len(drawers)}.")
+        raise DataError(f"{path}: expected a drawer per image, got {len(drawers)}.")
     if len(labels) and int(labels.max()) >= len(classes):
         raise DataError(f"{path}: expected labels below {len(classes)}, got {labels.max()}.")
     chosen = (drawers <= LAST_TRAIN_DRAWER) == (part == "train")

@@ -33,7 +33,7 @@ def expand_inputs(arguments: Sequence[str]) -> list[tuple[str, ImageError | None
 
 def _expand(argument: str) -> list[Path]:
     if os.path.isdir(argument):
-        found, none = list_images(argument), "expected pictures in this folder, got none"
+        found, none = list_images(argument), "expected images in this folder, got none"
     elif os.path.exists(argument):
         return [Path(argument)]
     elif glob.has_magic(argument):
@@ -47,7 +47,7 @@ def _expand(argument: str) -> list[Path]:
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:
-    """The files with a picture's suffix in a folder, sorted; hidden files are left out.
+    """The files with an image's suffix in a folder, sorted; hidden files are left out.
 
     Raises:
         ImageError: the folder cannot be read.

@@ -230,7 +230,7 @@ def write_scenes(
 
 
 def scenes_dataset(made: Scenes, pictures: Path, source: str) -> CocoDataset:
-    """Scenes as a data set whose pictures are to lie in a folder; ids count from 1."""
+    """Scenes as a data set whose images are to lie in a folder; ids count from 1."""
     images = []
     for index, count in enumerate(made.counts.tolist()):
         images.append(

@@ -40,7 +40,7 @@ def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device)
 def image_shape(
     latent_shape: tuple[int, int, int], vae: Autoencoder | None
 ) -> tuple[int, int, int]:
-    """(channels, size, size) of the pictures behind latents [C, h, w]; the same without a VAE."""
+    """(channels, size, size) of the images behind latents [C, h, w]; the same without a VAE."""
     if vae is None:
         return latent_shape
     halvings = len(vae.config.block_out_channels) - 1

@@ -56,12 +56,12 @@ class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
 
     Args:
         unet: float32, frozen, with a ``position_net`` for text.
-        vae: encodes pictures to latents.
+        vae: encodes images to latents.
         schedule: of the training.
         text: encodes the phrases and the caption.
         classes: the phrases. Of several for one class the mean of their embeddings is taken.
-        caption: of every picture, whatever the layout. Empty unless said, which is what the
-            network saw in training for pictures without one.
+        caption: of every image, whatever the layout. Empty unless said, which is what the
+            network saw in training for images without one.
         grid: G. Boxes are searched with sides on the G lines x, y = i / (G - 1); of 33, lines are
             two latents of a 64 x 64 map apart, and a side is moved by at most 8 of 512 pixels.
         max_objects: at most 30. The network sees 30 grounding tokens whatever is said here.
@@ -268,7 +268,7 @@ def check_grounding(unet: UNet2DConditionModel, text: PromptEncoder, where: str 
     kind, network = unet.config.attention_type, getattr(unet, "position_net", None)
     if kind == "gated-text-image":
         raise ModelError(
-            f"the unet in {where} also takes a picture of every object (attention_type {kind!r}), "
+            f"the unet in {where} also takes an image of every object (attention_type {kind!r}), "
             f"expected one that takes phrases alone ('gated')."
         )
     if kind != "gated" or network is None:
@@ -284,6 +284,6 @@ def check_grounding(unet: UNet2DConditionModel, text: PromptEncoder, where: str 
     channels, out = unet.config.in_channels, unet.config.out_channels
     if channels == 2 * out + 1:
         raise ModelError(
-            f"the unet in {where} paints into pictures ({channels} channels), expected one that "
+            f"the unet in {where} paints into images ({channels} channels), expected one that "
             f"makes whole ones ({out} channels)."
         )

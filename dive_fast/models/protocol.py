@@ -42,7 +42,7 @@ class Model(Protocol):
         schedule: the noise schedule it was trained with.
         vocabulary: the embeddings of its possible answers.
         latent_shape: (C, h, w) of x0.
-        image_shape: (channels, size, size) of the pictures that ``encode`` takes.
+        image_shape: (channels, size, size) of the images that ``encode`` takes.
         device: where it computes.
         dtype: what it computes in.
         beta: inverse temperature of log p(y | x0) = -beta L + log p(y).

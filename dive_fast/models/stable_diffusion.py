@@ -47,7 +47,7 @@ class StableDiffusion(WholeUNet, PromptedModel):
             return {"encoder_hidden_states": sequence}
         pooled = condition[:, math.prod(self.text.shape) :]
         _, height, width = self.image_shape
-        # Original size, corner of the crop, target size: a whole picture of the model's own size.
+        # Original size, corner of the crop, target size: a whole image of the model's own size.
         ids = torch.tensor([height, width, 0, 0, height, width], device=condition.device)
         added = {"text_embeds": pooled, "time_ids": ids.expand(len(condition), -1)}
         return {"encoder_hidden_states": sequence, "added_cond_kwargs": added}

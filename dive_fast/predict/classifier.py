@@ -221,7 +221,7 @@ class DiffusionClassifier(Fitting):
         return out
 
     def encode(self, images: Any) -> torch.Tensor:
-        """x0 of pictures in any form that ``__call__`` takes: float32 [B, C, h, w]."""
+        """x0 of images in any form that ``__call__`` takes: float32 [B, C, h, w]."""
         channels, size, _ = self.model.image_shape
         pixels = as_images(images, size, channels)
         return self.model.encode(torch.stack(pixels))

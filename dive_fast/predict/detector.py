@@ -273,7 +273,7 @@ class LayoutDetector(DetectorFitting):
         )
 
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
-        """The boxes of an answer in pixels of a picture (width, height), float32 xyxy [n, 4]."""
+        """The boxes of an answer in pixels of an image (width, height), float32 xyxy [n, 4]."""
         sides = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
         return sides.view(-1, 4) * (
             torch.tensor([*size, *size]) / (self.model.layout_format.grid - 1)

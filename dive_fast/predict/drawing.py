@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dive_fast.data.images import to_mode
 
-_LONG_SIDE = 384  # pixels that a smaller picture is enlarged to, so that captions fit
+_LONG_SIDE = 384  # pixels that a smaller image is enlarged to, so that captions fit
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 Rectangle = tuple[float, float, float, float]

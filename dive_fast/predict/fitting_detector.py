@@ -1,4 +1,4 @@
-"""What a detector learns from annotated pictures: how sure it may be of its objects."""
+"""What a detector learns from annotated images: how sure it may be of its objects."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PICTURES = LayoutTrainingConfig(in_channels=3, t_range=(0.2, 0.75), max_weight=5
 
 
 class TrainedModel(NamedTuple):
-    """What came out: the losses of held-out pictures, and what was learned from."""
+    """What came out: the losses of held-out images, and what was learned from."""
 
     expected: dict[str, float]
     n_train: int
@@ -46,20 +46,20 @@ def train_pictures(
 ) -> TrainedModel:
     """Trains a layout-to-image model into ``out``, a diffusers model directory.
 
-    Pictures are squashed to the model's square and flipped at random, left to right and upside
-    down. Corners lie on every second pixel. A tenth of the pictures, always the same, at most 256,
+    Images are squashed to the model's square and flipped at random, left to right and upside
+    down. Corners lie on every second pixel. A tenth of the images, always the same, at most 256,
     is held out.
 
     Args:
         annotations: a COCO annotation file.
         images: the folder of its pictures.
-        max_objects: slots of the model; of a picture with more objects the smallest are left out.
+        max_objects: slots of the model; of an image with more objects the smallest are left out.
         config: sizes and course; ``sample_size`` is the side of the pictures.
-        tell: takes one sentence on everything that was left out, pictures that cannot be read too.
+        tell: takes one sentence on everything that was left out, images that cannot be read too.
 
     Raises:
-        DataError: the annotations cannot be used, hold fewer than two pictures that fit and can be
-            read, or ``config`` has pictures of an odd side.
+        DataError: the annotations cannot be used, hold fewer than two images that fit and can be
+            read, or ``config`` has images of an odd side.
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
     out = Path(out)

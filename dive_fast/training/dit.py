@@ -50,7 +50,7 @@ MNIST = TrainingConfig(
     augment=0.0,
     shift_pixels=1.0,
 )
-# Few images a class: every picture is moved.
+# Few images a class: every image is moved.
 OMNIGLOT = TrainingConfig(
     sample_size=16,
     num_classes=242,

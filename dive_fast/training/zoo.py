@@ -44,7 +44,7 @@ class Recipe:
         load: reads the part "train" or "test"; takes the file of the data and the part.
         needs_data: whether the user has to name that file.
         strategy: answers the test part for the expected accuracy.
-        n_test: pictures of the test part that are answered, the first ones.
+        n_test: images of the test part that are answered, the first ones.
     """
 
     config: TrainingConfig
@@ -139,13 +139,13 @@ def train_zoo_model(
 def fit_zoo_model(
     classifier: DiffusionClassifier, train: Pictures, config: TrainingConfig, progress: bool
 ) -> None:
-    """Fits timesteps, shortlist and beta on training pictures, each moved a little.
+    """Fits timesteps, shortlist and beta on training images, each moved a little.
 
-    Of the training part, because the held-out pictures are for the final figure only; moved,
-    because on pictures that it has seen as they are the model is surer than it ought to be.
+    Of the training part, because the held-out images are for the final figure only; moved,
+    because on images that it has seen as they are the model is surer than it ought to be.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    # In a random order: the first pictures of a file may all be of a few classes.
+    # In a random order: the first images of a file may all be of a few classes.
     picked = torch.randperm(len(train.images), generator=generator)[:N_FIT]
     x0 = torch.from_numpy(train.images)[picked].float().div(127.5).sub(1).unsqueeze(1)
     x0 = augment_images(x0, dataclasses.replace(config, augment=1.0), generator)

@@ -1,4 +1,4 @@
-"""COCO annotations: pictures with labelled boxes, read from JSON and written to it.
+"""COCO annotations: images with labelled boxes, read from JSON and written to it.
 
 An annotation file that makes no sense is refused. A single bad entry in a good one is left out and
 named in ``CocoDataset.problems``, one sentence each, and the rest is used.

@@ -23,13 +23,13 @@ HELD_OUT_SHARE, HELD_OUT_SEED = 0.1, 0
 
 @dataclass(frozen=True, eq=False)
 class CocoImage:
-    """One picture with its annotated boxes.
+    """One image with its annotated boxes.
 
     Attributes:
         id: its COCO id.
-        path: where the picture lies; None where there is no such file, or none was asked for.
+        path: where the image lies; None where there is no such file, or none was asked for.
         size: (width, height) in pixels.
-        boxes: float32 [n, 4], xyxy in pixels, cut at the picture's border.
+        boxes: float32 [n, 4], xyxy in pixels, cut at the image's border.
         class_ids: int64 [n], rows of the data set's ``names``.
         crowd: bool [n], boxes around a group that was not annotated one by one.
         bbox: float64 [n, 4], left, top, width and height exactly as annotated, which is what the
@@ -64,7 +64,7 @@ class CocoImage:
                 )
 
     def read(self) -> Image.Image:
-        """The picture, decoded.
+        """The image, decoded.
 
         Raises:
             ImageError: it is missing, cannot be read, or has another size than the annotations
@@ -159,7 +159,7 @@ class CocoDataset:
     def identity(self) -> dict[str, str | int]:
         """What tells this data set from another, for JSON: source, count, fingerprint.
 
-        The fingerprint covers the annotations and the sizes of the picture files, not where they
+        The fingerprint covers the annotations and the sizes of the image files, not where they
         lie, so a run resumes after the data were moved.
         """
         content = json.dumps([self.to_coco(), [_file_size(image.path) for image in self.images]])

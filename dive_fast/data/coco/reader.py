@@ -27,16 +27,16 @@ def read_coco(
 
     Left out, each with a sentence in ``problems``: images without a usable id or size; boxes of
     unknown images or categories, without area, not of four finite numbers, or outside their image.
-    A box that reaches over the border is cut there. An image whose picture is missing keeps its
+    A box that reaches over the border is cut there. An image whose file is missing keeps its
     boxes and has no ``path``.
 
     Args:
         annotations: the JSON file.
-        images: the folder of the pictures; None reads the boxes alone.
+        images: the folder of the images; None reads the boxes alone.
 
     Raises:
         DataError: the file or the folder cannot be used at all: missing, not JSON, without the
-            lists of a COCO file, without a usable category or image, or none of the pictures is
+            lists of a COCO file, without a usable category or image, or none of the images is
             in the folder.
     """
     path = Path(annotations)
@@ -150,7 +150,7 @@ def _find_pictures(
     if folder is None:
         return dict.fromkeys(entries)
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected the folder of the pictures, but there is none.")
+        raise DataError(f"{folder}: expected the folder of the images, but there is none.")
     found: dict[int, Path | None] = {}
     for number, entry in entries.items():
         found[number] = None
@@ -159,11 +159,11 @@ def _find_pictures(
         elif _exists(folder / entry.file_name):
             found[number] = folder / entry.file_name
         else:
-            problems.append(f"{entry}: the picture is not in {folder}")
+            problems.append(f"{entry}: the file is not in {folder}")
     if not any(found.values()):
         first = next(iter(entries.values()))
         raise DataError(
-            f"{folder}: expected the pictures of {path.name}, got none of {len(entries)}; the "
+            f"{folder}: expected the images of {path.name}, got none of {len(entries)}; the "
             f"first would be {_short(first.file_name)}."
         )
     return found

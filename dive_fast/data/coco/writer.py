@@ -17,7 +17,7 @@ def write_coco(
 
     Args:
         path: the JSON file.
-        dataset: its pictures are not written.
+        dataset: its images are not written.
         images: the folder that ``read_coco`` will be given; by default file names are bare names.
 
     Raises:

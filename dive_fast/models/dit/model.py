@@ -45,7 +45,7 @@ class DiT(LatentModel):
 
     Args:
         transformer: float32, frozen; its embedders are taken out of it.
-        vae: encodes pictures to latents, or None for a model of pixels.
+        vae: encodes images to latents, or None for a model of pixels.
         schedule: of the training.
         names: of the classes.
         timestep_embedding: "diffusers" or "original", see ``FREQ_SHIFT``.

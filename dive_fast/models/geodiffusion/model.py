@@ -31,10 +31,10 @@ class GeoDiffusion(LayoutUNet):
 
     Args:
         unet: float32, frozen.
-        vae: encodes pictures to latents.
+        vae: encodes images to latents.
         schedule: of the training.
         encoder: makes text embeddings of layouts.
-        image_size: side of the pictures; that of the UNet's configuration if None.
+        image_size: side of the images; that of the UNet's configuration if None.
 
     Attributes:
         layout_format: what the tokens mean.
@@ -134,6 +134,6 @@ def _latent_side(vae: AutoencoderKL, image_size: int) -> int:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if image_size % factor:
         raise ModelError(
-            f"expected pictures of a multiple of {factor} pixels for this VAE, got {image_size}."
+            f"expected images of a multiple of {factor} pixels for this VAE, got {image_size}."
         )
     return image_size // factor

@@ -135,7 +135,7 @@ def read_prompts(
 
 
 def read_size(directory: Path) -> int | None:
-    """The side of the pictures in pixels, None where the directory does not state it.
+    """The side of the images in pixels, None where the directory does not state it.
 
     Raises:
         ModelError: it states no square.
@@ -146,7 +146,7 @@ def read_size(directory: Path) -> int | None:
         return None
     if sides[0] != sides[1] or not is_whole(sides[0], 1):
         raise ModelError(
-            f"expected square pictures in {directory / CONFIG}, got width {sides[0]!r} and "
+            f"expected square images in {directory / CONFIG}, got width {sides[0]!r} and "
             f"height {sides[1]!r}."
         )
     return sides[0]

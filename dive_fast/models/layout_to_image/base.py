@@ -1,4 +1,4 @@
-"""What all layout-to-image models share: the layout, the pictures, the directory.
+"""What all layout-to-image models share: the layout, the images, the directory.
 
 A condition is the token embeddings of a layout end to end, [M, S D]; the layout encoder turns them
 into what the denoiser attends to, [M, S, D].
@@ -60,8 +60,8 @@ class LayoutModel(EncodedLayout):
         denoiser: float32, frozen; attends to what the encoder gives.
         encoder: float32, frozen; its configuration holds the layout's format.
         scheduler: a diffusers scheduler, or the schedule alone; then the model cannot be saved.
-        vae: encodes pictures to latents; None where x0 are the pictures.
-        space_to_depth: r, without a VAE: x0 is the picture with every r x r pixels in one place,
+        vae: encodes images to latents; None where x0 are the pictures.
+        space_to_depth: r, without a VAE: x0 is the image with every r x r pixels in one place,
             an exact rearrangement to r r times the channels.
 
     Raises:

@@ -76,7 +76,7 @@ def build_layout_transformer(
 
     Args:
         layout: what the tokens mean.
-        sample_size, in_channels: of the latents, or of the pictures where there is no VAE.
+        sample_size, in_channels: of the latents, or of the images where there is no VAE.
         patch_size: sides of the patches.
         channels: of every token in the transformer.
         layers, heads: of the transformer.

@@ -64,7 +64,7 @@ def build_layout_model(
 
     Args:
         layout: what the tokens mean.
-        sample_size, in_channels: of the latents, or of the pictures where there is no VAE, before
+        sample_size, in_channels: of the latents, or of the images where there is no VAE, before
             ``space_to_depth``.
         channels: of the UNet's levels, from the highest resolution to the lowest.
         width: D, of the layout encoder and of the cross-attentions.
