@@ -23,9 +23,11 @@ def test_a_benchmark_runs_and_records(tmp_path):
         "options += ['--threads', '1', '--benchmark-max-time=0.01', '--benchmark-min-rounds=2']\n"
         "sys.exit(pytest.main([*options, 'bench/bench_nearest_box.py']))\n"
     )
+    # Benchmarks are switched off in a process that pytest-xdist has started.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     result = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
