@@ -124,7 +124,7 @@ def rankings(replay: Replay, answers: torch.Tensor) -> dict[str, dict[str, float
     measured = replay.losses[:, :, :SCREEN].mean(dim=2)
 
     def others(slope: float) -> torch.Tensor:
-        """The estimate, its curvature learned on all other pictures."""
+        """The estimate, its curvature learned on all other images."""
         left = measured - base[:, None] - slope * linear
         return slope * linear + (left.sum(dim=0) - left) / (len(left) - 1)
 

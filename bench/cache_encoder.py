@@ -1,4 +1,4 @@
-"""Cache level "encoder" against its refresh interval, on moved training pictures.
+"""Cache level "encoder" against its refresh interval, on moved training images.
 
     python -m bench.cache_encoder --limit 100
     python -m bench.cache_encoder --model omniglot --data omniglot242_32px.npz --limit 48

@@ -1,4 +1,4 @@
-"""Searches for layouts, with and without the prior, and both projections, on annotated pictures.
+"""Searches for layouts, with and without the prior, and both projections, on annotated images.
 
     python -m bench.detection --model DIR --data scenes --limit 200 --runs runs/detection
     python -m bench.detection --model DIR --data test.json --images photos --strategies guided \

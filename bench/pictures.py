@@ -1,7 +1,7 @@
 """Training images of the zoo's models, moved: what parameters are chosen on.
 
 Moved a little further than in training where that is needed for the model to be as unsure of them
-as of new pictures.
+as of new images.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class GaussianMixture:
         return self.table.mean(dim=0)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pictures x0 [n, ch, h, w] float32 and their classes [n] int64."""
+        """Images x0 [n, ch, h, w] float32 and their classes [n] int64."""
         labels = torch.randint(len(self.table), (n,), generator=generator)
         noise = torch.randn(n, *self.shape, generator=generator)
         return self.table[labels].view(n, *self.shape) + self.sigma * noise, labels

@@ -205,7 +205,7 @@ def test_options_of_the_other_job(arguments: tuple, expected: str, tmp_path, cap
 
 
 def test_evaluate_on_scenes(scenes_model, tmp_path, capsys, monkeypatch) -> None:
-    """The zoo's model is the default; a run goes on, and keeps no pictures."""
+    """The zoo's model is the default; a run goes on, and keeps no images."""
     monkeypatch.setattr(zoo, "_WEIGHTS", scenes_model.parent)
     out = tmp_path / "run"
     arguments = ("evaluate", "--data", "scenes", "--out", out, *FAST, "--json", "--limit", 2)

@@ -21,7 +21,7 @@ from dive_fast.data.coco import (
     CocoImage,
     class_categories,
     read_coco,
-    read_pictures,
+    read_images,
     unknown_classes,
     write_coco,
 )
@@ -240,7 +240,7 @@ def test_pictures_in_another_form(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(ImageError, match="no known image format"):
         data.images[2].read()
     with pytest.raises(ImageError):
-        read_pictures(data, 8)
+        read_images(data, 8)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -248,7 +248,7 @@ def test_read_pictures(channels: int, tmp_path: Path, pictures: Path) -> None:
     array = np.zeros((10, 20, 3), dtype=np.uint8)
     array[:, 10:] = 255
     Image.fromarray(array).save(pictures / "a.png")
-    got = read_pictures(read_coco(write(tmp_path, GOOD), pictures), 4, channels)
+    got = read_images(read_coco(write(tmp_path, GOOD), pictures), 4, channels)
     assert (got.shape, got.dtype) == ((3, channels, 4, 4), np.uint8)
     # Squashed and not cropped: the halves stay halves.
     assert (got[0, :, :, 0] == 0).all() and (got[0, :, :, 3] == 255).all()
@@ -316,7 +316,7 @@ def test_classes_of_a_detector() -> None:
 class TestBccd:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        """The layout of the real folder with one small picture."""
+        """The layout of the real folder with one small image."""
         pictures = tmp_path / "BCCD" / "JPEGImages"
         pictures.mkdir(parents=True)
         Image.new("RGB", (64, 48), "white").save(pictures / "BloodImage_00007.jpg")
@@ -332,7 +332,7 @@ class TestBccd:
         data = load_bccd(folder, "test")
         assert data.names == NAMES
         assert data.images[0].class_ids.tolist() == [1]
-        assert read_pictures(data, 16).shape == (1, 3, 16, 16)
+        assert read_images(data, 16).shape == (1, 3, 16, 16)
 
     def test_real(self, tmp_path: Path, real_data) -> None:
         with zipfile.ZipFile(real_data("det3_bccd_640px.zip")) as file:
@@ -341,7 +341,7 @@ class TestBccd:
             data = load_bccd(tmp_path, part)
             assert (len(data.images), data.problems) == (images, ())
             assert sum(len(image.layout()) for image in data.images) == boxes
-        assert read_pictures(data.select(2), 32).std() > 10
+        assert read_images(data.select(2), 32).std() > 10
 
     def test_refused(self, folder: Path) -> None:
         with pytest.raises(DataError, match="the parts train, val, test, got 'all'"):

@@ -106,7 +106,7 @@ class TestFolder:
         "counts, message",
         [
             ({}, "a sub-folder for each class, got none"),
-            ({"tench": 0, "goldfish": 0}, "pictures in its sub-folders, got none"),
+            ({"tench": 0, "goldfish": 0}, "images in its sub-folders, got none"),
             ({"tench": 1, "pike": 1, "eel": 1}, "does not know the classes 'eel', 'pike'"),
             ({"5": 1}, "does not know the classes '5'.*indices 0 to 4"),
             ({"-1": 1}, "does not know the classes '-1'"),

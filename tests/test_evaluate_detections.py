@@ -218,7 +218,7 @@ def test_pictures_that_cannot_be_used(data: CocoDataset, tmp_path: Path, caplog)
     assert (summary.n, summary.failed) == (2, 4)
     assert summary.scores["AP"] == pytest.approx(1)  # of the images that were searched
     records = read_records(out)
-    assert records["11"] == {"id": "11", "error": "image 11 has no picture."}
+    assert records["11"] == {"id": "11", "error": "image 11 has no file."}
     assert records["13"]["error"].endswith("expected 60 x 40 pixels as annotated, got 40 x 60.")
     assert "expected 16-bit values" in records["14"]["error"]
     first, second, third = caplog.messages  # the missing one is known already

@@ -1,4 +1,4 @@
-"""Beta of a detector, from annotated pictures."""
+"""Beta of a detector, from annotated images."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class TestExpandInputs:
         [
             ("missing.png", "no such file"),
             ("*.bmp", "files of this pattern"),
-            ("empty", "pictures in this folder"),
+            ("empty", "images in this folder"),
         ],
     )
     def test_nothing_found(self, folder: Path, argument: str, message: str) -> None:

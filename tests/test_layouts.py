@@ -82,7 +82,7 @@ def test_many_layouts_are_written_and_read(form):
 
 
 def test_published_tokens():
-    """Classes and corners share the tokens; the crop is the whole picture."""
+    """Classes and corners share the tokens; the crop is the whole image."""
     assert (PUBLISHED.grid, PUBLISHED.none, PUBLISHED.n_slots) == (90, 8191, 92)
     assert PUBLISHED.class_range == (0, 600) and PUBLISHED.coordinate_range == (0, 8100)
     layout = Layout(

@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dataset(*images: list, names: tuple[str, ...] = ("Three", "dog", "one")) -> CocoDataset:
-    """Pictures of 100 x 100; objects are (class, left, top, right, bottom, crowd)."""
+    """Images of 100 x 100; objects are (class, left, top, right, bottom, crowd)."""
     made = []
     for number, objects in enumerate(images):
         rows = torch.tensor(objects, dtype=torch.float32).view(-1, 6)

@@ -49,5 +49,5 @@ def make_pipeline(
 
 
 def write_gligen(directory: Path, **options: object) -> Path:
-    """Pictures of 16 x 16, latents of 8 x 8."""
+    """Images of 16 x 16, latents of 8 x 8."""
     return save_pipeline(make_pipeline(directory, **options), directory)

@@ -41,7 +41,7 @@ def make_vae(kind: str):
 def make_layout_model(
     *, vae: str | None = None, space_to_depth: int = 1, form: LayoutFormat = FORMAT, seed: int = 0
 ) -> LayoutToImageModel:
-    """Two levels; without a VAE of 3 x 8 x 8 pictures."""
+    """Two levels; without a VAE of 3 x 8 x 8 images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet, encoder = build_layout_model(
@@ -97,7 +97,7 @@ def make_scenes_model() -> LayoutToImageModel:
 def make_layout_transformer(
     *, vae: str | None = None, form: LayoutFormat = FORMAT, seed: int = 0
 ) -> LayoutTransformerModel:
-    """Two layers; without a VAE of 3 x 8 x 8 pictures."""
+    """Two layers; without a VAE of 3 x 8 x 8 images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer, encoder = build_layout_transformer(

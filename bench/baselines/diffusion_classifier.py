@@ -127,7 +127,7 @@ def eval_prob_adaptive(
         n_samples: timesteps evaluated by the end of each stage.
         to_keep: classes that each stage keeps; the last is 1.
         n_trials: noises per timestep.
-        loss: ``"l2"``, ``"l1"`` or ``"huber"``, averaged over the picture.
+        loss: ``"l2"``, ``"l1"`` or ``"huber"``, averaged over the image.
         all_noise: [>= max(n_samples) * n_trials, C, h, w]; drawn on x0's device when None.
         seed: of the global generator, set before the noise is drawn; None leaves it as it is.
 

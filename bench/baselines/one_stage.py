@@ -90,7 +90,7 @@ class OneStageDetector(nn.Module):
         nn.init.constant_(self.edges[-1].bias, 3.0)  # about six pixels
 
     def forward(self, images: Tensor) -> Dense:
-        """Pictures, float32 [B, 1, h, w] in [-1, 1]; the last stage's stride divides h and w."""
+        """Images, float32 [B, 1, h, w] in [-1, 1]; the last stage's stride divides h and w."""
         x, levels = self.stem(images), []
         for stage in self.stages:
             x = stage(x)
@@ -148,7 +148,7 @@ def assign(boxes: Tensor, class_ids: Tensor, height: int, width: int) -> Targets
     Args:
         boxes: float32 [B, n, 4], xyxy in pixels.
         class_ids: int64 [B, n]; -1 where no object is.
-        height, width: of the pictures.
+        height, width: of the images.
     """
     points = centres(height, width)
     inside = _distances(points, boxes[:, :, None]).amin(dim=3) > 0  # [B, n, cells]

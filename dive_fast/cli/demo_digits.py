@@ -1,4 +1,4 @@
-"""The demonstration: real handwritten digits, four strategies, one table and one picture."""
+"""The demonstration: real handwritten digits, four strategies, one table and one image."""
 
 from __future__ import annotations
 

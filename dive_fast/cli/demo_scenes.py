@@ -1,4 +1,4 @@
-"""The demonstration's second half: real digits found in scenes, in numbers and in a picture."""
+"""The demonstration's second half: real digits found in scenes, in numbers and in an image."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def is_detection(options: argparse.Namespace) -> bool:
             option, subject = name.replace("_", "-"), data or f"{options.command} without --data"
             raise DataError(f"--{option} is for {other}; {subject} is for {mine}.")
     if data == SCENES and options.images is not None:
-        raise DataError("--images is for annotation files; the scenes bring their own pictures.")
+        raise DataError("--images is for annotation files; the scenes bring their own images.")
     if detection and data != SCENES and options.images is None:
         raise DataError(f"expected --images DIR, the images of {data}, got none.")
     options.model = options.model or (DETECTOR if detection else CLASSIFIER)

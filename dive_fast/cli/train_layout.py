@@ -1,4 +1,4 @@
-"""``dive-fast train-layout``: a layout-to-image model of annotated pictures."""
+"""``dive-fast train-layout``: a layout-to-image model of annotated images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
         "channels": (128, "of the transformer"),
         "layers": (6, "of the transformer"),
         "steps": (8000, "of the training"),
-        "batch-size": (64, "pictures in a step"),
+        "batch-size": (64, "images in a step"),
     }
     for name, (default, text) in sizes.items():
         text = f"{text} (default: {default})"
@@ -43,10 +43,10 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from dive_fast.training.annotated import PICTURES, train_pictures
+    from dive_fast.training.annotated import ANNOTATED, train_annotated
 
     config = dataclasses.replace(
-        PICTURES,
+        ANNOTATED,
         sample_size=options.size,
         patch_size=options.patch_size,
         channels=options.channels,
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         bf16=options.bf16,
     )
-    trained = train_pictures(
+    trained = train_annotated(
         options.annotations,
         options.images,
         options.out,

@@ -262,7 +262,7 @@ class LayoutFormat:
     ) -> DiscreteProjection:
         """The projection of relaxed embeddings [B, S, D] on valid layouts.
 
-        The crop, where there is one, is always the whole picture.
+        The crop, where there is one, is always the whole image.
 
         Args:
             table: the tokens' embeddings, [V, D].

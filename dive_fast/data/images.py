@@ -182,7 +182,7 @@ def as_images(images: object, size: int, channels: int) -> list[torch.Tensor]:
     return _each(images, channels, lambda image: image_to_tensor(image, size, channels))
 
 
-def as_pictures(images: object, channels: int) -> list[Image.Image]:
+def as_whole_images(images: object, channels: int) -> list[Image.Image]:
     """The images that ``as_images`` takes, whole, as grey or RGB PIL images.
 
     Raises:

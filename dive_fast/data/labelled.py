@@ -32,7 +32,7 @@ _NPZ_PAIRS = {
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled picture.
+    """One labelled image.
 
     Attributes:
         id: unique in its data set and the same in every run.
@@ -48,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Labelled pictures.
+    """Labelled images.
 
     Attributes:
         name: ``"digits"``, or the name of the folder or file.

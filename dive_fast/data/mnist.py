@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from dive_fast.data.digits import NAMES
-from dive_fast.data.npz import Pictures, read_arrays
+from dive_fast.data.npz import LabelledImages, read_arrays
 
 __all__ = ["NAMES", "load_mnist"]
 
 
-def load_mnist(path: str | Path, part: str) -> Pictures:
+def load_mnist(path: str | Path, part: str) -> LabelledImages:
     """The official split: ``"train"`` 60,000 images, ``"test"`` 10,000.
 
     Raises:
         DataError: no such file, or not one of MNIST.
     """
     images, labels = read_arrays(path, (f"x_{part}", f"y_{part}"), (28, 28))
-    return Pictures(images, labels.astype(np.int64), NAMES)
+    return LabelledImages(images, labels.astype(np.int64), NAMES)

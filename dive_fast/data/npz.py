@@ -12,7 +12,7 @@ import numpy as np
 from dive_fast.errors import DataError
 
 
-class Pictures(NamedTuple):
+class LabelledImages(NamedTuple):
     """One part of a data set: images uint8 [N, h, w], labels int64 [N], one name per class."""
 
     images: np.ndarray

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dive_fast.data.npz import Pictures, read_arrays
+from dive_fast.data.npz import LabelledImages, read_arrays
 from dive_fast.errors import DataError
 
 LAST_TRAIN_DRAWER = 15
 ARRAYS = ("x", "y", "drawer", "classes")
 
 
-def load_omniglot(path: str | Path, part: str) -> Pictures:
+def load_omniglot(path: str | Path, part: str) -> LabelledImages:
     """``"train"`` is drawers 1 to 15 of every character, ``"test"`` the drawers 16 to 20.
 
     Raises:
@@ -32,4 +32,4 @@ def load_omniglot(path: str | Path, part: str) -> Pictures:
         raise DataError(f"{path}: expected labels below {len(classes)}, got {labels.max()}.")
     chosen = (drawers <= LAST_TRAIN_DRAWER) == (part == "train")
     names = tuple(str(name) for name in classes)
-    return Pictures(images[chosen], labels[chosen].astype(np.int64), names)
+    return LabelledImages(images[chosen], labels[chosen].astype(np.int64), names)

@@ -65,7 +65,7 @@ _TILT, _SHEAR = math.radians(8.0), 0.1
 
 
 class Scenes(NamedTuple):
-    """Pictures with their objects; scene n has the objects 0 to counts[n] - 1.
+    """Images with their objects; scene n has the objects 0 to counts[n] - 1.
 
     Attributes:
         images: uint8 [N, 32, 32].
@@ -339,7 +339,7 @@ def _tilt(digits: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     n = len(digits)
     angle = torch.from_numpy(rng.uniform(-_TILT, _TILT, n)).float()
     shear = torch.from_numpy(rng.uniform(-_SHEAR, _SHEAR, n)).float()
-    # Made smaller by a tenth, so that no corner leaves the picture.
+    # Made smaller by a tenth, so that no corner leaves the image.
     cos, sin, zero = 1.1 * angle.cos(), 1.1 * angle.sin(), torch.zeros(n)
     rows = [cos, shear * cos - sin, zero, sin, shear * sin + cos, zero]
     grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(digits.shape), False)
@@ -350,7 +350,7 @@ def _cut_out(digits: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """The ink of each digit stretched to the size of its box: [N, 18, 18], zero beyond it."""
     bounds = _ink_bounds(digits).float()
     size = (boxes[:, 2:] - boxes[:, :2]).float()
-    # Where a pixel's centre lies in its box, [N, 2, 18] in [0, 1]; from there in the picture.
+    # Where a pixel's centre lies in its box, [N, 2, 18] in [0, 1]; from there in the image.
     share = (torch.arange(LARGEST) + 0.5) / size[:, :, None]
     ink = bounds[:, :2, None] + share * (bounds[:, 2:] - bounds[:, :2])[:, :, None]
     x, y = (ink * 2 / digits.shape[-1] - 1).unbind(1)

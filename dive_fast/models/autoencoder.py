@@ -1,4 +1,4 @@
-"""Pictures to latents, for every family that has an ``AutoencoderKL`` or a ``VQModel``."""
+"""Images to latents, for every family that has an ``AutoencoderKL`` or a ``VQModel``."""
 
 from __future__ import annotations
 

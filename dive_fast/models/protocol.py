@@ -62,7 +62,7 @@ class Model(Protocol):
         ...
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, channels, size, size] in [-1, 1] to x0, float32 [B, C, h, w]."""
+        """Images [B, channels, size, size] in [-1, 1] to x0, float32 [B, C, h, w]."""
         ...
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

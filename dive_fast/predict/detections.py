@@ -230,7 +230,7 @@ class Detections:
             image: the image that was searched, in any form that the detector takes.
 
         Returns:
-            A new RGB picture.
+            A new RGB image.
 
         Raises:
             ImageError: the image cannot be read.

@@ -11,7 +11,7 @@ import torch
 
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.timesteps import TimestepWeights
-from dive_fast.data.images import as_image, as_pictures, squashed_tensor
+from dive_fast.data.images import as_image, as_whole_images, squashed_tensor
 from dive_fast.engine import EngineOptions, Finished, Job
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import Source, check_place, load_model, resolve
@@ -169,7 +169,7 @@ class LayoutDetector(DetectorFitting):
             DiveFastError: bad input, an unknown strategy or setting.
         """
         with torch.inference_mode(False):
-            pictures = as_pictures(images, self.model.image_shape[0])
+            pictures = as_whole_images(images, self.model.image_shape[0])
             stream = self.stream(
                 enumerate(pictures),
                 strategy=strategy,

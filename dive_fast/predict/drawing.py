@@ -1,4 +1,4 @@
-"""Boxes and captions on a picture."""
+"""Boxes and captions on an image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_boxes(
         captions: one text per box.
 
     Returns:
-        A new RGB picture.
+        A new RGB image.
     """
     picture = to_mode(image, 3)
     factor = max(1, math.ceil(_LONG_SIDE / max(picture.size)))
@@ -76,7 +76,7 @@ def _place(
     size: tuple[int, int],
     taken: Sequence[Rectangle],
 ) -> Rectangle:
-    """Where the caption goes: the first place that covers no other caption, inside the picture."""
+    """Where the caption goes: the first place that covers no other caption, inside the image."""
     places = [_inside(corner, extent, size) for corner in _corners(box, extent)]
     return next((p for p in places if not any(_overlap(p, t) for t in taken)), places[0])
 

@@ -1,4 +1,4 @@
-"""Pictures from the model itself, by deterministic DDIM (arXiv 2010.02502, equation 12, eta = 0).
+"""Images from the model itself, by deterministic DDIM (arXiv 2010.02502, equation 12, eta = 0).
 
     x_t = a_t x0 + s_t eps      read from the prediction: x0 and eps
     x_t' = a_t' x0 + s_t' eps   at the next lower timestep t'

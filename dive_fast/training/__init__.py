@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dive_fast.training.annotated import train_pictures
+from dive_fast.training.annotated import train_annotated
 from dive_fast.training.prior import train_layout_prior
 from dive_fast.training.scenes import train_scenes
 from dive_fast.training.zoo import train_zoo_model
 
-__all__ = ["train_layout_prior", "train_pictures", "train_scenes", "train_zoo_model"]
+__all__ = ["train_annotated", "train_layout_prior", "train_scenes", "train_zoo_model"]

@@ -23,7 +23,7 @@ MOST_HELD_OUT = 256
 PIXELS_PER_STEP = 2
 UP_DOWN, LEFT_RIGHT = 2, 3  # axes of images [N, c, h, w]
 
-PICTURES = LayoutTrainingConfig(in_channels=3, t_range=(0.2, 0.75), max_weight=50.0)
+ANNOTATED = LayoutTrainingConfig(in_channels=3, t_range=(0.2, 0.75), max_weight=50.0)
 
 
 class TrainedModel(NamedTuple):
@@ -34,13 +34,13 @@ class TrainedModel(NamedTuple):
     n_held_out: int
 
 
-def train_pictures(
+def train_annotated(
     annotations: str | Path,
     images: str | Path,
     out: str | Path,
     *,
     max_objects: int,
-    config: LayoutTrainingConfig = PICTURES,
+    config: LayoutTrainingConfig = ANNOTATED,
     progress: bool = True,
     tell: Callable[[str], object] = print,
 ) -> TrainedModel:
@@ -52,9 +52,9 @@ def train_pictures(
 
     Args:
         annotations: a COCO annotation file.
-        images: the folder of its pictures.
+        images: the folder of its images.
         max_objects: slots of the model; of an image with more objects the smallest are left out.
-        config: sizes and course; ``sample_size`` is the side of the pictures.
+        config: sizes and course; ``sample_size`` is the side of the images.
         tell: takes one sentence on everything that was left out, images that cannot be read too.
 
     Raises:

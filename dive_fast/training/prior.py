@@ -139,7 +139,7 @@ def train_layout_prior(
 
 
 def read_annotations(path: str | Path) -> CocoDataset:
-    """The boxes of a COCO annotation file or of an ``.npz``, without pictures.
+    """The boxes of a COCO annotation file or of an ``.npz``, without images.
 
     Raises:
         DataError: it cannot be used.

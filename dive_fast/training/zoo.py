@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from dive_fast.data import digits
 from dive_fast.data.mnist import load_mnist
-from dive_fast.data.npz import Pictures
+from dive_fast.data.npz import LabelledImages
 from dive_fast.data.omniglot import load_omniglot
 from dive_fast.errors import DataError, RunError
 from dive_fast.predict.classifier import DiffusionClassifier
@@ -48,7 +48,7 @@ class Recipe:
     """
 
     config: TrainingConfig
-    load: Callable[[str | Path | None, str], Pictures]
+    load: Callable[[str | Path | None, str], LabelledImages]
     needs_data: bool
     strategy: str
     n_test: int
@@ -57,7 +57,7 @@ class Recipe:
 RECIPES = {
     "digits": Recipe(
         DIGITS,
-        lambda _, part: Pictures(*digits.load_digits(part), digits.NAMES),
+        lambda _, part: LabelledImages(*digits.load_digits(part), digits.NAMES),
         needs_data=False,
         strategy="enumerate",
         n_test=397,
@@ -137,7 +137,7 @@ def train_zoo_model(
 
 
 def fit_zoo_model(
-    classifier: DiffusionClassifier, train: Pictures, config: TrainingConfig, progress: bool
+    classifier: DiffusionClassifier, train: LabelledImages, config: TrainingConfig, progress: bool
 ) -> None:
     """Fits timesteps, shortlist and beta on training images, each moved a little.
 

@@ -6,7 +6,7 @@ named in ``CocoDataset.problems``, one sentence each, and the rest is used.
 
 from dive_fast.data.coco.arrays import read_box_arrays
 from dive_fast.data.coco.classes import class_categories, unknown_classes
-from dive_fast.data.coco.dataset import CocoDataset, CocoImage, held_out_split, read_pictures
+from dive_fast.data.coco.dataset import CocoDataset, CocoImage, held_out_split, read_images
 from dive_fast.data.coco.reader import read_coco
 from dive_fast.data.coco.writer import write_coco
 
@@ -17,7 +17,7 @@ __all__ = [
     "held_out_split",
     "read_box_arrays",
     "read_coco",
-    "read_pictures",
+    "read_images",
     "unknown_classes",
     "write_coco",
 ]

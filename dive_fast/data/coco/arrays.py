@@ -1,4 +1,4 @@
-"""Reads boxes kept as arrays, with no pictures."""
+"""Reads boxes kept as arrays, with no images."""
 
 from __future__ import annotations
 

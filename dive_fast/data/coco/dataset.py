@@ -1,4 +1,4 @@
-"""Pictures with labelled boxes."""
+"""Images with labelled boxes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class CocoImage:
                 say, so that their boxes would lie elsewhere.
         """
         if self.path is None:
-            raise ImageError(f"image {self.id} has no picture.")
+            raise ImageError(f"image {self.id} has no file.")
         image = read_image(self.path)
         if image.size != tuple(self.size):
             raise ImageError(
@@ -101,13 +101,13 @@ class CocoImage:
 
 @dataclass(frozen=True, eq=False)
 class CocoDataset:
-    """Pictures with labelled boxes.
+    """Images with labelled boxes.
 
     Attributes:
         names: the classes' names.
         category_ids: their COCO ids.
         images: in the file's order.
-        source: the name of the annotation file, or of what made the pictures.
+        source: the name of the annotation file, or of what made the images.
         problems: what was left out or changed when the annotations were read, one sentence each.
     """
 
@@ -227,7 +227,7 @@ def held_out_split(
     return order[n_held_out:], order[:n_held_out]
 
 
-def read_pictures(dataset: CocoDataset, size: int, channels: int = 3) -> np.ndarray:
+def read_images(dataset: CocoDataset, size: int, channels: int = 3) -> np.ndarray:
     """All images squashed to one square size, for training.
 
     Returns:

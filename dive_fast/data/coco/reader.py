@@ -53,7 +53,7 @@ def read_coco(
     if not entries:
         reason = f" ({problems[0]})" if problems else ""
         raise DataError(f"{path}: expected at least one usable image, got none{reason}.")
-    paths = _find_pictures(path, entries, None if images is None else Path(images), problems)
+    paths = _find_files(path, entries, None if images is None else Path(images), problems)
     classes = {number: index for index, number in enumerate(category_ids)}
     objects = _objects(content["annotations"], entries, classes, problems)
     return CocoDataset(
@@ -144,7 +144,7 @@ def _image_entries(entries: list, problems: list[str]) -> dict[int, _Entry]:
     return found
 
 
-def _find_pictures(
+def _find_files(
     path: Path, entries: dict[int, _Entry], folder: Path | None, problems: list[str]
 ) -> dict[int, Path | None]:
     if folder is None:

@@ -8,7 +8,7 @@ a G x G grid, in the order of ``dive_fast.core.layouts``:
     <l{i}>,     i = round(y (G - 1)) G + round(x (G - 1)),     x, y in [0, 1]
 
 Objects stand in any order. Published checkpoints hold a ``generation_config.json`` with the
-template, the grid (``num_bucket_per_side``), ``max_num_bbox`` and the size of the pictures.
+template, the grid (``num_bucket_per_side``), ``max_num_bbox`` and the size of the images.
 
 Source: ``tokenize_coordinates``, ``token_pair_from_bbox`` and the prompts in
 ``utils/data/nuimage.py`` and ``utils/data/coco_stuff.py``; ``bbox_encode`` and ``class2text`` in

@@ -60,7 +60,7 @@ class LayoutModel(EncodedLayout):
         denoiser: float32, frozen; attends to what the encoder gives.
         encoder: float32, frozen; its configuration holds the layout's format.
         scheduler: a diffusers scheduler, or the schedule alone; then the model cannot be saved.
-        vae: encodes images to latents; None where x0 are the pictures.
+        vae: encodes images to latents; None where x0 are the images.
         space_to_depth: r, without a VAE: x0 is the image with every r x r pixels in one place,
             an exact rearrangement to r r times the channels.
 

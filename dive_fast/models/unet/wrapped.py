@@ -60,7 +60,7 @@ class GivenUNet(WholeUNet):
         }
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        raise ModelError("a given unet has no VAE: expected latents, got pictures.")
+        raise ModelError("a given unet has no VAE: expected latents, got images.")
 
     @property
     def unet(self) -> Any:

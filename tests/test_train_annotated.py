@@ -18,17 +18,17 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DataError, RunError
 from dive_fast.models import load_model
 from dive_fast.training.annotated import (
+    ANNOTATED,
     LEFT_RIGHT,
-    PICTURES,
     UP_DOWN,
     draw_flipped,
     flip,
-    train_pictures,
+    train_annotated,
 )
 
 FORM = LayoutFormat.compact(("cat", "dog"), max_objects=3, grid=9)
 TINY = dataclasses.replace(
-    PICTURES,
+    ANNOTATED,
     sample_size=16,
     patch_size=8,
     channels=16,
@@ -139,7 +139,7 @@ def test_end_to_end(tmp_path: Path, capsys) -> None:
 def test_too_few_pictures(tmp_path: Path) -> None:
     annotations = write_data(tmp_path, n=1)
     with pytest.raises(DataError, match="expected at least 2 images to learn from, got 1"):
-        train_pictures(
+        train_annotated(
             annotations, tmp_path / "pictures", tmp_path / "out", max_objects=2, tell=lambda s: s
         )
     assert not (tmp_path / "out").exists()
@@ -150,7 +150,7 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     annotations, said = write_data(tmp_path, n=6), []
     (tmp_path / "pictures" / "3.png").write_bytes(b"no image")
     Image.new("RGB", (3, 3)).save(tmp_path / "pictures" / "4.png")
-    trained = train_pictures(
+    trained = train_annotated(
         annotations,
         tmp_path / "pictures",
         tmp_path / "out",
@@ -164,7 +164,7 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     for name in ("0", "2", "5"):
         (tmp_path / "pictures" / f"{name}.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="expected at least 2 images to learn from, got 0"):
-        train_pictures(
+        train_annotated(
             annotations,
             tmp_path / "pictures",
             tmp_path / "none",
@@ -179,7 +179,7 @@ def test_other_data_are_not_resumed(tmp_path: Path) -> None:
     annotations, out = write_data(tmp_path), tmp_path / "out"
 
     def train(most: int) -> None:
-        train_pictures(
+        train_annotated(
             annotations,
             tmp_path / "pictures",
             out,
