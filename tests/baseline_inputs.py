@@ -9,6 +9,8 @@ from bench.baselines.dive import invert
 
 N_CLASSES, WIDTH, CHANNELS, SIZE = 5, 16, 2, 4
 ALPHA_BAR = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+X0 = torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+NOISES = torch.randn(60, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(42))
 # The same rows in another batch: fp32 sums of a two-layer model in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 

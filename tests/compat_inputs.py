@@ -33,3 +33,7 @@ def make_text(n_prompts: int) -> torch.Tensor:
 
 def draw_noise(n: int, shape=(CHANNELS, SIZE, SIZE), seed: int = 9) -> torch.Tensor:
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+TEXT = make_text(N_PROMPTS)
+LATENT = draw_noise(1, seed=3)

@@ -54,6 +54,32 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dit_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DiT of grey images."""
+    from tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "dit")
+
+
+@pytest.fixture(scope="session")
+def latent_dit_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DiT of latents, with its VAE."""
+    from tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "latent-dit", vae=True)
+
+
+@pytest.fixture(scope="session")
+def layout_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small layout-to-image model: two objects, grid 5, crop slots; classes one, two, three."""
+    from tiny_layout import make_layout_model
+
+    directory = tmp_path_factory.mktemp("models") / "layout"
+    make_layout_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def scenes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A layout-to-image model of the scenes' layouts, random weights; named as the zoo's."""
     from tiny_layout import make_scenes_model
@@ -61,3 +87,29 @@ def scenes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("zoo") / "scenes"
     make_scenes_model().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def small_dit():
+    """The small DiT on which the published loops run."""
+    from baseline_inputs import make_transformer
+
+    return make_transformer()
+
+
+@pytest.fixture(scope="session")
+def dit_errors(small_dit) -> torch.Tensor:
+    """The published enumeration at 25 timesteps: [C, 25]."""
+    from baseline_inputs import ALPHA_BAR, N_CLASSES, NOISES, X0
+
+    from bench.baselines.diffusion_classifier import eval_prob_all
+
+    return eval_prob_all(small_dit, X0, N_CLASSES, ALPHA_BAR, NOISES, 40)
+
+
+@pytest.fixture(scope="session")
+def sd2_unet():
+    """A UNet of Stable Diffusion 2's layout."""
+    from tiny_unet import make_unet
+
+    return make_unet("sd2")

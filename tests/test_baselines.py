@@ -10,11 +10,11 @@ from baseline_inputs import (
     CHANNELS,
     CLOSE,
     N_CLASSES,
-    SIZE,
+    NOISES,
+    X0,
     make_transformer,
     small_invert,
 )
-from diffusers import DiTTransformer2DModel
 
 from bench.baselines import diffusion_classifier, dive
 from bench.baselines.diffusion_classifier import (
@@ -26,28 +26,6 @@ from bench.baselines.diffusion_classifier import (
     stage_timesteps,
 )
 from bench.baselines.dive import invert, noise_table
-
-
-@pytest.fixture(scope="module")
-def transformer() -> DiTTransformer2DModel:
-    return make_transformer()
-
-
-@pytest.fixture(scope="module")
-def x0() -> torch.Tensor:
-    return torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def noises() -> torch.Tensor:
-    return noise_table((CHANNELS, SIZE, SIZE), n=60)
-
-
-@pytest.fixture(scope="module")
-def errors(transformer, x0, noises) -> torch.Tensor:
-    """Enumeration at 25 timesteps: [C, 25]."""
-    return eval_prob_all(transformer, x0, N_CLASSES, ALPHA_BAR, noises, 40)
-
 
 # -- enumeration ---------------------------------------------------------------------------------
 
@@ -79,27 +57,25 @@ def naive_error(transformer, x0, eps, t: int, label: int, loss=F.mse_loss) -> fl
 
 
 @pytest.mark.parametrize("batch_size", [7, 25])
-def test_enumeration_is_one_forward_per_class_and_timestep(
-    transformer, x0, noises, batch_size
-) -> None:
-    errors = eval_prob_all(transformer, x0, N_CLASSES, ALPHA_BAR, noises, 40, batch_size=batch_size)
+def test_enumeration_is_one_forward_per_class_and_timestep(small_dit, batch_size) -> None:
+    errors = eval_prob_all(small_dit, X0, N_CLASSES, ALPHA_BAR, NOISES, 40, batch_size=batch_size)
     expected = [
-        [naive_error(transformer, x0, noises[None, k], 20 + 40 * k, c) for k in range(25)]
+        [naive_error(small_dit, X0, NOISES[None, k], 20 + 40 * k, c) for k in range(25)]
         for c in range(N_CLASSES)
     ]
     torch.testing.assert_close(errors, torch.tensor(expected), **CLOSE)
 
 
-def test_classes_matter_in_the_test_model(errors) -> None:
-    means = errors.mean(dim=1).sort().values
+def test_classes_matter_in_the_test_model(dit_errors) -> None:
+    means = dit_errors.mean(dim=1).sort().values
     assert (means.diff() > 1e-3).all()
 
 
-def test_a_model_without_learned_sigma_is_read_whole(x0, noises) -> None:
+def test_a_model_without_learned_sigma_is_read_whole() -> None:
     transformer = make_transformer(out_channels=CHANNELS)
-    errors = eval_prob_all(transformer, x0, 1, ALPHA_BAR, noises, 500)
+    errors = eval_prob_all(transformer, X0, 1, ALPHA_BAR, NOISES, 500)
     expected = [
-        naive_error(transformer, x0, noises[None, k], t, 0) for k, t in ((0, 250), (1, 750))
+        naive_error(transformer, X0, NOISES[None, k], t, 0) for k, t in ((0, 250), (1, 750))
     ]
     torch.testing.assert_close(errors[0], torch.tensor(expected), **CLOSE)
 
@@ -116,11 +92,9 @@ def test_stage_timesteps_worked_by_hand() -> None:
     assert all_timesteps(1000, 60)[:2] == [8, 24] and len(all_timesteps(1000, 60)) == 60
 
 
-def test_adaptive_stages_worked_by_hand(transformer, x0, noises) -> None:
+def test_adaptive_stages_worked_by_hand(small_dit) -> None:
     stages = {"n_samples": (4, 10), "to_keep": (2, 1), "n_trials": 2, "batch_size": 7}
-    pred, data = eval_prob_adaptive(
-        transformer, x0, N_CLASSES, ALPHA_BAR, all_noise=noises, **stages
-    )
+    pred, data = eval_prob_adaptive(small_dit, X0, N_CLASSES, ALPHA_BAR, all_noise=NOISES, **stages)
     first = [150, 350, 550, 750]
     then = [50, 250, 450, 650, 850, 950]
     survivors = [c for c in data if len(data[c]["t"]) == 20]
@@ -130,7 +104,7 @@ def test_adaptive_stages_worked_by_hand(transformer, x0, noises) -> None:
         assert data[c]["t"].tolist() == [t for t in order for _ in range(2)]
         # The noise index counts evaluated timesteps: noise i belongs to the i-th evaluation.
         expected = [
-            naive_error(transformer, x0, noises[None, i], t, c)
+            naive_error(small_dit, X0, NOISES[None, i], t, c)
             for i, t in enumerate(data[c]["t"].tolist())
         ]
         torch.testing.assert_close(data[c]["pred_errors"], torch.tensor(expected), **CLOSE)
@@ -139,36 +113,36 @@ def test_adaptive_stages_worked_by_hand(transformer, x0, noises) -> None:
     assert pred == min(survivors, key=lambda c: data[c]["pred_errors"].mean().item())
 
 
-def test_one_stage_is_full_enumeration(transformer, x0, noises, errors) -> None:
+def test_one_stage_is_full_enumeration(small_dit, dit_errors) -> None:
     pred, data = eval_prob_adaptive(
-        transformer, x0, N_CLASSES, ALPHA_BAR, n_samples=[25], to_keep=[1], all_noise=noises
+        small_dit, X0, N_CLASSES, ALPHA_BAR, n_samples=[25], to_keep=[1], all_noise=NOISES
     )
     stacked = torch.stack([data[c]["pred_errors"] for c in range(N_CLASSES)])
-    torch.testing.assert_close(stacked, errors, **CLOSE)
-    assert pred == errors.mean(dim=1).argmin()
+    torch.testing.assert_close(stacked, dit_errors, **CLOSE)
+    assert pred == dit_errors.mean(dim=1).argmin()
 
 
 @pytest.mark.parametrize(("loss", "function"), [("l1", F.l1_loss), ("huber", F.huber_loss)])
-def test_other_losses(transformer, x0, noises, loss, function) -> None:
+def test_other_losses(small_dit, loss, function) -> None:
     _, data = eval_prob_adaptive(
-        transformer, x0, 2, ALPHA_BAR, n_samples=[3], to_keep=[1], all_noise=noises, loss=loss
+        small_dit, X0, 2, ALPHA_BAR, n_samples=[3], to_keep=[1], all_noise=NOISES, loss=loss
     )
     for c in range(2):
         expected = [
-            naive_error(transformer, x0, noises[None, i], t, c, function)
+            naive_error(small_dit, X0, NOISES[None, i], t, c, function)
             for i, t in enumerate((166, 499, 832))
         ]
         assert data[c]["t"].tolist() == [166, 499, 832]
         torch.testing.assert_close(data[c]["pred_errors"], torch.tensor(expected), **CLOSE)
 
 
-def test_adaptive_noise_comes_from_the_seed(transformer, x0) -> None:
+def test_adaptive_noise_comes_from_the_seed(small_dit) -> None:
     def run(seed: int, noise: torch.Tensor | None = None) -> torch.Tensor:
         one_stage = {"n_samples": [3], "to_keep": [1], "all_noise": noise, "seed": seed}
-        _, data = eval_prob_adaptive(transformer, x0, 2, ALPHA_BAR, **one_stage)
+        _, data = eval_prob_adaptive(small_dit, X0, 2, ALPHA_BAR, **one_stage)
         return data[0]["pred_errors"]
 
-    drawn = torch.randn(3, *x0.shape[1:], generator=torch.Generator().manual_seed(5))
+    drawn = torch.randn(3, *X0.shape[1:], generator=torch.Generator().manual_seed(5))
     assert torch.equal(run(5), run(5))
     assert torch.equal(run(5), run(6, drawn))
     assert not torch.equal(run(5), run(6))
@@ -177,24 +151,24 @@ def test_adaptive_noise_comes_from_the_seed(transformer, x0) -> None:
 # -- what an image costs -------------------------------------------------------------------------
 
 
-def test_runs_count_every_row(transformer, x0, noises, errors) -> None:
+def test_runs_count_every_row(small_dit, dit_errors) -> None:
     rows = []
-    hook = transformer.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    hook = small_dit.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
     settings = {"t_interval": 40, "n_loops": 2}
-    inverted = dive.run(transformer, x0, ALPHA_BAR, noises, **settings)
+    inverted = dive.run(small_dit, X0, ALPHA_BAR, NOISES, **settings)
     # A loop is a forward and a backward of each probe, then the monitor's forward.
     assert sum(rows) == 2 * (25 + 25) and inverted.evaluations == sum(rows) + 2 * 25
-    assert inverted.answer == invert(transformer, x0, ALPHA_BAR, noises, **settings).pred
+    assert inverted.answer == invert(small_dit, X0, ALPHA_BAR, NOISES, **settings).pred
     rows.clear()
-    full = diffusion_classifier.run_all(transformer, x0, N_CLASSES, ALPHA_BAR, noises, 40)
+    full = diffusion_classifier.run_all(small_dit, X0, N_CLASSES, ALPHA_BAR, NOISES, 40)
     assert full.evaluations == sum(rows) == N_CLASSES * 25
-    assert full.answer == errors.mean(dim=1).argmin()
+    assert full.answer == dit_errors.mean(dim=1).argmin()
     rows.clear()
-    stages = {"n_samples": (4, 10), "to_keep": (2, 1), "n_trials": 2, "all_noise": noises}
-    staged = diffusion_classifier.run_adaptive(transformer, x0, N_CLASSES, ALPHA_BAR, **stages)
+    stages = {"n_samples": (4, 10), "to_keep": (2, 1), "n_trials": 2, "all_noise": NOISES}
+    staged = diffusion_classifier.run_adaptive(small_dit, X0, N_CLASSES, ALPHA_BAR, **stages)
     assert staged.evaluations == sum(rows) == 2 * (N_CLASSES * 4 + 2 * 6)
     hook.remove()
-    pred, _ = eval_prob_adaptive(transformer, x0, N_CLASSES, ALPHA_BAR, **stages)
+    pred, _ = eval_prob_adaptive(small_dit, X0, N_CLASSES, ALPHA_BAR, **stages)
     assert staged.answer == pred
     assert min(inverted.seconds, full.seconds, staged.seconds) > 0
 
@@ -202,17 +176,17 @@ def test_runs_count_every_row(transformer, x0, noises, errors) -> None:
 # -- bad input -----------------------------------------------------------------------------------
 
 
-def test_training_mode_is_refused(x0, noises) -> None:
+def test_training_mode_is_refused() -> None:
     transformer = make_transformer().train()
     with pytest.raises(AssertionError, match="must be in eval mode"):
-        small_invert(transformer, x0, noises)
+        small_invert(transformer, X0, NOISES)
     with pytest.raises(AssertionError, match="must be in eval mode"):
-        eval_prob_all(transformer, x0, N_CLASSES, ALPHA_BAR, noises, 40)
+        eval_prob_all(transformer, X0, N_CLASSES, ALPHA_BAR, NOISES, 40)
 
 
-def test_enumeration_refuses_too_few_noises(transformer, x0, noises) -> None:
+def test_enumeration_refuses_too_few_noises(small_dit) -> None:
     with pytest.raises(AssertionError, match="expected at least 250 noises, got 60"):
-        eval_prob_all(transformer, x0, N_CLASSES, ALPHA_BAR, noises, 4)
+        eval_prob_all(small_dit, X0, N_CLASSES, ALPHA_BAR, NOISES, 4)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +198,6 @@ def test_enumeration_refuses_too_few_noises(transformer, x0, noises) -> None:
         ({"n_samples": [100], "to_keep": [1]}, "expected 100 noises, got 60"),
     ],
 )
-def test_adaptive_refuses_bad_stages(transformer, x0, noises, settings, message) -> None:
+def test_adaptive_refuses_bad_stages(small_dit, settings, message) -> None:
     with pytest.raises(AssertionError, match=message):
-        eval_prob_adaptive(transformer, x0, N_CLASSES, ALPHA_BAR, all_noise=noises, **settings)
+        eval_prob_adaptive(small_dit, X0, N_CLASSES, ALPHA_BAR, all_noise=NOISES, **settings)

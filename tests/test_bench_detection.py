@@ -25,7 +25,7 @@ FAST = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+def scenes_with_prior(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("scenes")
     made = make_scenes_model()
     made.save_pretrained(directory)
@@ -45,10 +45,10 @@ def test_variants() -> None:
     assert [v.strategy.joint_boxes for v in found[3:]] == [True] * 3 + [False] * 3
 
 
-def test_records(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_records(scenes_with_prior: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("pycocotools", reason="the COCO numbers come with the extra detect")
     monkeypatch.setattr(detection, "resolve_layout_strategy", lambda name, _: replace(FAST[name]))
-    arguments = ["--model", str(model), "--limit", "2", "--probes", "2"]
+    arguments = ["--model", str(scenes_with_prior), "--limit", "2", "--probes", "2"]
     arguments += ["--strategies", "guided,invert", "--projection", "independent"]
     arguments += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.jsonl")]
     detection.main(arguments)

@@ -170,13 +170,13 @@ class TestRecord:
 
 class TestClassifier:
     @pytest.fixture
-    def toy(self) -> tuple[DiffusionClassifier, torch.Tensor, torch.Tensor]:
+    def toy_and_60_images(self) -> tuple[DiffusionClassifier, torch.Tensor, torch.Tensor]:
         model = ToyModel(n_classes=6, spread=0.4)
         return DiffusionClassifier(model), *model.toy.sample(60, generator(3))
 
     @pytest.mark.parametrize("strategy", ["enumerate", "race", "invert"])
-    def test_probabilities_become_likelier(self, toy: tuple, strategy: str) -> None:
-        clf, x0, labels = toy
+    def test_probabilities_become_likelier(self, toy_and_60_images: tuple, strategy: str) -> None:
+        clf, x0, labels = toy_and_60_images
         clf.model.beta = 1.0
         record = clf.calibrate(latents=x0, labels=labels, strategy=strategy, probes=40)
         assert record.beta_before == 1.0 and clf.model.beta == record.beta_after
@@ -186,8 +186,8 @@ class TestClassifier:
         ece = expected_calibration_error([a.probability for a in answers], correct)
         assert ece == pytest.approx(record.ece_after, abs=1e-4)
 
-    def test_bad_input(self, toy: tuple) -> None:
-        clf, x0, labels = toy
+    def test_bad_input(self, toy_and_60_images: tuple) -> None:
+        clf, x0, labels = toy_and_60_images
         before = clf.model.beta
         for arguments, message in [
             ({"labels": labels}, "either images or latents"),

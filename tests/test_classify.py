@@ -28,7 +28,7 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def toy():
+def toy_classifier():
     return DiffusionClassifier(ToyModel())
 
 
@@ -106,16 +106,16 @@ def test_raw_losses_are_what_enumeration_averages(classifier, digits):
     assert not torch.allclose(other_noise, losses, atol=1e-3)
 
 
-def test_a_prior_moves_the_answer_as_bayes_says(toy):
-    x0, _ = toy.model.toy.sample(1, torch.Generator().manual_seed(0))
-    plain = toy(latents=x0, strategy="enumerate")[0]
+def test_a_prior_moves_the_answer_as_bayes_says(toy_classifier):
+    x0, _ = toy_classifier.model.toy.sample(1, torch.Generator().manual_seed(0))
+    plain = toy_classifier(latents=x0, strategy="enumerate")[0]
     order = plain.log_posterior.argsort(descending=True)
     # Weigh the second class up by more than what parts it from the first.
     prior = torch.ones(6)
     gap = (plain.log_posterior[order[0]] - plain.log_posterior[order[1]]).item()
     prior[order[1]] = math.exp(gap + 1)
-    moved = toy(latents=x0, strategy="enumerate", prior=prior)[0]
-    assert moved.index == int(order[1]) and moved.label == toy.names[moved.index]
+    moved = toy_classifier(latents=x0, strategy="enumerate", prior=prior)[0]
+    assert moved.index == int(order[1]) and moved.label == toy_classifier.names[moved.index]
     expected = (plain.log_posterior + prior.log()).log_softmax(0)
     torch.testing.assert_close(moved.log_posterior, expected, rtol=1e-4, atol=1e-4)
 
@@ -129,12 +129,12 @@ def test_trace_keeps_what_the_strategy_saw(classifier, digits):
     assert len(ours["path"]) >= 10 and ours["losses"].shape == (10, 100)
 
 
-def test_the_same_seed_gives_the_same_answer_and_draws_leave_the_global_state_alone(toy):
+def test_the_same_seed_gives_the_same_answer_and_draws_leave_the_global_state_alone(toy_classifier):
     x0 = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1))
     state = torch.random.get_rng_state()
-    first = toy(latents=x0, preset="dive-paper", probes=25, loops=2, trace=True)
+    first = toy_classifier(latents=x0, preset="dive-paper", probes=25, loops=2, trace=True)
     assert torch.equal(torch.random.get_rng_state(), state)
-    second = toy(latents=x0, preset="dive-paper", probes=25, loops=2, trace=True)
+    second = toy_classifier(latents=x0, preset="dive-paper", probes=25, loops=2, trace=True)
     for a, b in zip(first, second, strict=True):
         assert a.trace["step_losses"] == b.trace["step_losses"]
 
@@ -152,9 +152,9 @@ def test_inversion_works_where_the_caller_switched_gradients_off(classifier, dig
     torch.testing.assert_close(found.losses, expected.losses, equal_nan=True)
 
 
-def test_any_object_of_the_protocol_is_a_model(toy):
-    x0, labels = toy.model.toy.sample(20, torch.Generator().manual_seed(2))
-    found = [a.index for a in toy(latents=x0)]
+def test_any_object_of_the_protocol_is_a_model(toy_classifier):
+    x0, labels = toy_classifier.model.toy.sample(20, torch.Generator().manual_seed(2))
+    found = [a.index for a in toy_classifier(latents=x0)]
     assert sum(f == y for f, y in zip(found, labels.tolist(), strict=True)) >= 18
 
 
@@ -175,7 +175,7 @@ def test_a_family_registers_from_outside(tmp_path, monkeypatch):
     assert classifier(latents=torch.zeros(1, 2, 3, 3), strategy="enumerate")[0].evaluations == 600
 
 
-def test_bad_input(classifier, toy):
+def test_bad_input(classifier, toy_classifier):
     good = torch.zeros(1, 1, 8, 8)
     bad = [
         ({}, DiveFastError, "expected either images or latents"),

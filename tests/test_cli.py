@@ -16,23 +16,13 @@ import pytest
 import torch
 from command import assert_refused, call, words
 from PIL import Image
-from tiny import NAMES, write_model
+from tiny import NAMES
 
 import dive_fast
 from dive_fast import DiffusionClassifier, ImageError
 from dive_fast.data import digits
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("pixels"))
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("latents"), vae=True)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (8, 8)) -> Image.Image:
@@ -88,7 +78,7 @@ class TestClassify:
             assert 0.2 < float(probability) <= 1
 
     @pytest.mark.parametrize("strategy", ["enumerate", "invert"])
-    @pytest.mark.parametrize("kind", ["pixels", "latents"])
+    @pytest.mark.parametrize("kind", ["dit_dir", "latent_dit_dir"])
     def test_json(self, strategy: str, kind: str, image: Path, capsys, request) -> None:
         model = request.getfixturevalue(kind)
         said = call(
@@ -114,9 +104,9 @@ class TestClassify:
         assert all(measured) == (strategy == "enumerate")
 
     @pytest.mark.parametrize("k", [1, 2, 4, 99])
-    def test_top(self, k: int, pixels: Path, image: Path, capsys) -> None:
+    def test_top(self, k: int, dit_dir: Path, image: Path, capsys) -> None:
         said = call(
-            capsys, "classify", image, "--model", pixels, "--strategy", "enumerate",
+            capsys, "classify", image, "--model", dit_dir, "--strategy", "enumerate",
             "--probes", 5, "--top", k,
         )  # fmt: skip
         (line,) = said.out.splitlines()
@@ -126,7 +116,7 @@ class TestClassify:
         assert scores == sorted(scores, reverse=True)
         assert {name for name, _ in entries} <= set(NAMES)
 
-    def test_files_folders_and_globs(self, pixels: Path, tmp_path: Path, capsys) -> None:
+    def test_files_folders_and_globs(self, dit_dir: Path, tmp_path: Path, capsys) -> None:
         names = ["b.png", "a.jpg", "c.bmp"]
         folder = tmp_path / "folder"
         folder.mkdir()
@@ -135,7 +125,7 @@ class TestClassify:
         (folder / "notes.txt").write_text("no image, and not asked for")
 
         def listed(*inputs: object) -> list[str]:
-            said = call(capsys, "classify", *inputs, "--model", pixels, "--probes", 2)
+            said = call(capsys, "classify", *inputs, "--model", dit_dir, "--probes", 2)
             assert (said.code, said.err) == (0, "")
             return [line.partition(": ")[0] for line in said.out.splitlines()]
 
@@ -145,11 +135,11 @@ class TestClassify:
         assert listed(c, folder / "a*", c) == [c, a, c]
 
     @pytest.mark.parametrize("size", [1, 7, 1000])
-    def test_batch_size(self, size: int, pixels: Path, tmp_path: Path, capsys) -> None:
+    def test_batch_size(self, size: int, dit_dir: Path, tmp_path: Path, capsys) -> None:
         """The answers do not depend on how the rows are packed."""
         for i in range(5):
             picture(i).save(tmp_path / f"{i}.png")
-        arguments = ("classify", tmp_path, "--model", pixels, "--probes", 5, "--json")
+        arguments = ("classify", tmp_path, "--model", dit_dir, "--probes", 5, "--json")
         expected = json.loads(call(capsys, *arguments).out)
         found = json.loads(call(capsys, *arguments, "--batch-size", size).out)
         for mine, theirs in zip(found, expected, strict=True):
@@ -159,10 +149,10 @@ class TestClassify:
             for a, b in zip(mine["losses"], theirs["losses"], strict=True):
                 assert a == (b if b is None else pytest.approx(b, rel=1e-4))
 
-    def test_seed(self, pixels: Path, image: Path, capsys) -> None:
+    def test_seed(self, dit_dir: Path, image: Path, capsys) -> None:
         def losses(seed: int) -> list[float]:
             said = call(
-                capsys, "classify", image, "--model", pixels, "--strategy", "enumerate",
+                capsys, "classify", image, "--model", dit_dir, "--strategy", "enumerate",
                 "--probes", 5, "--json", "--seed", seed,
             )  # fmt: skip
             return json.loads(said.out)[0]["losses"]
@@ -170,7 +160,7 @@ class TestClassify:
         assert losses(1) == losses(1) != losses(2)
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-    def test_modes(self, mode: str, latents: Path, tmp_path: Path, capsys) -> None:
+    def test_modes(self, mode: str, latent_dit_dir: Path, tmp_path: Path, capsys) -> None:
         path = tmp_path / "image.tif"
         if mode == "I;16":
             Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
@@ -178,25 +168,25 @@ class TestClassify:
             picture().convert(mode).save(path)
         with Image.open(path) as saved:
             assert saved.mode == mode
-        said = call(capsys, "classify", path, "--model", latents, "--probes", 2)
+        said = call(capsys, "classify", path, "--model", latent_dit_dir, "--probes", 2)
         assert (said.code, said.err) == (0, "")
         assert said.out.startswith(f"{path}: ")
 
     @pytest.mark.parametrize("bad", BAD_FILES)
-    def test_bad_file(self, bad: str, pixels: Path, image: Path, capsys) -> None:
+    def test_bad_file(self, bad: str, dit_dir: Path, image: Path, capsys) -> None:
         content, message = BAD_FILES[bad]
         image.write_bytes(content)
-        said = call(capsys, "classify", image, "--model", pixels)
+        said = call(capsys, "classify", image, "--model", dit_dir)
         assert_refused(said, message)
         assert said.out == ""
 
-    def test_bad_files_among_good_ones(self, pixels: Path, tmp_path: Path, capsys) -> None:
+    def test_bad_files_among_good_ones(self, dit_dir: Path, tmp_path: Path, capsys) -> None:
         """Each bad one is told, in its place, and the rest go on."""
         for i in (1, 3):
             picture(i).save(tmp_path / f"{i}.png")
         (tmp_path / "0.png").write_bytes(b"")
         (tmp_path / "2.png").write_bytes(png()[:400])
-        said = call(capsys, "classify", tmp_path, tmp_path / "4.png", "--model", pixels, "--json")
+        said = call(capsys, "classify", tmp_path, tmp_path / "4.png", "--model", dit_dir, "--json")
         assert said.code == 2
         assert [line.partition(": ")[0] for line in said.err.splitlines()] == ["dive-fast"] * 3
         records = json.loads(said.out)
@@ -204,7 +194,7 @@ class TestClassify:
         assert ["error" in record for record in records] == [True, False, True, False, True]
         assert records[4]["error"].endswith("4.png: no such file or folder.")
 
-        said = call(capsys, "classify", tmp_path, "--model", pixels)
+        said = call(capsys, "classify", tmp_path, "--model", dit_dir)
         assert said.code == 2
         assert [line.partition(":")[0][-5:] for line in said.out.splitlines()] == ["1.png", "3.png"]
 
@@ -242,8 +232,8 @@ class TestClassify:
     ],
     ids=words,
 )
-def test_bad_option(options: list[str], message: str, pixels: Path, image: Path, capsys) -> None:
-    assert_refused(call(capsys, "classify", image, "--model", pixels, *options), message)
+def test_bad_option(options: list[str], message: str, dit_dir: Path, image: Path, capsys) -> None:
+    assert_refused(call(capsys, "classify", image, "--model", dit_dir, *options), message)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +252,9 @@ def test_bad_command(arguments: list[str], message: str, capsys) -> None:
     assert_refused(call(capsys, *arguments), message)
 
 
-def test_bad_arrays(pixels: Path) -> None:
+def test_bad_arrays(dit_dir: Path) -> None:
     """The same in Python: NaN, ranges, shapes and types."""
-    clf = DiffusionClassifier.from_pretrained(pixels)
+    clf = DiffusionClassifier.from_pretrained(dit_dir)
     good = np.full((8, 8), 0.5)
     for bad, message in (
         (np.full((8, 8), np.nan), "finite pixels"),
@@ -320,10 +310,10 @@ def command_line(*arguments: object, **options: object) -> subprocess.Popen:
     )
 
 
-def test_reader_that_leaves(pixels: Path, image: Path) -> None:
+def test_reader_that_leaves(dit_dir: Path, image: Path) -> None:
     """``dive-fast classify ... | true`` ends without a word; so little is written at the end."""
     process = command_line(
-        "classify", image, "--model", pixels, "--probes", 1, stdout=subprocess.PIPE
+        "classify", image, "--model", dit_dir, "--probes", 1, stdout=subprocess.PIPE
     )
     process.stdout.close()
     errors = process.stderr.read()
@@ -331,9 +321,9 @@ def test_reader_that_leaves(pixels: Path, image: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_output_that_cannot_be_written(pixels: Path, image: Path) -> None:
+def test_output_that_cannot_be_written(dit_dir: Path, image: Path) -> None:
     with open("/dev/full", "w") as full:
-        process = command_line("classify", image, "--model", pixels, "--probes", 1, stdout=full)
+        process = command_line("classify", image, "--model", dit_dir, "--probes", 1, stdout=full)
         errors = process.stderr.read()
     assert process.wait() == 2
     assert errors == "dive-fast: the output cannot be written: No space left on device.\n"

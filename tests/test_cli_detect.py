@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from command import assert_refused, call
 from PIL import Image
-from tiny_layout import make_layout_model
 
 from dive_fast import zoo
 from dive_fast.data.scenes import NAMES
@@ -26,13 +25,6 @@ FAST = (
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("layout")
-    make_layout_model().save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def pictures(tmp_path) -> list[Path]:
     paths = []
@@ -46,9 +38,9 @@ def records(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_draws_and_records(model, pictures, tmp_path, capsys) -> None:
+def test_draws_and_records(layout_dir, pictures, tmp_path, capsys) -> None:
     out = tmp_path / "run"
-    said = call(capsys, "detect", *pictures, "--model", model, "--out", out, *FAST)
+    said = call(capsys, "detect", *pictures, "--model", layout_dir, "--out", out, *FAST)
     assert said.code == 0
     assert [line.partition(":")[0] for line in said.out.splitlines()] == [str(p) for p in pictures]
     found = {record["id"]: record for record in records(out)}
@@ -58,8 +50,8 @@ def test_draws_and_records(model, pictures, tmp_path, capsys) -> None:
     assert json.loads((out / "run.json").read_text())["config"]["strategy"]["name"] == "guided"
 
 
-def test_json_and_resuming(model, pictures, tmp_path, capsys) -> None:
-    arguments = ("--model", model, "--out", tmp_path / "run", *FAST, "--json")
+def test_json_and_resuming(layout_dir, pictures, tmp_path, capsys) -> None:
+    arguments = ("--model", layout_dir, "--out", tmp_path / "run", *FAST, "--json")
     first = call(capsys, "detect", pictures[0], *arguments)
     seconds = json.loads(first.out)[0]["seconds"]
     again = json.loads(call(capsys, "detect", *pictures, *arguments).out)
@@ -68,28 +60,33 @@ def test_json_and_resuming(model, pictures, tmp_path, capsys) -> None:
     assert len(records(tmp_path / "run")) == 2
 
 
-def test_pictures_of_one_name_are_all_kept(model, pictures, tmp_path, capsys) -> None:
+def test_pictures_of_one_name_are_all_kept(layout_dir, pictures, tmp_path, capsys) -> None:
     twin = tmp_path / "other" / "0.png"
     twin.parent.mkdir()
     twin.write_bytes(pictures[0].read_bytes())
     out = tmp_path / "run"
     assert (
-        call(capsys, "detect", pictures[0], twin, "--model", model, "--out", out, *FAST).code == 0
+        call(capsys, "detect", pictures[0], twin, "--model", layout_dir, "--out", out, *FAST).code
+        == 0
     )
     assert sorted(p.name for p in (out / "drawn").iterdir()) == ["0-2.png", "0.png"]
 
 
-def test_bad_pictures_do_not_stop_the_rest(model, pictures, tmp_path, capsys) -> None:
+def test_bad_pictures_do_not_stop_the_rest(layout_dir, pictures, tmp_path, capsys) -> None:
     bad = tmp_path / "bad.png"
     bad.write_text("no image")
     arguments = (bad, tmp_path / "missing.png", pictures[1])
-    said = call(capsys, "detect", *arguments, "--model", model, "--out", tmp_path / "run", *FAST)
+    said = call(
+        capsys, "detect", *arguments, "--model", layout_dir, "--out", tmp_path / "run", *FAST
+    )
     assert said.code == 2
     assert said.out.startswith(str(pictures[1]))
     assert len(said.err.splitlines()) == 2 and "Traceback" not in said.err
     for path in arguments[:2]:  # mended: the next run reads them
         shutil.copy(pictures[0], path)
-    said = call(capsys, "detect", *arguments, "--model", model, "--out", tmp_path / "run", *FAST)
+    said = call(
+        capsys, "detect", *arguments, "--model", layout_dir, "--out", tmp_path / "run", *FAST
+    )
     assert said.code == 0 and len(said.out.splitlines()) == 3
     assert len(records(tmp_path / "run")) == 5  # two errors, three answers
 
@@ -109,9 +106,9 @@ def test_bad_pictures_do_not_stop_the_rest(model, pictures, tmp_path, capsys) ->
         (("--set", "lines"), "expected --set NAME=VALUE, got 'lines'"),
     ],
 )
-def test_bad_options(model, pictures, tmp_path, capsys, arguments, expected) -> None:
+def test_bad_options(layout_dir, pictures, tmp_path, capsys, arguments, expected) -> None:
     said = call(
-        capsys, "detect", pictures[0], "--model", model, "--out", tmp_path / "run", *arguments
+        capsys, "detect", pictures[0], "--model", layout_dir, "--out", tmp_path / "run", *arguments
     )
     assert_refused(said, expected)
     assert not (tmp_path / "run").exists()
@@ -123,8 +120,8 @@ def test_a_model_without_a_layout(pictures, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("option", ["--classes", "--template"])
-def test_classes_for_a_model_with_its_own(model, pictures, tmp_path, capsys, option) -> None:
-    arguments = ("--model", model, "--out", tmp_path / "run", option, "a {}, b")
+def test_classes_for_a_model_with_its_own(layout_dir, pictures, tmp_path, capsys, option) -> None:
+    arguments = ("--model", layout_dir, "--out", tmp_path / "run", option, "a {}, b")
     said = call(capsys, "detect", pictures[0], *arguments)
     name = {"--template": "templates"}.get(option, "classes")
     assert_refused(said, f"has classes of its own: {name} is for text-conditional models")
@@ -153,8 +150,8 @@ def annotated(pictures, tmp_path) -> Path:
     return path
 
 
-def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> None:
-    arguments = ("--data", annotated, "--images", tmp_path, "--model", model)
+def test_evaluate_gives_the_coco_numbers(layout_dir, annotated, tmp_path, capsys) -> None:
+    arguments = ("--data", annotated, "--images", tmp_path, "--model", layout_dir)
     arguments += ("--out", tmp_path / "run", *FAST)
     said = call(capsys, "evaluate", *arguments, "--json")
     # The missing image makes the code 2, and stops nothing.
@@ -182,8 +179,8 @@ def test_evaluate_gives_the_coco_numbers(model, annotated, tmp_path, capsys) -> 
         ({"--data": "nothing.json"}, "nothing.json"),
     ],
 )
-def test_evaluate_refuses(model, annotated, tmp_path, capsys, changes, expected) -> None:
-    options = {"--data": annotated, "--images": tmp_path, "--model": model}
+def test_evaluate_refuses(layout_dir, annotated, tmp_path, capsys, changes, expected) -> None:
+    options = {"--data": annotated, "--images": tmp_path, "--model": layout_dir}
     options |= {"--out": tmp_path / "run", **changes}
     arguments = [part for pair in options.items() if pair[1] is not None for part in pair]
     assert_refused(call(capsys, "evaluate", *arguments), expected)

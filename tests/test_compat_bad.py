@@ -8,13 +8,13 @@ import pytest
 import torch
 from compat_inputs import (
     CHANNELS,
-    N_PROMPTS,
+    LATENT,
     SIZE,
+    TEXT,
     WIDTH,
     draw_noise,
     make_args,
     make_scheduler,
-    make_text,
 )
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_unet import make_unet
@@ -24,22 +24,6 @@ from dive_fast.compat import eval_error, eval_prob_adaptive
 from dive_fast.core.schedule import Schedule
 from dive_fast.models.protocol import Model, StagedModel
 from dive_fast.models.unet.wrapped import wrap_unet
-
-
-@pytest.fixture(scope="module")
-def unet():
-    return make_unet("sd2")
-
-
-@pytest.fixture(scope="module")
-def text():
-    return make_text(N_PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def latent():
-    return torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
-
 
 # -- bad input -----------------------------------------------------------------------------------
 
@@ -64,10 +48,10 @@ def latent():
     ],
 )
 @pytest.mark.parametrize("mode", ["race", "paper"])
-def test_bad_args(unet, text, latent, mode, changed, message) -> None:
+def test_bad_args(sd2_unet, mode, changed, message) -> None:
     with pytest.raises(DiveFastError, match=message):
         args = make_args(**changed)
-        eval_prob_adaptive(unet, latent, text, make_scheduler(), args, SIZE, mode=mode)
+        eval_prob_adaptive(sd2_unet, LATENT, TEXT, make_scheduler(), args, SIZE, mode=mode)
 
 
 NAN = torch.full((1, CHANNELS, SIZE, SIZE), torch.nan)
@@ -100,11 +84,11 @@ NAN = torch.full((1, CHANNELS, SIZE, SIZE), torch.nan)
         ({"mode": "fast"}, "mode must be one of race, paper, got 'fast'"),
     ],
 )
-def test_bad_arguments(unet, text, latent, changed, message) -> None:
+def test_bad_arguments(sd2_unet, changed, message) -> None:
     arguments = {
-        "unet": unet,
-        "latent": latent,
-        "text_embeds": text,
+        "unet": sd2_unet,
+        "latent": LATENT,
+        "text_embeds": TEXT,
         "scheduler": make_scheduler(),
         "args": make_args(),
         "latent_size": SIZE,
@@ -129,15 +113,15 @@ def test_bad_arguments(unet, text, latent, changed, message) -> None:
         ({"latent": NAN}, "latent must be finite"),
     ],
 )
-def test_bad_rows(unet, text, latent, changed, message) -> None:
+def test_bad_rows(sd2_unet, changed, message) -> None:
     arguments = {
-        "unet": unet,
+        "unet": sd2_unet,
         "scheduler": make_scheduler(),
-        "latent": latent,
+        "latent": LATENT,
         "all_noise": draw_noise(3),
         "ts": [1, 2],
         "noise_idxs": [0, 1],
-        "text_embeds": text,
+        "text_embeds": TEXT,
         "text_embed_idxs": [0, 1],
         **changed,
     }
@@ -145,12 +129,12 @@ def test_bad_rows(unet, text, latent, changed, message) -> None:
         eval_error(**arguments)
 
 
-def test_a_network_that_needs_more_than_text(text, latent) -> None:
+def test_a_network_that_needs_more_than_text() -> None:
     with pytest.raises(DiveFastError, match="also needs 'text_time'"):
         eval_prob_adaptive(
             make_unet("sdxl", cross_attention_dim=WIDTH),
-            latent,
-            text,
+            LATENT,
+            TEXT,
             make_scheduler(),
             make_args(),
             SIZE,
@@ -158,11 +142,11 @@ def test_a_network_that_needs_more_than_text(text, latent) -> None:
 
 
 @pytest.mark.parametrize("mode", ["race", "paper"])
-def test_errors_that_are_not_finite(text, latent, mode) -> None:
+def test_errors_that_are_not_finite(mode) -> None:
     unet = make_unet("sd2")
     unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(DiveFastError, match="expected finite errors from the given unet"):
-        eval_prob_adaptive(unet, latent, text, make_scheduler(), make_args(), SIZE, mode=mode)
+        eval_prob_adaptive(unet, LATENT, TEXT, make_scheduler(), make_args(), SIZE, mode=mode)
 
 
 # -- the network behind the functions ------------------------------------------------------------
@@ -187,15 +171,15 @@ def test_the_parts_make_the_whole(layout) -> None:
     torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_cut_runs_whole(text, latent) -> None:
+def test_what_cannot_be_cut_runs_whole() -> None:
     hooked = make_unet("sd2")
     hooked.register_forward_hook(lambda module, args, output: None)
     schedule = Schedule.from_alpha_bar(make_scheduler().alphas_cumprod)
-    model = wrap_unet(hooked, text, schedule, latent.shape[1:])
+    model = wrap_unet(hooked, TEXT, schedule, LATENT.shape[1:])
     assert isinstance(model, Model) and not isinstance(model, StagedModel)
 
 
-def test_a_given_unet_takes_no_pictures(unet, text, latent) -> None:
-    model = wrap_unet(unet, text, Schedule(torch.ones(1), torch.zeros(1)), latent.shape[1:])
+def test_a_given_unet_takes_no_pictures(sd2_unet) -> None:
+    model = wrap_unet(sd2_unet, TEXT, Schedule(torch.ones(1), torch.zeros(1)), LATENT.shape[1:])
     with pytest.raises(DiveFastError, match="expected latents, got images"):
-        model.encode(latent)
+        model.encode(LATENT)

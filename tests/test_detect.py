@@ -12,7 +12,7 @@ from toy_model import ToyModel
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.predict.detector import LayoutDetector
-from dive_fast.strategies.layout import Board, Guided
+from dive_fast.strategies.layout import Guided
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,7 @@ def detector() -> LayoutDetector:
 @pytest.fixture(scope="module")
 def picture(detector) -> Image.Image:
     """Six pixels square: one channel a class."""
-    model = detector.model
-    board = Board(model.vocabulary.table, model.layout_format, None)
-    x0 = model.picture(board.conditions([SCENE]).flatten(1))[0]
-    return Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy())
+    return detector.model.draw(SCENE)[0]
 
 
 def test_boxes_are_in_pixels_of_the_image(detector, picture) -> None:

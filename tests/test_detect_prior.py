@@ -18,7 +18,6 @@ from dive_fast import LayoutDetector, zoo
 from dive_fast.errors import ModelError
 from dive_fast.models import load_model, resolve
 from dive_fast.priors import LayoutPrior
-from dive_fast.strategies.layout import Board
 
 FAST = (
     "--set",
@@ -40,10 +39,10 @@ def save_prior(model: Path, out: Path) -> LayoutPrior:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """With a prior beside it."""
-    directory = tmp_path_factory.mktemp("layout")
-    make_layout_model().save_pretrained(directory)
+def prior_dir(layout_dir, tmp_path_factory) -> Path:
+    """A layout model with a prior beside it."""
+    directory = tmp_path_factory.mktemp("models") / "layout"
+    shutil.copytree(layout_dir, directory)
     save_prior(directory, directory / "prior")
     return directory
 
@@ -64,42 +63,49 @@ def picture(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def toy() -> PictureModel:
+def picture_model() -> PictureModel:
     return PictureModel()
 
 
 @pytest.fixture(scope="module")
-def scene(toy) -> Image.Image:
-    board = Board(toy.vocabulary.table, toy.layout_format, None)
-    x0 = toy.picture(board.conditions([SCENE]).flatten(1))[0]
-    return Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy())
+def scene(picture_model) -> Image.Image:
+    return picture_model.draw(SCENE)[0]
 
 
 @pytest.fixture(scope="module")
-def against_objects(toy) -> LayoutPrior:
-    return make_prior_against_objects(toy)
+def against_objects(picture_model) -> LayoutPrior:
+    return make_prior_against_objects(picture_model)
 
 
 class TestOnAnalyticModel:
     @pytest.mark.parametrize("strategy", ["guided", "invert"])
-    def test_a_heavy_prior_wins(self, toy, against_objects, scene, strategy: str) -> None:
+    def test_a_heavy_prior_wins(self, picture_model, against_objects, scene, strategy: str) -> None:
         settings = {"strategy": strategy}
-        (alone,) = LayoutDetector(toy)(scene, **settings)
-        (unweighted,) = LayoutDetector(toy, against_objects, prior_weight=0)(scene, **settings)
-        (weighted,) = LayoutDetector(toy, against_objects, prior_weight=1e4)(scene, **settings)
+        (alone,) = LayoutDetector(picture_model)(scene, **settings)
+        (unweighted,) = LayoutDetector(picture_model, against_objects, prior_weight=0)(
+            scene, **settings
+        )
+        (weighted,) = LayoutDetector(picture_model, against_objects, prior_weight=1e4)(
+            scene, **settings
+        )
         assert replace(unweighted, seconds=0).to_dict() == replace(alone, seconds=0).to_dict()
         assert len(alone) > 0 and len(weighted) == 0
 
-    def test_identity(self, toy, against_objects) -> None:
-        alone = LayoutDetector(toy).identity()
+    def test_identity(self, picture_model, against_objects) -> None:
+        alone = LayoutDetector(picture_model).identity()
         assert "prior" not in alone
-        assert LayoutDetector(toy, against_objects, prior_weight=0).identity() == alone
-        given = LayoutDetector(toy, against_objects, prior_weight=0.3, prior_probes=4).identity()
+        assert LayoutDetector(picture_model, against_objects, prior_weight=0).identity() == alone
+        given = LayoutDetector(
+            picture_model, against_objects, prior_weight=0.3, prior_probes=4
+        ).identity()
         assert set(given.pop("prior")) == {"weight", "probes", "weights"}
         assert given == alone
         for settings in ({"prior_weight": 0.2}, {"prior_probes": 5}):
-            changed = LayoutDetector(toy, against_objects, **settings).identity()
-            assert changed["prior"] != LayoutDetector(toy, against_objects).identity()["prior"]
+            changed = LayoutDetector(picture_model, against_objects, **settings).identity()
+            assert (
+                changed["prior"]
+                != LayoutDetector(picture_model, against_objects).identity()["prior"]
+            )
 
     @pytest.mark.parametrize(
         ("settings", "said"),
@@ -109,27 +115,27 @@ class TestOnAnalyticModel:
             ({"prior_probes": 0}, "1 probe at least, got .* and 0 probes"),
         ],
     )
-    def test_bad_settings(self, toy, against_objects, settings, said: str) -> None:
+    def test_bad_settings(self, picture_model, against_objects, settings, said: str) -> None:
         with pytest.raises(ModelError, match=said):
-            LayoutDetector(toy, against_objects, **settings)
+            LayoutDetector(picture_model, against_objects, **settings)
 
-    def test_a_prior_of_another_model(self, toy) -> None:
+    def test_a_prior_of_another_model(self, picture_model) -> None:
         with pytest.raises(ModelError, match="layouts and the token table of toy layout, got one"):
-            LayoutDetector(toy, make_prior())
+            LayoutDetector(picture_model, make_prior())
 
-    def test_a_weight_without_a_prior(self, toy) -> None:
+    def test_a_weight_without_a_prior(self, picture_model) -> None:
         with pytest.raises(ModelError, match="prior_weight is 0.1, but toy layout has no prior"):
-            LayoutDetector(toy, prior_weight=0.1)
+            LayoutDetector(picture_model, prior_weight=0.1)
 
 
 class TestFromPretrained:
-    def test_the_models_own(self, model: Path, bare: Path) -> None:
-        detector = LayoutDetector.from_pretrained(model)
+    def test_the_models_own(self, prior_dir: Path, bare: Path) -> None:
+        detector = LayoutDetector.from_pretrained(prior_dir)
         assert detector.prior is not None and detector.prior_weight == 0.5
         assert not any(p.requires_grad for p in detector.prior.parameters())
         assert "prior" in detector.identity()
         for without in (
-            LayoutDetector.from_pretrained(model, prior=None),
+            LayoutDetector.from_pretrained(prior_dir, prior=None),
             LayoutDetector.from_pretrained(bare),
         ):
             assert without.prior is None and "prior" not in without.identity()
@@ -149,16 +155,16 @@ class TestFromPretrained:
             "probes": 3,
         }
 
-    def test_of_the_zoo(self, model: Path, monkeypatch) -> None:
-        monkeypatch.setattr(zoo, "_WEIGHTS", model.parent)
-        name = model.name
+    def test_of_the_zoo(self, prior_dir: Path, monkeypatch) -> None:
+        monkeypatch.setattr(zoo, "_WEIGHTS", prior_dir.parent)
+        name = prior_dir.name
         assert name in zoo.names()
-        assert resolve(name).prior == model / "prior"
+        assert resolve(name).prior == prior_dir / "prior"
         assert LayoutDetector.from_pretrained(name).prior is not None
 
-    def test_of_another_model(self, model: Path, bare: Path) -> None:
+    def test_of_another_model(self, prior_dir: Path, bare: Path) -> None:
         with pytest.raises(ModelError, match="prior holds a prior of another model"):
-            LayoutDetector.from_pretrained(bare, model / "prior")
+            LayoutDetector.from_pretrained(bare, prior_dir / "prior")
 
     def test_nothing_there(self, bare: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="expected the folder prior"):
@@ -175,11 +181,13 @@ class TestCommand:
         assert said.code == 0, said.err
         return json.loads((out / "run.json").read_text())["config"]
 
-    def test_prior_and_weight(self, model, picture, tmp_path, capsys) -> None:
-        own = self.config(capsys, model, picture, tmp_path / "1")
-        path = self.config(capsys, model, picture, tmp_path / "2", "--prior", model / "prior")
-        heavy = self.config(capsys, model, picture, tmp_path / "3", "--prior-weight", 7)
-        none = self.config(capsys, model, picture, tmp_path / "4", "--prior", "none")
+    def test_prior_and_weight(self, prior_dir, picture, tmp_path, capsys) -> None:
+        own = self.config(capsys, prior_dir, picture, tmp_path / "1")
+        path = self.config(
+            capsys, prior_dir, picture, tmp_path / "2", "--prior", prior_dir / "prior"
+        )
+        heavy = self.config(capsys, prior_dir, picture, tmp_path / "3", "--prior-weight", 7)
+        none = self.config(capsys, prior_dir, picture, tmp_path / "4", "--prior", "none")
         assert own == path and own["prior"]["weight"] == 0.5
         assert heavy["prior"]["weight"] == 7 and "prior" not in none
 
@@ -192,23 +200,23 @@ class TestCommand:
             (("--prior", "none", "--prior-weight", "1"), "prior_weight is 1.0, but .* no prior"),
         ],
     )
-    def test_refused(self, model, picture, tmp_path, capsys, arguments, said: str) -> None:
+    def test_refused(self, prior_dir, picture, tmp_path, capsys, arguments, said: str) -> None:
         out = tmp_path / "run"
-        found = call(capsys, "detect", picture, "--model", model, "--out", out, *arguments)
+        found = call(capsys, "detect", picture, "--model", prior_dir, "--out", out, *arguments)
         assert_refused(found, said)
         assert not out.exists()
 
-    def test_a_prior_out_of_proportion(self, model, picture, tmp_path, capsys) -> None:
+    def test_a_prior_out_of_proportion(self, prior_dir, picture, tmp_path, capsys) -> None:
         """Said where a prior counts beside a beta that nobody fitted, and only there."""
         sentence = "is not fitted, so its prior may be far too heavy"
         fitted = tmp_path / "model"
-        shutil.copytree(model, fitted)
+        shutil.copytree(prior_dir, fitted)
         detector = LayoutDetector.from_pretrained(fitted)
         assert detector.prior_out_of_proportion
         detector.model.beta = 77.0
         detector.save_fitted()
         for number, (source, more, said_so) in enumerate(
-            [(model, (), True), (model, ("--prior", "none"), False), (fitted, (), False)]
+            [(prior_dir, (), True), (prior_dir, ("--prior", "none"), False), (fitted, (), False)]
         ):
             out = ("--out", tmp_path / str(number))
             said = call(capsys, "detect", picture, "--model", source, *out, *FAST, *more)

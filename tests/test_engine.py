@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_transformer import make_transformer
+from tiny_transformer import make_dit
 from toy_model import ToyModel
 
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses
-from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError
-from dive_fast.models.dit.model import DiT
 from dive_fast.strategies import (
     AdaptiveEnumerate,
     Auto,
@@ -36,11 +34,10 @@ STRATEGIES = {
 
 
 @pytest.fixture(scope="module", params=["toy", "dit"])
-def model(request):
+def toy_or_dit(request):
     if request.param == "toy":
         return ToyModel()
-    schedule = Schedule.from_betas(make_betas("linear", 1000))
-    return DiT(make_transformer(), None, schedule, tuple("abcde"))
+    return make_dit()
 
 
 def run(model, name, latents, batch_size):
@@ -54,14 +51,14 @@ def run(model, name, latents, batch_size):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_images_together_equal_images_alone_at_every_batch_size(model, name):
-    n = 9 if isinstance(model, ToyModel) else 4  # the network is slow row by row
-    latents = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(5))
-    alone = [run(model, name, latents[i : i + 1], 64)[0] for i in range(len(latents))]
-    if isinstance(model, ToyModel):
+def test_images_together_equal_images_alone_at_every_batch_size(toy_or_dit, name):
+    n = 9 if isinstance(toy_or_dit, ToyModel) else 4  # the network is slow row by row
+    latents = torch.randn(n, *toy_or_dit.latent_shape, generator=torch.Generator().manual_seed(5))
+    alone = [run(toy_or_dit, name, latents[i : i + 1], 64)[0] for i in range(len(latents))]
+    if isinstance(toy_or_dit, ToyModel):
         assert len({f.answer.index for f in alone}) > 2, "images that differ, or this says little"
     for batch_size in (1, 7, 64):
-        together = run(model, name, latents, batch_size)
+        together = run(toy_or_dit, name, latents, batch_size)
         for a, b in zip(alone, together, strict=True):
             assert a.answer.index == b.answer.index
             assert a.evaluations == b.evaluations

@@ -6,16 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_transformer import make_transformer
+from tiny_transformer import make_dit
 from toy_model import ToyModel
 
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses
-from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.engine import Engine, EngineOptions, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError
-from dive_fast.models.dit.model import DiT
 from dive_fast.strategies import (
     AdaptiveEnumerate,
     Auto,
@@ -40,10 +38,9 @@ PARTS = ("predict", "prefix", "project", "encoder", "decoder")
 
 
 @pytest.fixture
-def model():
+def dit():
     """A DiT that counts the rows that go through each of its parts."""
-    schedule = Schedule.from_betas(make_betas("linear", 1000))
-    model = DiT(make_transformer(), None, schedule, tuple("abcde"))
+    model = make_dit()
     model.rows = Counter()
     for part in PARTS:
         setattr(model, part, _counted(getattr(model, part), part, model.rows))
@@ -84,60 +81,60 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_exact_equals_uncached_together_and_alone_at_every_batch_size(model, name):
-    x0 = latents(5, model)
-    expected, record = run(model, name, x0, 64, EngineOptions(cache="off"))
+def test_exact_equals_uncached_together_and_alone_at_every_batch_size(dit, name):
+    x0 = latents(5, dit)
+    expected, record = run(dit, name, x0, 64, EngineOptions(cache="off"))
     assert record.cache_bytes == record.cache_hits == record.cache_misses == 0
-    alone = [run(model, name, x0[i : i + 1], 64, EXACT)[0][0] for i in range(len(x0))]
+    alone = [run(dit, name, x0[i : i + 1], 64, EXACT)[0][0] for i in range(len(x0))]
     assert_same(alone, expected)
     for batch_size in (1, 7, 64):
-        found, record = run(model, name, x0, batch_size, EXACT)
+        found, record = run(dit, name, x0, batch_size, EXACT)
         assert_same(found, expected)
         assert record.cache_misses > 0 and record.cache_bytes > 0
 
 
 @pytest.mark.parametrize("name", ["enumerate", "invert", "dive-paper"])
 @pytest.mark.parametrize("entries", [0, 3, 11])
-def test_a_small_bound_costs_time_but_no_answer(model, name, entries):
-    x0, row_bytes = latents(4, model), 4 * (4 * 16 + 16)  # four tokens and temb, of width 16
-    expected, _ = run(model, name, x0, 16, EngineOptions(cache="off"))
+def test_a_small_bound_costs_time_but_no_answer(dit, name, entries):
+    x0, row_bytes = latents(4, dit), 4 * (4 * 16 + 16)  # four tokens and temb, of width 16
+    expected, _ = run(dit, name, x0, 16, EngineOptions(cache="off"))
     bound = entries * row_bytes + 10
-    found, record = run(model, name, x0, 16, EngineOptions(cache="exact", cache_bytes=bound))
+    found, record = run(dit, name, x0, 16, EngineOptions(cache="exact", cache_bytes=bound))
     assert_same(found, expected)
     assert record.cache_bytes <= bound
     assert (record.cache_evictions > 0) == (entries > 0)
 
 
-def test_a_prefix_is_computed_once_and_a_class_is_projected_once(model):
-    run(model, "enumerate", latents(3, model), 7, EXACT)
-    assert model.rows["prefix"] == 3 * 12
-    assert model.rows["project"] == 5
-    assert model.rows["encoder"] == model.rows["decoder"] == 3 * 12 * 5
-    assert model.rows["predict"] == 0
+def test_a_prefix_is_computed_once_and_a_class_is_projected_once(dit):
+    run(dit, "enumerate", latents(3, dit), 7, EXACT)
+    assert dit.rows["prefix"] == 3 * 12
+    assert dit.rows["project"] == 5
+    assert dit.rows["encoder"] == dit.rows["decoder"] == 3 * 12 * 5
+    assert dit.rows["predict"] == 0
 
 
-def test_a_batch_shares_even_where_nothing_is_kept(model):
-    run(model, "enumerate", latents(2, model), 120, EngineOptions(cache="exact", cache_bytes=0))
-    assert model.rows["prefix"] == 2 * 12 and model.rows["project"] == 5
+def test_a_batch_shares_even_where_nothing_is_kept(dit):
+    run(dit, "enumerate", latents(2, dit), 120, EngineOptions(cache="exact", cache_bytes=0))
+    assert dit.rows["prefix"] == 2 * 12 and dit.rows["project"] == 5
 
 
-def test_prefixes_serve_all_steps_of_a_search(model):
-    found, _ = run(model, "dive-paper", latents(2, model), 32, EXACT)
+def test_prefixes_serve_all_steps_of_a_search(dit):
+    found, _ = run(dit, "dive-paper", latents(2, dit), 32, EXACT)
     steps_and_monitors = 2 * 3 * (20 + 20)
-    assert model.rows["encoder"] == steps_and_monitors
-    assert model.rows["prefix"] == 2 * 20
+    assert dit.rows["encoder"] == steps_and_monitors
+    assert dit.rows["prefix"] == 2 * 20
 
 
-def test_off_runs_the_whole_network(model):
-    run(model, "enumerate", latents(2, model), 7, EngineOptions(cache="off"))
-    assert set(model.rows) == {"predict"}
+def test_off_runs_the_whole_network(dit):
+    run(dit, "enumerate", latents(2, dit), 7, EngineOptions(cache="off"))
+    assert set(dit.rows) == {"predict"}
 
 
-def test_a_finished_image_is_dropped(model):
+def test_a_finished_image_is_dropped(dit):
     """Batches of one row serve one image at a time, and never need room for a second."""
     one_image = (12 * 80 + 5 * 16) * 4  # twelve prefixes and five projections
     options = EngineOptions(cache="exact", cache_bytes=one_image)
-    _, record = run(model, "enumerate", latents(6, model), 1, options)
+    _, record = run(dit, "enumerate", latents(6, dit), 1, options)
     assert record.cache_evictions == 0 and record.cache_bytes == one_image
 
 
@@ -157,10 +154,10 @@ def requests(model, *asked, options, batch_size=64, x0=None):
     return found.answer.trace["replies"], engine.record
 
 
-def test_classes_and_relaxed_conditions_mix_in_a_batch(model):
-    table, ids = model.vocabulary.table, torch.tensor([6, 1, 1])
+def test_classes_and_relaxed_conditions_mix_in_a_batch(dit):
+    table, ids = dit.vocabulary.table, torch.tensor([6, 1, 1])
     relaxed = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
-    probes = low_discrepancy_probes(8, 1000, model.latent_shape)
+    probes = low_discrepancy_probes(8, 1000, dit.latent_shape)
 
     def search(request):
         reply = yield request
@@ -174,14 +171,14 @@ def test_classes_and_relaxed_conditions_mix_in_a_batch(model):
     ]
     replies = {}
     for level in ("off", "exact"):
-        x0 = latents(4, model)
+        x0 = latents(4, dit)
         jobs = [Job(i, x0[i], search(request)) for i, request in enumerate(asked)]
-        engine = Engine(model, 100, options=EngineOptions(cache=level))
+        engine = Engine(dit, 100, options=EngineOptions(cache=level))
         found = engine.run(jobs, probes, Objective())
         replies[level] = {f.key: f.answer.trace["reply"] for f in found}
     for i in range(4):
         torch.testing.assert_close(replies["exact"][i], replies["off"][i], rtol=1e-4, atol=1e-5)
-    assert model.rows["project"] == 3 + 2 + 1
+    assert dit.rows["project"] == 3 + 2 + 1
 
 
 def by_hand(model, encoded_for, condition, ids, x0):
@@ -203,27 +200,27 @@ def by_hand(model, encoded_for, condition, ids, x0):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("refresh", [1, 2, 3])
-def test_the_refresh_rule_and_the_truncated_backward(model, refresh, batch_size):
-    table, ids = model.vocabulary.table, torch.tensor([5, 0, 3])
-    x0 = latents(1, model)[0]
+def test_the_refresh_rule_and_the_truncated_backward(dit, refresh, batch_size):
+    table, ids = dit.vocabulary.table, torch.tensor([5, 0, 3])
+    x0 = latents(1, dit)[0]
     order = [3, 1, 0, 4, 2]
     options = EngineOptions(cache="encoder", refresh=refresh)
     asked = [Gradients(torch.tensor([c]), ids) for c in order]
-    replies, record = requests(model, *asked, options=options, batch_size=batch_size, x0=x0)
+    replies, record = requests(dit, *asked, options=options, batch_size=batch_size, x0=x0)
     refreshed = [step % refresh == 0 for step in range(5)]
     assert [reply.exact for reply in replies] == refreshed
-    assert model.rows["encoder"] == 3 * sum(refreshed)
-    assert model.rows["decoder"] == 3 * 5 and model.rows["prefix"] == 3
+    assert dit.rows["encoder"] == 3 * sum(refreshed)
+    assert dit.rows["decoder"] == 3 * 5 and dit.rows["prefix"] == 3
     assert record.reused_rows == 3 * (5 - sum(refreshed))
     for step, (c, reply) in enumerate(zip(order, replies, strict=True)):
         source = None if refreshed[step] else table[order[step - step % refresh]]
-        losses, gradient = by_hand(model, source, table[c], ids, x0)
+        losses, gradient = by_hand(dit, source, table[c], ids, x0)
         torch.testing.assert_close(reply.losses, losses, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(reply.gradients, gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_losses_are_exact_at_level_encoder(model):
-    table, ids = model.vocabulary.table, torch.arange(6)
+def test_losses_are_exact_at_level_encoder(dit):
+    table, ids = dit.vocabulary.table, torch.arange(6)
     asked = [
         Gradients(table[:1], ids),
         Losses(torch.arange(5), ids),
@@ -233,50 +230,50 @@ def test_losses_are_exact_at_level_encoder(model):
     replies = {}
     for level in ("off", "encoder"):
         options = EngineOptions(cache=level, refresh=4)
-        replies[level], _ = requests(model, *asked, options=options, batch_size=9)
+        replies[level], _ = requests(dit, *asked, options=options, batch_size=9)
     assert [r.exact for r in replies["encoder"][::2]] == [True, False]
     for i in (1, 3):
         torch.testing.assert_close(replies["encoder"][i], replies["off"][i], rtol=1e-4, atol=1e-5)
 
 
-def test_conditions_searched_at_once_do_not_share_their_encoders(model):
-    table, ids = model.vocabulary.table, torch.tensor([2, 4])
+def test_conditions_searched_at_once_do_not_share_their_encoders(dit):
+    table, ids = dit.vocabulary.table, torch.tensor([2, 4])
     options = EngineOptions(cache="encoder", refresh=2)
     asked = [Gradients(table[[0, 3]], ids), Gradients(table[[1, 4]], ids)]
-    x0 = latents(1, model)[0]
-    replies, _ = requests(model, *asked, options=options, batch_size=3, x0=x0)
+    x0 = latents(1, dit)[0]
+    replies, _ = requests(dit, *asked, options=options, batch_size=3, x0=x0)
     for i in range(2):
-        losses, gradient = by_hand(model, table[3 * i], table[1 + 3 * i], ids, x0)
+        losses, gradient = by_hand(dit, table[3 * i], table[1 + 3 * i], ids, x0)
         torch.testing.assert_close(replies[1].losses[i : i + 1], losses, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(replies[1].gradients[i : i + 1], gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_a_probe_named_twice_and_half_fresh_requests(model):
-    table = model.vocabulary.table
+def test_a_probe_named_twice_and_half_fresh_requests(dit):
+    table = dit.vocabulary.table
     options = EngineOptions(cache="encoder", refresh=2)
     asked = [
         Gradients(table[:1], torch.tensor([1, 1, 2])),
         Gradients(table[1:2], torch.tensor([7, 2])),
     ]
-    x0 = latents(1, model)[0]
-    replies, record = requests(model, *asked, options=options, x0=x0)
+    x0 = latents(1, dit)[0]
+    replies, record = requests(dit, *asked, options=options, x0=x0)
     assert [reply.exact for reply in replies] == [True, False] and record.reused_rows == 1
-    fresh, _ = by_hand(model, None, table[1], torch.tensor([7]), x0)
-    stale, _ = by_hand(model, table[0], table[1], torch.tensor([2]), x0)
+    fresh, _ = by_hand(dit, None, table[1], torch.tensor([7]), x0)
+    stale, _ = by_hand(dit, table[0], table[1], torch.tensor([2]), x0)
     expected = torch.cat([fresh, stale], dim=1)
     torch.testing.assert_close(replies[1].losses, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_invert_measures_its_finalists_exactly(model):
-    x0 = latents(8, model)
+def test_invert_measures_its_finalists_exactly(dit):
+    x0 = latents(8, dit)
     options = EngineOptions(cache="encoder", refresh=100)
-    found, record = run(model, "invert", x0, 64, options)
+    found, record = run(dit, "invert", x0, 64, options)
     assert record.reused_rows > 0
-    probes = STRATEGIES["invert"][0].probes(20, 1000, model.latent_shape, 0)
+    probes = STRATEGIES["invert"][0].probes(20, 1000, dit.latent_shape, 0)
     for f, x in zip(found, x0, strict=True):
         measured = f.answer.n_probes > 0
         assert 1 <= int(measured.sum()) <= 2
-        whole = all_losses(model, x, probes)
+        whole = all_losses(dit, x, probes)
         for c in measured.nonzero()[:, 0].tolist():
             expected = whole[c, : int(f.answer.n_probes[c])].mean()
             torch.testing.assert_close(f.answer.losses[c], expected, rtol=1e-4, atol=1e-5)
@@ -295,18 +292,18 @@ def all_losses(model, x0, probes):
     return found.answer.trace["losses"]
 
 
-def test_the_answers_at_level_encoder_do_not_depend_on_the_batch(model):
-    x0, options = latents(6, model), EngineOptions(cache="encoder", refresh=2)
-    expected, _ = run(model, "invert", x0, 64, options)
+def test_the_answers_at_level_encoder_do_not_depend_on_the_batch(dit):
+    x0, options = latents(6, dit), EngineOptions(cache="encoder", refresh=2)
+    expected, _ = run(dit, "invert", x0, 64, options)
     for batch_size in (1, 13):
-        found, _ = run(model, "invert", x0, batch_size, options)
+        found, _ = run(dit, "invert", x0, batch_size, options)
         assert_same(found, expected)
 
 
-def test_out_of_memory_gives_up_the_cache_first(model, monkeypatch):
-    x0 = latents(2, model)
-    expected, _ = run(model, "enumerate", x0, 64, EngineOptions(cache="off"))
-    decoder, calls = model.decoder, []
+def test_out_of_memory_gives_up_the_cache_first(dit, monkeypatch):
+    x0 = latents(2, dit)
+    expected, _ = run(dit, "enumerate", x0, 64, EngineOptions(cache="off"))
+    decoder, calls = dit.decoder, []
 
     def fails_once(*arguments):
         calls.append(1)
@@ -314,21 +311,21 @@ def test_out_of_memory_gives_up_the_cache_first(model, monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return decoder(*arguments)
 
-    monkeypatch.setattr(model, "decoder", fails_once)
+    monkeypatch.setattr(dit, "decoder", fails_once)
     with pytest.warns(UserWarning, match="out of memory with 56 rows; going on without the cache"):
-        found, record = run(model, "enumerate", x0, 64, EXACT)
+        found, record = run(dit, "enumerate", x0, 64, EXACT)
     assert_same(found, expected)
     assert record.capacity_rows == 2 * 64
 
 
-def test_auto_is_the_models_own_measured_level(model):
+def test_auto_is_the_models_own_measured_level(dit):
     for level in ("off", "exact"):
-        model.default_cache, model.rows["predict"] = level, 0
-        run(model, "enumerate", latents(1, model), 64, None)
-        assert (model.rows["predict"] > 0) == (level == "off")
+        dit.default_cache, dit.rows["predict"] = level, 0
+        run(dit, "enumerate", latents(1, dit), 64, None)
+        assert (dit.rows["predict"] > 0) == (level == "off")
 
 
-def test_bad_options(model):
+def test_bad_options(dit):
     with pytest.raises(DiveFastError, match="cache of auto, off, exact, encoder, got 'all'"):
         EngineOptions(cache="all")
     with pytest.raises(DiveFastError, match="cache_bytes must be at least 0, got -1"):

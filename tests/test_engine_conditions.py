@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_transformer import make_transformer
+from tiny_transformer import make_dit
 from toy_model import ToyModel
 
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Answer, ErrorMaps, Gradients, Losses
-from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine import Engine, EngineOptions, Job
 from dive_fast.engine import classes as class_table
@@ -18,7 +17,6 @@ from dive_fast.engine.objective import Objective
 from dive_fast.engine.packing import pack, to_batch
 from dive_fast.engine.running import Running
 from dive_fast.errors import DiveFastError
-from dive_fast.models.dit.model import DiT
 
 CPU = torch.device("cpu")
 PROBES = torch.tensor([4, 0, 2])
@@ -81,8 +79,7 @@ def replies(model, requests, options=None, batch_size=100):
 def model_and_options(request):
     if request.param == "toy":
         return ToyModel(), None
-    schedule = Schedule.from_betas(make_betas("linear", 1000))
-    model = DiT(make_transformer(), None, schedule, tuple("abcde"))
+    model = make_dit()
     return model, EngineOptions(cache=request.param)
 
 

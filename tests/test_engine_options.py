@@ -12,22 +12,19 @@ import pytest
 import torch
 from command import assert_refused, call
 from PIL import Image
-from tiny import NAMES, write_model
-from tiny_transformer import make_transformer
+from tiny import NAMES
+from tiny_transformer import make_dit
 
 from dive_fast import DiffusionClassifier, DiveFastError, RunError
-from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.data import open_dataset
 from dive_fast.engine import EngineOptions
 from dive_fast.evaluation import evaluate
-from dive_fast.models.dit.model import DiT
 
 LEVELS = ("off", "exact", "encoder")
 
 
 def classifier(*, layers: int = 2, **options) -> DiffusionClassifier:
-    schedule = Schedule.from_betas(make_betas("linear", 1000))
-    model = DiT(make_transformer(layers=layers), None, schedule, tuple("abcde"))
+    model = make_dit(layers=layers)
     return DiffusionClassifier(model, batch_size=24, options=EngineOptions(**options))
 
 
@@ -127,11 +124,6 @@ def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
@@ -141,14 +133,14 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def test_from_pretrained_takes_the_options_by_name(tiny):
-    clf = DiffusionClassifier.from_pretrained(tiny, cache="encoder", refresh=3, cache_bytes=99)
+def test_from_pretrained_takes_the_options_by_name(dit_dir):
+    clf = DiffusionClassifier.from_pretrained(dit_dir, cache="encoder", refresh=3, cache_bytes=99)
     assert clf.options == EngineOptions(cache="encoder", refresh=3, cache_bytes=99)
     assert clf.last_run.batches == 0 and clf.last_run.fill_rate is None
     with pytest.raises(TypeError, match="colour"):
-        DiffusionClassifier.from_pretrained(tiny, colour="red")
+        DiffusionClassifier.from_pretrained(dit_dir, colour="red")
     with pytest.raises(DiveFastError, match="expected a cache of"):
-        DiffusionClassifier.from_pretrained(tiny, cache="some")
+        DiffusionClassifier.from_pretrained(dit_dir, cache="some")
 
 
 def test_the_last_run_is_kept():
@@ -161,9 +153,9 @@ def test_the_last_run_is_kept():
     assert (clf.last_run.rows, clf.last_run.capacity_rows) == (5, 24)
 
 
-def test_the_command_line(tiny, folder, capsys):
+def test_the_command_line(dit_dir, folder, capsys):
     images = sorted(folder.rglob("*.png"))
-    arguments = ("classify", *images, "--model", tiny, "--probes", 12, "--top", 4)
+    arguments = ("classify", *images, "--model", dit_dir, "--probes", 12, "--top", 4)
     plain = call(capsys, *arguments)
     assert (plain.code, plain.err) == (0, "")
     for options in (
@@ -179,9 +171,9 @@ def test_the_command_line(tiny, folder, capsys):
     )
 
 
-def test_a_run_goes_on_under_another_cache_but_not_another_precision(tiny, folder, tmp_path):
+def test_a_run_goes_on_under_another_cache_but_not_another_precision(dit_dir, folder, tmp_path):
     def go(**options):
-        clf = DiffusionClassifier.from_pretrained(tiny, **options)
+        clf = DiffusionClassifier.from_pretrained(dit_dir, **options)
         data = open_dataset(str(folder), clf.names)
         return evaluate(clf, data, tmp_path / "run", strategy="enumerate", probes=4)
 

@@ -32,11 +32,6 @@ SUMMARY = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def digit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Knows the digits by name; its answers are random."""
     return write_model(tmp_path_factory.mktemp("digits"), names=digits.NAMES)
@@ -116,10 +111,10 @@ class TestFigures:
 
 
 class TestRecords:
-    def test_folder(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    def test_folder(self, dit_dir: Path, folder: Path, tmp_path: Path, capsys) -> None:
         out = tmp_path / "run"
         said = call(
-            capsys, "evaluate", "--model", model, "--data", folder, "--out", out,
+            capsys, "evaluate", "--model", dit_dir, "--data", folder, "--out", out,
             "--strategy", "enumerate", "--probes", 5, "--seed", 3, "--json",
         )  # fmt: skip
         assert (said.code, said.err) == (0, "")
@@ -128,7 +123,7 @@ class TestRecords:
         assert {r["id"] for r in records} == {
             p.relative_to(folder).as_posix() for p in folder.rglob("*.png")
         }
-        clf = DiffusionClassifier.from_pretrained(model)
+        clf = DiffusionClassifier.from_pretrained(dit_dir)
         for record in records:
             assert NAMES[record["truth"]] == record["id"].split("/")[0]
             (expected,) = clf(folder / record["id"], strategy="enumerate", probes=5, seed=3)
@@ -146,18 +141,18 @@ class TestRecords:
         assert run["environment"]["torch"] == torch.__version__
 
     @pytest.mark.parametrize("pair", [("images", "labels"), ("x_test", "y_test")])
-    def test_npz(self, pair: tuple[str, str], model: Path, tmp_path: Path, capsys) -> None:
+    def test_npz(self, pair: tuple[str, str], dit_dir: Path, tmp_path: Path, capsys) -> None:
         labels = np.array([0, 1, 2, 3, 0])
         np.savez(tmp_path / "data.npz", **dict(zip(pair, (pixels(5), labels), strict=True)))
         out = tmp_path / "run"
         said = call(
-            capsys, "evaluate", "--model", model, "--data", tmp_path / "data.npz", "--out", out,
+            capsys, "evaluate", "--model", dit_dir, "--data", tmp_path / "data.npz", "--out", out,
             "--probes", 3, "--json",
         )  # fmt: skip
         assert (said.code, json.loads(said.out)["n"]) == (0, 5)
         assert [r["truth"] for r in sorted(lines(out), key=lambda r: r["id"])] == labels.tolist()
 
-    def test_run_json_is_written_first(self, model: Path, tmp_path: Path) -> None:
+    def test_run_json_is_written_first(self, dit_dir: Path, tmp_path: Path) -> None:
         seen = []
 
         def load() -> np.ndarray:
@@ -165,14 +160,14 @@ class TestRecords:
             return pixels(1)[0]
 
         data = DataSet("one", [Example("0", 0, load)], None)
-        clf = DiffusionClassifier.from_pretrained(model)
+        clf = DiffusionClassifier.from_pretrained(dit_dir)
         evaluate(clf, data, tmp_path / "run", probes=2)
         assert len(seen) == 1 and seen[0]["config"]["probes"] == 2
 
     @pytest.mark.parametrize("progress", [False, True])
-    def test_bad_image_among_good_ones(self, progress: bool, model, folder, tmp_path) -> None:
+    def test_bad_image_among_good_ones(self, progress: bool, dit_dir, folder, tmp_path) -> None:
         (folder / "star" / "02.png").write_bytes(b"")
-        clf = DiffusionClassifier.from_pretrained(model)
+        clf = DiffusionClassifier.from_pretrained(dit_dir)
         paths = sorted((folder / "star").iterdir())
         examples = [Example(p.name, 2, functools.partial(read_image, p)) for p in paths]
         data = DataSet("stars", examples, None)
@@ -182,11 +177,11 @@ class TestRecords:
         assert records.keys() == {"02.png", "06.png", "10.png"}
         assert records["02.png"]["error"].startswith(f"{folder / 'star' / '02.png'}: ")
 
-    def test_bad_images_on_the_command_line(self, model, folder, tmp_path, capsys) -> None:
+    def test_bad_images_on_the_command_line(self, dit_dir, folder, tmp_path, capsys) -> None:
         (folder / "star" / "02.png").write_bytes(b"")
         bad = folder / "cross" / "03.png"
         bad.write_bytes(bad.read_bytes()[:60])
-        arguments = ("evaluate", "--model", model, "--data", folder, "--out", tmp_path / "run")
+        arguments = ("evaluate", "--model", dit_dir, "--data", folder, "--out", tmp_path / "run")
         said = call(capsys, *arguments, "--probes", 2, "--json")
         assert said.code == 2
         assert all(line.startswith(f"dive-fast: {folder}/") for line in said.err.splitlines())
@@ -195,9 +190,9 @@ class TestRecords:
         assert (summary["n"], summary["failed"]) == (10, 2)
         assert sum("error" in record for record in lines(tmp_path / "run")) == 2
 
-    def test_only_bad_images(self, model: Path, tmp_path: Path, capsys) -> None:
+    def test_only_bad_images(self, dit_dir: Path, tmp_path: Path, capsys) -> None:
         np.savez(tmp_path / "d.npz", images=np.full((2, 8, 8), np.nan), labels=np.array([0, 1]))
-        arguments = ("--model", model, "--data", tmp_path / "d.npz", "--out", tmp_path / "run")
+        arguments = ("--model", dit_dir, "--data", tmp_path / "d.npz", "--out", tmp_path / "run")
         said = call(capsys, "evaluate", *arguments, "--json")
         assert said.code == 2
         assert said.err.splitlines()[1] == "dive-fast: 000001: expected finite pixels, " + (
@@ -258,10 +253,10 @@ class TestResume:
         assert call(capsys, *arguments, tmp_path / "whole").code == 0
         assert_same_answers(read_records(out), read_records(tmp_path / "whole"))
 
-    def test_full_disk(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    def test_full_disk(self, dit_dir: Path, folder: Path, tmp_path: Path, capsys) -> None:
         """One sentence, the records before it are kept, and with room again it goes on."""
         out = tmp_path / "run"
-        arguments = ("evaluate", "--model", model, "--data", folder, "--out", out, "--probes", 2)
+        arguments = ("evaluate", "--model", dit_dir, "--data", folder, "--out", out, "--probes", 2)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
@@ -275,9 +270,9 @@ class TestResume:
         assert (out / "results.jsonl").read_bytes().startswith(kept)
         assert len(lines(out)) == 12
 
-    def test_finished(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    def test_finished(self, dit_dir: Path, folder: Path, tmp_path: Path, capsys) -> None:
         """A finished run only prints its figures again, also after the data were moved."""
-        arguments = ("--model", model, "--out", tmp_path / "run", "--probes", 2, "--json")
+        arguments = ("--model", dit_dir, "--out", tmp_path / "run", "--probes", 2, "--json")
         first = call(capsys, "evaluate", "--data", folder, *arguments)
         content = (tmp_path / "run" / "results.jsonl").read_bytes()
         (tmp_path / "elsewhere").mkdir()
@@ -300,16 +295,26 @@ class TestResume:
         ],
         ids=words,
     )
-    def test_another_configuration(self, change, key, model, folder, tmp_path, capsys) -> None:
+    def test_another_configuration(self, change, key, dit_dir, folder, tmp_path, capsys) -> None:
         out = tmp_path / "run"
-        arguments = ("evaluate", "--model", model, "--data", folder, "--out", out, "--probes", "2")
+        arguments = (
+            "evaluate",
+            "--model",
+            dit_dir,
+            "--data",
+            folder,
+            "--out",
+            out,
+            "--probes",
+            "2",
+        )
         assert call(capsys, *arguments).code == 0
         content = (out / "results.jsonl").read_bytes()
         said = call(capsys, *arguments, *change)
         assert_refused(said, f"holds a run of another configuration: .*{key}.*choose another --out")
         assert (out / "results.jsonl").read_bytes() == content
 
-    def test_other_weights(self, model: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    def test_other_weights(self, dit_dir: Path, folder: Path, tmp_path: Path, capsys) -> None:
         """The same place, but another model."""
         here = write_model(tmp_path / "model")
         arguments = ("evaluate", "--model", here, "--data", folder, "--out", tmp_path / "run")
@@ -335,7 +340,7 @@ class TestBadInput:
             ("lengths.npz", "got 2 images and 3 labels"),
         ],
     )
-    def test_data(self, data: str, message: str, model: Path, tmp_path: Path, capsys) -> None:
+    def test_data(self, data: str, message: str, dit_dir: Path, tmp_path: Path, capsys) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "no images" / "star").mkdir(parents=True)
         (tmp_path / "unknown" / "zebra").mkdir(parents=True)
@@ -348,7 +353,7 @@ class TestBadInput:
         (tmp_path / "cut.npz").write_bytes((tmp_path / "labels.npz").read_bytes()[:200])
         out = tmp_path / "run"
         spec = data if data == "digits" else tmp_path / data
-        said = call(capsys, "evaluate", "--model", model, "--data", spec, "--out", out)
+        said = call(capsys, "evaluate", "--model", dit_dir, "--data", spec, "--out", out)
         assert_refused(said, message)
         assert not out.exists()
 
@@ -364,22 +369,22 @@ class TestBadInput:
         ],
         ids=words,
     )
-    def test_options(self, options, message, model, folder, tmp_path, capsys) -> None:
+    def test_options(self, options, message, dit_dir, folder, tmp_path, capsys) -> None:
         """Refused before the run directory is made, which would then be of no use."""
         out = tmp_path / "run"
-        arguments = ("evaluate", "--model", model, "--data", folder, "--out", out)
+        arguments = ("evaluate", "--model", dit_dir, "--data", folder, "--out", out)
         assert_refused(call(capsys, *arguments, *options), message)
         assert not out.exists()
 
-    def test_out(self, model: Path, folder: Path, capsys) -> None:
-        arguments = ("evaluate", "--model", model, "--data", folder, "--probes", 2, "--out")
+    def test_out(self, dit_dir: Path, folder: Path, capsys) -> None:
+        arguments = ("evaluate", "--model", dit_dir, "--data", folder, "--probes", 2, "--out")
         said = call(capsys, *arguments, folder)
         assert_refused(said, "expected an empty directory or one with a run.json")
         said = call(capsys, *arguments, folder / "star" / "02.png")
         assert_refused(said, "expected a directory, got a file")
 
-    def test_python(self, model: Path, tmp_path: Path) -> None:
-        clf = DiffusionClassifier.from_pretrained(model)
+    def test_python(self, dit_dir: Path, tmp_path: Path) -> None:
+        clf = DiffusionClassifier.from_pretrained(dit_dir)
         data = DataSet("one", [Example("0", 0, lambda: pixels(1)[0])], None)
         with pytest.raises(DiveFastError, match="at least 1, got 0"):
             evaluate(clf, data, tmp_path / "run", probes=0)

@@ -16,7 +16,7 @@ from toy_layout import PictureModel
 from dive_fast import LayoutDetector
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
 from dive_fast.errors import DataError, DiveFastError, ModelError
-from dive_fast.strategies.layout import Board, Box, Item
+from dive_fast.strategies.layout import Box, Item
 
 SCENES = (
     (Item(0, Box(0, 1, 2, 4)),),
@@ -35,16 +35,13 @@ def detector() -> LayoutDetector:
 @pytest.fixture
 def data(detector, tmp_path: Path) -> CocoDataset:
     """What the model sees exactly, as images of 6 x 6 pixels."""
-    model = detector.model
-    board = Board(model.vocabulary.table, model.layout_format, None)
     folder = tmp_path / "pictures"
     folder.mkdir()
     images = []
-    for i, (items, x0) in enumerate(
-        zip(SCENES, model.picture(board.conditions(SCENES).flatten(1)), strict=True)
-    ):
+    pairs = zip(SCENES, detector.model.draw(*SCENES), strict=True)
+    for i, (items, image) in enumerate(pairs):
         path = folder / f"{i}.png"
-        Image.fromarray((255 * x0.permute(1, 2, 0)).byte().numpy()).save(path)
+        image.save(path)
         boxes = torch.tensor([item.box for item in items]).float()
         ids = torch.tensor([item.class_id for item in items])
         images.append(CocoImage(i, path, (6, 6), boxes, ids, torch.zeros(len(items)).bool()))

@@ -13,7 +13,7 @@ A, S = ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt()
 
 
 @pytest.fixture
-def toy() -> GaussianMixture:
+def mixture() -> GaussianMixture:
     return GaussianMixture.random(4, SHAPE, sigma=0.6, seed=3)
 
 
@@ -21,86 +21,86 @@ def five_standard_errors(samples: torch.Tensor) -> torch.Tensor:
     return 5 * samples.std(dim=0) / len(samples) ** 0.5
 
 
-def test_expected_loss_is_the_mean_of_the_sampled_losses(toy: GaussianMixture) -> None:
+def test_expected_loss_is_the_mean_of_the_sampled_losses(mixture: GaussianMixture) -> None:
     generator = torch.Generator().manual_seed(0)
-    x0, _ = toy.sample(1, generator)
+    x0, _ = mixture.sample(1, generator)
     n = 4000
     eps = torch.randn(n, *SHAPE, generator=generator)
-    expected = toy.expected_loss(x0, torch.arange(4), A, S)
+    expected = mixture.expected_loss(x0, torch.arange(4), A, S)
     assert expected.shape == (1, 4, len(A))
     for c in range(4):
         for k in range(len(A)):
             x_t = A[k] * x0 + S[k] * eps
-            prediction = toy.predict(
-                x_t, A[k].expand(n), S[k].expand(n), toy.table[c].expand(n, -1)
+            prediction = mixture.predict(
+                x_t, A[k].expand(n), S[k].expand(n), mixture.table[c].expand(n, -1)
             )
             losses = (eps - prediction).square().mean(dim=(1, 2, 3))
             assert abs(losses.mean() - expected[0, c, k]) < five_standard_errors(losses)
 
 
-def test_predict_is_the_conditional_mean_of_eps(toy: GaussianMixture) -> None:
+def test_predict_is_the_conditional_mean_of_eps(mixture: GaussianMixture) -> None:
     # The error of a conditional mean is uncorrelated with x_t, and with 1.
     generator = torch.Generator().manual_seed(1)
-    x0, labels = toy.sample(20_000, generator)
+    x0, labels = mixture.sample(20_000, generator)
     eps = torch.randn(x0.shape, generator=generator)
     for a, s in zip(A, S, strict=True):
         x_t = a * x0 + s * eps
         m = len(x0)
-        error = eps - toy.predict(x_t, a.expand(m), s.expand(m), toy.table[labels])
+        error = eps - mixture.predict(x_t, a.expand(m), s.expand(m), mixture.table[labels])
         for moment in (error, error * x_t):
             assert (moment.mean(dim=0).abs() < five_standard_errors(moment)).all()
 
 
-def test_log_posterior_is_bayes_rule(toy: GaussianMixture) -> None:
-    x0, _ = toy.sample(7, torch.Generator().manual_seed(2))
-    gaussians = torch.distributions.Normal(toy.table.double(), toy.sigma)
+def test_log_posterior_is_bayes_rule(mixture: GaussianMixture) -> None:
+    x0, _ = mixture.sample(7, torch.Generator().manual_seed(2))
+    gaussians = torch.distributions.Normal(mixture.table.double(), mixture.sigma)
     likelihood = gaussians.log_prob(x0.flatten(1).double()[:, None]).sum(dim=2)
     expected = likelihood - likelihood.logsumexp(dim=1, keepdim=True)
-    torch.testing.assert_close(toy.log_posterior(x0), expected)
+    torch.testing.assert_close(mixture.log_posterior(x0), expected)
 
 
-def test_losses_rank_the_classes_as_the_posterior(toy: GaussianMixture) -> None:
-    x0, _ = toy.sample(63, torch.Generator().manual_seed(3))
-    losses = toy.expected_loss(x0, torch.arange(4), A, S)
-    by_posterior = toy.log_posterior(x0).argsort(dim=1, descending=True)
+def test_losses_rank_the_classes_as_the_posterior(mixture: GaussianMixture) -> None:
+    x0, _ = mixture.sample(63, torch.Generator().manual_seed(3))
+    losses = mixture.expected_loss(x0, torch.arange(4), A, S)
+    by_posterior = mixture.log_posterior(x0).argsort(dim=1, descending=True)
     assert torch.equal(losses.mean(dim=2).argsort(dim=1), by_posterior)
     assert torch.equal(losses[..., 0].argsort(dim=1), by_posterior)
 
 
-def test_expected_loss_takes_the_classes_asked_for(toy: GaussianMixture) -> None:
-    x0, _ = toy.sample(3, torch.Generator().manual_seed(4))
-    every = toy.expected_loss(x0, torch.arange(4), A, S)
-    chosen = toy.expected_loss(x0, torch.tensor([2, 0, 2]), A, S)
+def test_expected_loss_takes_the_classes_asked_for(mixture: GaussianMixture) -> None:
+    x0, _ = mixture.sample(3, torch.Generator().manual_seed(4))
+    every = mixture.expected_loss(x0, torch.arange(4), A, S)
+    chosen = mixture.expected_loss(x0, torch.tensor([2, 0, 2]), A, S)
     torch.testing.assert_close(chosen, every[:, [2, 0, 2]], rtol=0, atol=0)
 
 
-def test_samples_have_the_mean_and_spread_of_their_class(toy: GaussianMixture) -> None:
-    x0, labels = toy.sample(8000, torch.Generator().manual_seed(5))
+def test_samples_have_the_mean_and_spread_of_their_class(mixture: GaussianMixture) -> None:
+    x0, labels = mixture.sample(8000, torch.Generator().manual_seed(5))
     assert x0.shape == (8000, *SHAPE) and x0.dtype == torch.float32
     assert labels.dtype == torch.int64 and set(labels.tolist()) == set(range(4))
     for c in range(4):
-        difference = x0[labels == c].flatten(1) - toy.table[c]
+        difference = x0[labels == c].flatten(1) - mixture.table[c]
         assert (difference.mean(dim=0).abs() < five_standard_errors(difference)).all()
         # The standard error of a standard deviation is sigma / sqrt(2 n).
-        tolerance = 5 * toy.sigma / (2 * difference.numel()) ** 0.5
-        assert abs(difference.std() - toy.sigma) < tolerance
+        tolerance = 5 * mixture.sigma / (2 * difference.numel()) ** 0.5
+        assert abs(difference.std() - mixture.sigma) < tolerance
 
 
-def test_sample_is_repeatable(toy: GaussianMixture) -> None:
-    first, first_labels = toy.sample(5, torch.Generator().manual_seed(6))
-    second, second_labels = toy.sample(5, torch.Generator().manual_seed(6))
+def test_sample_is_repeatable(mixture: GaussianMixture) -> None:
+    first, first_labels = mixture.sample(5, torch.Generator().manual_seed(6))
+    second, second_labels = mixture.sample(5, torch.Generator().manual_seed(6))
     assert torch.equal(first, second) and torch.equal(first_labels, second_labels)
 
 
-def test_gradient_of_the_mean_prediction_points_at_the_class(toy: GaussianMixture) -> None:
+def test_gradient_of_the_mean_prediction_points_at_the_class(mixture: GaussianMixture) -> None:
     # dL/dv of the expected loss is proportional to v - x0: descent from anywhere goes to x0.
     generator = torch.Generator().manual_seed(7)
-    x0, _ = toy.sample(1, generator)
+    x0, _ = mixture.sample(1, generator)
     n = 4000
     eps = torch.randn(n, *SHAPE, generator=generator)
-    v = toy.unconditional.clone().requires_grad_()
+    v = mixture.unconditional.clone().requires_grad_()
     a, s = A[1].expand(n), S[1].expand(n)
-    prediction = toy.predict(A[1] * x0 + S[1] * eps, a, s, v.expand(n, -1))
+    prediction = mixture.predict(A[1] * x0 + S[1] * eps, a, s, v.expand(n, -1))
     (eps - prediction).square().mean().backward()
     cosine = torch.cosine_similarity(v.grad, v.detach() - x0.flatten(), dim=0)
     assert cosine > 0.99

@@ -37,7 +37,7 @@ def pipeline(directory) -> StableDiffusionPipeline:
 
 
 @pytest.fixture
-def model(directory) -> GeoDiffusion:
+def geo_model(directory) -> GeoDiffusion:
     return load_model(directory, device="cpu", classes=CLASSES)
 
 
@@ -62,8 +62,8 @@ def encode_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> tor
         return pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
 
 
-def test_prompts_are_those_of_the_training(model) -> None:
-    assert [model.prompt(layout) for layout in layouts()] == [
+def test_prompts_are_those_of_the_training(geo_model) -> None:
+    assert [geo_model.prompt(layout) for layout in layouts()] == [
         "An image with ",
         "An image with cat <l5> <l22>",
         "An image with cat <l5> <l22> owl <l2> <l14>",
@@ -71,31 +71,31 @@ def test_prompts_are_those_of_the_training(model) -> None:
     ]
 
 
-def test_embeddings_of_layouts_are_the_pipelines(model, pipeline) -> None:
-    expected = encode_prompts(pipeline, [model.prompt(layout) for layout in layouts()])
-    found = text_of(model, tokens_of(model))
+def test_embeddings_of_layouts_are_the_pipelines(geo_model, pipeline) -> None:
+    expected = encode_prompts(pipeline, [geo_model.prompt(layout) for layout in layouts()])
+    found = text_of(geo_model, tokens_of(geo_model))
     assert found.shape == (4, LENGTH, 12)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found[1:] - found[:-1]).abs().amax(dim=(1, 2)).min() > 0.1
 
 
-def test_every_class_alone_and_a_full_prompt(model, pipeline) -> None:
-    form = model.layout_format
+def test_every_class_alone_and_a_full_prompt(geo_model, pipeline) -> None:
+    form = geo_model.layout_format
     # 40 tokens less start, end and 11 of the template leave five times three and two corners.
     assert form.max_objects == 5 and form.grid == GRID and form.names == CLASSES
     some = [Layout(BOXES[:1], torch.tensor([c])) for c in range(4)]
     some.append(Layout(BOXES[:1].repeat(5, 1), torch.full((5,), 3)))
-    expected = encode_prompts(pipeline, [model.prompt(layout) for layout in some])
-    found = text_of(model, torch.stack([form.encode(layout) for layout in some]))
+    expected = encode_prompts(pipeline, [geo_model.prompt(layout) for layout in some])
+    found = text_of(geo_model, torch.stack([form.encode(layout) for layout in some]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_absent_objects_may_stand_anywhere(model) -> None:
-    tokens = tokens_of(model)[2]
+def test_absent_objects_may_stand_anywhere(geo_model) -> None:
+    tokens = tokens_of(geo_model)[2]
     triples = tokens.view(-1, 3)
     moved = triples[[4, 0, 3, 2, 1]].flatten()
-    assert (moved[:3] == model.layout_format.none).all()
-    both = text_of(model, torch.stack([tokens, moved]))
+    assert (moved[:3] == geo_model.layout_format.none).all()
+    both = text_of(geo_model, torch.stack([tokens, moved]))
     torch.testing.assert_close(both[0], both[1])
 
 
@@ -116,40 +116,40 @@ def test_an_encoder_with_a_mask_of_the_padding(directory) -> None:
     assert (expected - unmasked).abs().max() > 1e-3
 
 
-def test_prediction_is_the_pipelines_and_comes_in_parts(model, pipeline) -> None:
-    assert isinstance(model, Model) and isinstance(model, StagedModel)
+def test_prediction_is_the_pipelines_and_comes_in_parts(geo_model, pipeline) -> None:
+    assert isinstance(geo_model, Model) and isinstance(geo_model, StagedModel)
     generator = torch.Generator().manual_seed(7)
-    x_t = torch.randn(4, *model.latent_shape, generator=generator)
+    x_t = torch.randn(4, *geo_model.latent_shape, generator=generator)
     t = torch.tensor([3, 250, 500, 999])
-    text = encode_prompts(pipeline, [model.prompt(layout) for layout in layouts()])
-    condition = model.embed(tokens_of(model))
+    text = encode_prompts(pipeline, [geo_model.prompt(layout) for layout in layouts()])
+    condition = geo_model.embed(tokens_of(geo_model))
     with torch.no_grad():
         expected = pipeline.unet(x_t, t, encoder_hidden_states=text).sample
-        whole = model.predict(x_t, t, condition)
-        projected = model.project(condition)
-        parts = model.decoder(model.encoder(model.prefix(x_t, t), projected), projected)
+        whole = geo_model.predict(x_t, t, condition)
+        projected = geo_model.project(condition)
+        parts = geo_model.decoder(geo_model.encoder(geo_model.prefix(x_t, t), projected), projected)
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        other = model.predict(x_t, t, condition.flip(0))
+        other = geo_model.predict(x_t, t, condition.flip(0))
     assert (other - whole).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_gradients_are_those_of_finite_differences(model, relaxed) -> None:
-    model.to("cpu", torch.float64)
-    form, dim = model.layout_format, model.vocabulary.dim
+def test_gradients_are_those_of_finite_differences(geo_model, relaxed) -> None:
+    geo_model.to("cpu", torch.float64)
+    form, dim = geo_model.layout_format, geo_model.vocabulary.dim
     generator = torch.Generator().manual_seed(1)
-    x_t = torch.randn(1, *model.latent_shape, generator=generator).double()
+    x_t = torch.randn(1, *geo_model.latent_shape, generator=generator).double()
     t = torch.tensor([400])
-    v = model.embed(tokens_of(model)[2:3]).double()
+    v = geo_model.embed(tokens_of(geo_model)[2:3]).double()
     if relaxed:
         # The second object's class is undecided between all, as in a search.
-        rows = model.vocabulary.table[slice(*form.class_range)]
+        rows = geo_model.vocabulary.table[slice(*form.class_range)]
         v.view(-1, dim)[3] = rows.mean(dim=0).double()
 
     def loss(condition: torch.Tensor) -> torch.Tensor:
-        return model.predict(x_t, t, condition).square().mean()
+        return geo_model.predict(x_t, t, condition).square().mean()
 
     v.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(v), v)
@@ -166,9 +166,9 @@ def test_gradients_are_those_of_finite_differences(model, relaxed) -> None:
     assert (gradient[6:] == 0).all() and (gradient[0, len(CLASSES) :] == 0).all()
 
 
-def test_a_mixture_is_as_long_as_most_of_it(model, directory) -> None:
-    table, encoder = model.vocabulary.table, model.layout_encoder
-    embeddings = table[tokens_of(model)[1]].repeat(3, 1, 1)
+def test_a_mixture_is_as_long_as_most_of_it(geo_model, directory) -> None:
+    table, encoder = geo_model.vocabulary.table, geo_model.layout_encoder
+    embeddings = table[tokens_of(geo_model)[1]].repeat(3, 1, 1)
     embeddings[1, 0] = 0.6 * table[0] + 0.4 * table[3]
     embeddings[2, 0] = table[:4].mean(dim=0)  # two of four classes have two tokens
     prompts, real = encoder.write(embeddings)
@@ -282,9 +282,9 @@ def test_location_tokens_in_sdxl(tmp_path) -> None:
         load_model(path, device="cpu", classes=CLASSES)
 
 
-def test_bad_conditions(model) -> None:
-    x_t = torch.zeros(1, *model.latent_shape)
+def test_bad_conditions(geo_model) -> None:
+    x_t = torch.zeros(1, *geo_model.latent_shape)
     with pytest.raises(ModelError, match="the embeddings of 15 tokens, expected"):
-        model.predict(x_t, torch.tensor([3]), torch.zeros(1, 12))
+        geo_model.predict(x_t, torch.tensor([3]), torch.zeros(1, 12))
     with pytest.raises(DiveFastError, match="may have 5 objects"):
-        model.prompt(Layout(BOXES[:1].repeat(6, 1), torch.zeros(6, dtype=torch.int64)))
+        geo_model.prompt(Layout(BOXES[:1].repeat(6, 1), torch.zeros(6, dtype=torch.int64)))

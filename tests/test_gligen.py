@@ -37,7 +37,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(directory) -> StagedGligen:
+def gligen(directory) -> StagedGligen:
     return load_model(directory, classes=CLASSES)
 
 
@@ -95,29 +95,29 @@ def test_predicts_what_the_pipeline_s_network_predicts(directory, tmp_path, max_
     assert (same[0] - same[1]).abs().max() > 0.01 < (same[1] - same[2]).abs().max()
 
 
-def test_the_order_of_objects_does_not_matter(model):
-    x_t, t = noisy(model)
-    one, other = (model.predict(x_t, t, conditions(model, order)) for order in ((0, 1), (1, 0)))
+def test_the_order_of_objects_does_not_matter(gligen):
+    x_t, t = noisy(gligen)
+    one, other = (gligen.predict(x_t, t, conditions(gligen, order)) for order in ((0, 1), (1, 0)))
     assert (one[1] - other[1]).abs().max() > 0.01  # of one object: another one
     torch.testing.assert_close(one[2], other[2], **ROUNDING)
 
 
-def test_tokens_and_what_they_mean(model):
-    table, form = model.vocabulary.table, model.layout_format
+def test_tokens_and_what_they_mean(gligen):
+    table, form = gligen.vocabulary.table, gligen.layout_format
     assert form.names == CLASSES and (form.grid, form.max_objects) == (33, 30)
-    assert table.shape == (3 + 33 * 33 + 1, 5) and model.vocabulary.names[3] == "(0, 0)"
-    assert model.latent_shape == (4, 8, 8) and model.image_shape == (3, 16, 16)
-    given = model.grounding(conditions(model))
+    assert table.shape == (3 + 33 * 33 + 1, 5) and gligen.vocabulary.names[3] == "(0, 0)"
+    assert gligen.latent_shape == (4, 8, 8) and gligen.image_shape == (3, 16, 16)
+    given = gligen.grounding(conditions(gligen))
     assert given["boxes"].shape == (3, 30, 4)
     torch.testing.assert_close(given["boxes"][2, :2], BOXES)
     assert given["masks"].sum(dim=1).tolist() == [0, 1, 2]
-    assert torch.equal(given["positive_embeddings"][2, :2], model.phrases[IDS])
+    assert torch.equal(given["positive_embeddings"][2, :2], gligen.phrases[IDS])
     # The mean of the classes' rows, with which boxes are proposed, is an object of the mean phrase.
-    mean = conditions(model)[1:2].clone()
+    mean = conditions(gligen)[1:2].clone()
     mean[0, :5] = table[:3].mean(dim=0)
-    given = model.grounding(mean)
+    given = gligen.grounding(mean)
     torch.testing.assert_close(given["masks"][0, 0], torch.tensor(1.0))
-    torch.testing.assert_close(given["positive_embeddings"][0, 0], model.phrases.mean(dim=0))
+    torch.testing.assert_close(given["positive_embeddings"][0, 0], gligen.phrases.mean(dim=0))
 
 
 def test_gradient_of_the_whole_path(directory):
@@ -241,16 +241,16 @@ def change_extra(directory: Path, tmp_path: Path, content: dict) -> Path:
     return copy
 
 
-def test_what_a_directory_states(directory, model, tmp_path):
+def test_what_a_directory_states(directory, gligen, tmp_path):
     stated = {"classes": ["cat", "fox"], "templates": ["a {}"], "caption": "a photo"}
     copy = change_extra(directory, tmp_path, stated | {"grid": 17, "max_objects": 4})
     assert not resolve(copy).needs_classes and resolve(directory).needs_classes
     other = load_model(copy)
     assert other.classes.prompts == (("a cat",), ("a fox",))
     assert (other.layout_format.grid, other.layout_format.max_objects) == (17, 4)
-    x_t, t = noisy(model, 1)
-    absent = [torch.zeros(1, m.layout_format.n_slots * m.vocabulary.dim) for m in (model, other)]
-    without, with_caption = model.predict(x_t, t, absent[0]), other.predict(x_t, t, absent[1])
+    x_t, t = noisy(gligen, 1)
+    absent = [torch.zeros(1, m.layout_format.n_slots * m.vocabulary.dim) for m in (gligen, other)]
+    without, with_caption = gligen.predict(x_t, t, absent[0]), other.predict(x_t, t, absent[1])
     assert (without - with_caption).abs().max() > 0.01
     torch.testing.assert_close(in_parts(other, x_t, t, absent[1]), with_caption, **ROUNDING)
 

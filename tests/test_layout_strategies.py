@@ -40,7 +40,7 @@ SCENES = (
 
 
 @pytest.fixture(scope="module")
-def model() -> ToyLayoutModel:
+def toy_layout() -> ToyLayoutModel:
     return ToyLayoutModel()
 
 
@@ -57,25 +57,25 @@ def run(model: ToyLayoutModel, board: Board, strategy, scenes=SCENES, batch_size
     return [(f.answer, f.evaluations) for f in sorted(found, key=lambda f: f.key)]
 
 
-def test_conditions_are_tokens_of_the_layout(model) -> None:
-    board = make_board(model)
+def test_conditions_are_tokens_of_the_layout(toy_layout) -> None:
+    board = make_board(toy_layout)
     for items in SCENES:
         (embedded,) = board.conditions([items])
         tokens = embedded.argmax(dim=1)
         assert board.items(tokens) == items
         assert torch.equal(board.table[tokens], embedded)
-        layout = model.layout_format.decode(tokens)
+        layout = toy_layout.layout_format.decode(tokens)
         assert layout.class_ids.tolist() == [item.class_id for item in items]
 
 
-def test_any_is_the_mean_class(model) -> None:
-    (embedded,) = make_board(model).conditions([(Item(ANY, Box(0, 0, 1, 1)),)])
+def test_any_is_the_mean_class(toy_layout) -> None:
+    (embedded,) = make_board(toy_layout).conditions([(Item(ANY, Box(0, 0, 1, 1)),)])
     assert torch.allclose(embedded[0, :3], torch.full((3,), 1 / 3))
 
 
-def test_guided_finds_every_layout(model) -> None:
-    board = make_board(model)
-    for scene, (answer, evaluations) in zip(SCENES, run(model, board, Guided()), strict=True):
+def test_guided_finds_every_layout(toy_layout) -> None:
+    board = make_board(toy_layout)
+    for scene, (answer, evaluations) in zip(SCENES, run(toy_layout, board, Guided()), strict=True):
         assert set(answer.items) == set(scene)
         assert answer.loss == pytest.approx(0, abs=1e-6)
         assert 0 < evaluations < 5000
@@ -98,15 +98,15 @@ def test_guided_on_grids_without_room(grid: int) -> None:
     assert [answer.items for answer, _ in answers] == scenes
 
 
-def test_guided_separates_objects_that_touch(model) -> None:
+def test_guided_separates_objects_that_touch(toy_layout) -> None:
     scene = (Item(0, Box(0, 0, 2, 2)), Item(2, Box(2, 2, 4, 5)), Item(1, Box(4, 0, 6, 2)))
-    ((answer, _),) = run(model, make_board(model), Guided(), (scene,))
+    ((answer, _),) = run(toy_layout, make_board(toy_layout), Guided(), (scene,))
     assert len(answer.trace["begun"]) == 1
     assert set(answer.items) == set(scene)
 
 
-def test_guided_with_a_relaxed_search(model) -> None:
-    plain, relaxed = (run(model, make_board(model), Guided(starts=n)) for n in (0, 1))
+def test_guided_with_a_relaxed_search(toy_layout) -> None:
+    plain, relaxed = (run(toy_layout, make_board(toy_layout), Guided(starts=n)) for n in (0, 1))
     for scene, (answer, cost), (_, less) in zip(SCENES, relaxed, plain, strict=True):
         assert set(answer.items) == set(scene) and cost > less
 
@@ -145,14 +145,14 @@ def drive(model: ToyLayoutModel, scene, begin, move, penalty=None) -> State:
     return state
 
 
-def test_slide_finds_the_sides(model) -> None:
+def test_slide_finds_the_sides(toy_layout) -> None:
     scene = (Item(1, Box(2, 1, 5, 4)),)
     begin = (Item(1, Box(1, 2, 4, 6)),)
-    state = drive(model, scene, begin, lambda state: state.slide(0, 2))
+    state = drive(toy_layout, scene, begin, lambda state: state.slide(0, 2))
     assert state.items == scene and state.loss == pytest.approx(0, abs=1e-6)
 
 
-def test_split_and_join(model) -> None:
+def test_split_and_join(toy_layout) -> None:
     """Two halves of an object become one, what is not there goes, and else nothing changes.
 
     Two halves of a box have its image here, so it takes a prior that likes company to split one.
@@ -164,17 +164,17 @@ def test_split_and_join(model) -> None:
     def split(state: State):
         return state.split(0)
 
-    company = Company(-0.1, model.layout_format.none)
-    assert set(drive(model, two, around, split).items) == set(two)
-    assert drive(model, one, one, split).items == one
-    parts = drive(model, one, one, split, company).items
+    company = Company(-0.1, toy_layout.layout_format.none)
+    assert set(drive(toy_layout, two, around, split).items) == set(two)
+    assert drive(toy_layout, one, one, split).items == one
+    parts = drive(toy_layout, one, one, split, company).items
     assert len(parts) == 2 and union(parts[0].box, parts[1].box) == one[0].box
-    assert drive(model, one, halves_of_one, State.join).items == one
-    assert set(drive(model, two, two, State.join).items) == set(two)
-    assert drive(model, (), one, State.join).items == ()
+    assert drive(toy_layout, one, halves_of_one, State.join).items == one
+    assert set(drive(toy_layout, two, two, State.join).items) == set(two)
+    assert drive(toy_layout, (), one, State.join).items == ()
 
 
-def test_split_all_goes_on_with_the_parts(model) -> None:
+def test_split_all_goes_on_with_the_parts(toy_layout) -> None:
     """One box around three objects in a row, and one that is none in front of it."""
     row = tuple(Item(0, Box(x, 0, x + 2, 2)) for x in (0, 3, 6))
     fine = ToyLayoutModel(max_objects=4, grid=9)
@@ -183,38 +183,38 @@ def test_split_all_goes_on_with_the_parts(model) -> None:
     assert found.items == (alone, *row)
 
 
-def test_recut_moves_a_border(model) -> None:
+def test_recut_moves_a_border(toy_layout) -> None:
     scene = (Item(0, Box(0, 1, 3, 4)), Item(1, Box(3, 1, 6, 4)))
     wrong = (Item(0, Box(0, 1, 2, 4)), Item(1, Box(2, 1, 6, 4)))
-    state = drive(model, scene, wrong, State.recut)
+    state = drive(toy_layout, scene, wrong, State.recut)
     assert state.items == scene and state.loss == pytest.approx(0, abs=1e-6)
 
 
-def test_join_as_class_names_the_whole(model) -> None:
+def test_join_as_class_names_the_whole(toy_layout) -> None:
     scene = (Item(2, Box(1, 1, 5, 5)),)
     parts = (Item(0, Box(1, 1, 3, 5)), Item(1, Box(3, 1, 5, 5)))
-    assert drive(model, scene, parts, State.join_as_class).items == scene
+    assert drive(toy_layout, scene, parts, State.join_as_class).items == scene
 
 
-def test_split_as_classes_names_both(model) -> None:
+def test_split_as_classes_names_both(toy_layout) -> None:
     """One box around two; a box around one, and a layout without a free slot, stay."""
     two = (Item(2, Box(0, 1, 3, 5)), Item(1, Box(3, 1, 6, 5)))
     around, one = (Item(0, Box(0, 1, 6, 5)),), (Item(2, Box(1, 1, 5, 5)),)
     full = (
         *around,
-        *(Item(0, Box(0, 0, 1, 1)) for _ in range(model.layout_format.max_objects - 1)),
+        *(Item(0, Box(0, 0, 1, 1)) for _ in range(toy_layout.layout_format.max_objects - 1)),
     )
 
     def split(state: State):
         return state.split_as_classes(0)
 
-    state = drive(model, two, around, split)
+    state = drive(toy_layout, two, around, split)
     assert set(state.items) == set(two) and state.loss == pytest.approx(0, abs=1e-6)
-    assert drive(model, one, one, split).items == one
-    assert drive(model, two, full, split).items == full
+    assert drive(toy_layout, one, one, split).items == one
+    assert drive(toy_layout, two, full, split).items == full
 
 
-def test_add_takes_what_explains_more(model) -> None:
+def test_add_takes_what_explains_more(toy_layout) -> None:
     """The better of two boxes, with its sides moved; where nothing is left none is added."""
     first, second = Item(0, Box(0, 0, 2, 2)), Item(ANY, Box(3, 3, 6, 6))
     boxes = [Box(0, 4, 2, 6), Box(4, 3, 6, 5)]
@@ -223,13 +223,13 @@ def test_add_takes_what_explains_more(model) -> None:
         return state.add(boxes, 2)
 
     scene = (first, second._replace(class_id=1))
-    assert drive(model, scene, (first,), add).items == (first, second)
-    assert drive(model, (first,), (first,), add).items == (first,)
+    assert drive(toy_layout, scene, (first,), add).items == (first, second)
+    assert drive(toy_layout, (first,), (first,), add).items == (first,)
 
 
-def test_classify(model) -> None:
+def test_classify(toy_layout) -> None:
     items = tuple(item._replace(class_id=ANY) for item in SCENES[2])
-    state = drive(model, SCENES[2], items, State.classify)
+    state = drive(toy_layout, SCENES[2], items, State.classify)
     assert state.items == SCENES[2] and state.loss == pytest.approx(0, abs=1e-6)
 
 
@@ -255,7 +255,7 @@ def test_touching() -> None:
     assert (1, 3) in touching(boxes, 65)
 
 
-def test_decisions_on_fewer_probes_are_those_on_all(model) -> None:
+def test_decisions_on_fewer_probes_are_those_on_all(toy_layout) -> None:
     """The best class, its loss, and that without the object; each measured on every probe."""
     scene = SCENES[1]
 
@@ -269,52 +269,52 @@ def test_decisions_on_fewer_probes_are_those_on_all(model) -> None:
             answer.trace.update(short=short, full=full)
             return answer
 
-    ((answer, _),) = run(model, make_board(model), Search(), (scene,))
+    ((answer, _),) = run(toy_layout, make_board(toy_layout), Search(), (scene,))
     torch.testing.assert_close(answer.trace["short"], answer.trace["full"], rtol=1e-5, atol=1e-7)
 
 
-def test_invert_finds_a_layout(model) -> None:
+def test_invert_finds_a_layout(toy_layout) -> None:
     strategy = InvertLayout(starts=4, steps=80)
-    answer, _ = run(model, make_board(model), strategy, SCENES[:1])[0]
+    answer, _ = run(toy_layout, make_board(toy_layout), strategy, SCENES[:1])[0]
     (item,) = answer.items
     assert item.class_id == SCENES[0][0].class_id
     # A relaxed search may end a step beside the truth.
     assert overlap(item.box, SCENES[0][0].box) >= 0.5
 
 
-def test_corners_by_themselves_may_make_no_box(model) -> None:
+def test_corners_by_themselves_may_make_no_box(toy_layout) -> None:
     """Such objects are left out; with the joint projection there are none."""
     found = {}
     for joint in (True, False):
         strategy = InvertLayout(starts=8, steps=3, joint_boxes=joint, settled=False)
-        answer, _ = run(model, make_board(model), strategy, SCENES[2:3])[0]
+        answer, _ = run(toy_layout, make_board(toy_layout), strategy, SCENES[2:3])[0]
         found[joint] = answer.trace["found"]
     assert len(found[False]) < len(found[True])
 
 
-def test_losses_of_an_answer_are_leave_one_out(model) -> None:
-    board = make_board(model)
-    answer, _ = run(model, board, Guided(), SCENES[1:2])[0]
+def test_losses_of_an_answer_are_leave_one_out(toy_layout) -> None:
+    board = make_board(toy_layout)
+    answer, _ = run(toy_layout, board, Guided(), SCENES[1:2])[0]
     assert answer.losses.shape == (2, 4)
     for item, row in zip(answer.items, answer.losses, strict=True):
         assert int(row.argmin()) == item.class_id
         assert row[-1] > row[item.class_id]
 
 
-def test_alone_as_in_a_batch(model) -> None:
-    board = make_board(model)
+def test_alone_as_in_a_batch(toy_layout) -> None:
+    board = make_board(toy_layout)
     for strategy in (Guided(), InvertLayout(steps=10)):
-        together = run(model, board, strategy)
+        together = run(toy_layout, board, strategy)
         for scene, (answer, evaluations) in zip(SCENES, together, strict=True):
-            alone, cost = run(model, board, strategy, [scene], batch_size=7)[0]
+            alone, cost = run(toy_layout, board, strategy, [scene], batch_size=7)[0]
             assert alone.items == answer.items and cost == evaluations
 
 
-def test_a_penalty_on_objects_removes_them(model) -> None:
+def test_a_penalty_on_objects_removes_them(toy_layout) -> None:
     """A prior that finds every object far too unlikely leaves none."""
-    board = make_board(model, Company(100, model.layout_format.none))
+    board = make_board(toy_layout, Company(100, toy_layout.layout_format.none))
     for strategy in (Guided(), InvertLayout(steps=5)):
-        assert all(answer.items == () for answer, _ in run(model, board, strategy))
+        assert all(answer.items == () for answer, _ in run(toy_layout, board, strategy))
 
 
 def test_duplicates_go() -> None:
@@ -363,14 +363,14 @@ class OneBox(LayoutProbes):
         )
 
 
-def test_strategies_register_from_outside(model, monkeypatch) -> None:
+def test_strategies_register_from_outside(toy_layout, monkeypatch) -> None:
     monkeypatch.setattr(registry, "_STRATEGIES", dict(registry._STRATEGIES))
     register_layout_strategy("one-box", OneBox())
     assert layout_strategy_names() == ("guided", "invert", "one-box")
     scene = (Item(0, Box(0, 0, 3, 3)),)
     for arguments, side in [(("one-box", {}), 2), (("one-box", {"side": 3}), 3)]:
         strategy = resolve_layout_strategy(*arguments)
-        ((answer, _),) = run(model, make_board(model), strategy, [scene])
+        ((answer, _),) = run(toy_layout, make_board(toy_layout), strategy, [scene])
         assert answer.items == (Item(0, Box(0, 0, side, side)),)
 
 

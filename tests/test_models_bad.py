@@ -14,7 +14,7 @@ import torch
 from command import assert_refused, call
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import read_json, write_json, write_model
+from tiny import read_json, write_json
 
 from dive_fast import DiffusionClassifier, ModelError
 from dive_fast.models import load_model, register_model_family
@@ -24,14 +24,6 @@ PICKLED = "diffusion_pytorch_model.bin"
 TRANSFORMER = f"transformer/{WEIGHTS}"
 
 Change = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    write_model(root / "pixels")
-    write_model(root / "latents", vae=True)
-    return root
 
 
 @pytest.fixture
@@ -182,16 +174,16 @@ VAE: dict[str, tuple[Change, str]] = {
     ),
 }
 
-CASES = [(name, "pixels", *case) for name, case in PIXELS.items()]
-CASES += [(name, "latents", *case) for name, case in VAE.items()]
+CASES = [(name, "dit_dir", *case) for name, case in PIXELS.items()]
+CASES += [(name, "latent_dit_dir", *case) for name, case in VAE.items()]
 
 
 @pytest.mark.parametrize(("name", "kind", "change", "message"), CASES, ids=[c[0] for c in CASES])
 def test_broken_directory(
-    name: str, kind: str, change: Change, message: str, models: Path, tmp_path: Path, image, capsys
+    name: str, kind: str, change: Change, message: str, request, tmp_path: Path, image, capsys
 ) -> None:
     directory = tmp_path / "model"
-    shutil.copytree(models / kind, directory)
+    shutil.copytree(request.getfixturevalue(kind), directory)
     change(directory)
     assert_refused(call(capsys, "classify", image, "--model", directory), message)
     with pytest.raises(ModelError, match=message):
@@ -230,18 +222,20 @@ def test_hub_id_that_cannot_be_fetched(image: Path, capsys, monkeypatch) -> None
         (("--timestep-embedding", "x"), "expected a timestep_embedding of .* got 'x'"),
     ],
 )
-def test_unusable_option(option: tuple, message: str, models: Path, image: Path, capsys) -> None:
-    said = call(capsys, "classify", image, "--model", models / "pixels", *option)
+def test_unusable_option(option: tuple, message: str, dit_dir: Path, image: Path, capsys) -> None:
+    said = call(capsys, "classify", image, "--model", dit_dir, *option)
     assert_refused(said, message)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae"])
-def test_pickled_weights_on_request(component: str, models: Path, tmp_path: Path, image) -> None:
+def test_pickled_weights_on_request(
+    component: str, latent_dit_dir: Path, tmp_path: Path, image
+) -> None:
     directory = tmp_path / "model"
-    shutil.copytree(models / "latents", directory)
+    shutil.copytree(latent_dit_dir, directory)
     pickle_weights(directory, component)
     pickled = DiffusionClassifier.from_pretrained(directory, allow_pickle=True)
-    safe = DiffusionClassifier.from_pretrained(models / "latents")
+    safe = DiffusionClassifier.from_pretrained(latent_dit_dir)
     torch.testing.assert_close(pickled.losses(image, probes=3), safe.losses(image, probes=3))
 
 
@@ -256,9 +250,9 @@ class _Touch:
 
 
 @pytest.mark.parametrize("kind", ["code", "cut", "empty", "no tensors"])
-def test_bad_pickle_on_request(kind: str, models: Path, tmp_path: Path, image, capsys) -> None:
+def test_bad_pickle_on_request(kind: str, dit_dir: Path, tmp_path: Path, image, capsys) -> None:
     directory = tmp_path / "model"
-    shutil.copytree(models / "pixels", directory)
+    shutil.copytree(dit_dir, directory)
     path = pickle_weights(directory)
     if kind == "code":
         torch.save({"weight": _Touch(tmp_path / "run")}, path)
@@ -271,9 +265,9 @@ def test_bad_pickle_on_request(kind: str, models: Path, tmp_path: Path, image, c
     assert not (tmp_path / "run").exists()
 
 
-def test_overflow_in_half_precision(models: Path, tmp_path: Path, image: Path, capsys) -> None:
+def test_overflow_in_half_precision(dit_dir: Path, tmp_path: Path, image: Path, capsys) -> None:
     directory = tmp_path / "model"
-    shutil.copytree(models / "pixels", directory)
+    shutil.copytree(dit_dir, directory)
     change_weights(lambda w: w["pos_embed.proj.weight"].mul_(1e7))(directory)
     arguments = ("classify", image, "--model", directory, "--probes", 4, "--json")
     assert call(capsys, *arguments).code == 0
@@ -281,13 +275,13 @@ def test_overflow_in_half_precision(models: Path, tmp_path: Path, image: Path, c
     assert_refused(said, "expected finite losses from .* in torch.float16, got NaN or infinity")
 
 
-def test_family_from_outside(tmp_path: Path, models: Path) -> None:
+def test_family_from_outside(tmp_path: Path, dit_dir: Path) -> None:
     """A registered loader is called, and listed among the supported families."""
     from dive_fast.models import source as registry
     from dive_fast.models.dit import model as dit
 
     directory = tmp_path / "model"
-    shutil.copytree(models / "pixels", directory)
+    shutil.copytree(dit_dir, directory)
     change_json("model_index.json", _class_name="MyPipeline")(directory)
     register_model_family("MyPipeline", dit.load)
     try:

@@ -8,21 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_transformer import make_transformer
+from tiny_transformer import make_dit
 from toy_layout import PictureModel
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, LayoutDetector
-from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.engine import EngineOptions
-from dive_fast.models.dit.model import DiT
 
 N, CLASSES, PROBES = 3, 5, 4
 
 
 def classifier(**options) -> DiffusionClassifier:
-    schedule = Schedule.from_betas(make_betas("linear", 1000))
-    model = DiT(make_transformer(), None, schedule, tuple("abcde"))
+    model = make_dit()
     return DiffusionClassifier(model, batch_size=24, options=EngineOptions(**options))
 
 

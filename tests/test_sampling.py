@@ -5,22 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny_transformer import make_transformer
+from tiny_transformer import make_dit
 from toy_model import ToyModel
 
-from dive_fast.core.schedule import Schedule, make_betas
+from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models.dit.model import DiT
 from dive_fast.predict.sampling import sample
 
 STEPS = 10
-
-
-def make_model(target: str, learned_sigma: bool = False) -> DiT:
-    schedule = Schedule.from_betas(make_betas("linear", 1000), target)
-    transformer = make_transformer(learned_sigma=learned_sigma)
-    return DiT(transformer, None, schedule, tuple("abcde"))
 
 
 def by_diffusers(model: DiT, classes: list[int], guidance: float) -> torch.Tensor:
@@ -53,7 +47,7 @@ def by_diffusers(model: DiT, classes: list[int], guidance: float) -> torch.Tenso
 @pytest.mark.parametrize("learned_sigma", [False, True])
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction", "sample"])
 def test_agrees_with_diffusers(target: str, learned_sigma: bool, guidance: float) -> None:
-    model = make_model(target, learned_sigma)
+    model = make_dit(target=target, learned_sigma=learned_sigma)
     classes = [4, 0, 0]
     found = sample(model, classes, steps=STEPS, guidance=guidance, seed=3)
     expected = by_diffusers(model, classes, guidance)
@@ -91,7 +85,7 @@ def test_samples_of_the_toy_are_drawn_from_their_class() -> None:
 
 
 def test_the_same_at_every_batch_size_and_length() -> None:
-    model = make_model("epsilon")
+    model = make_dit(learned_sigma=False)
     classes = [0, 1, 2, 3, 4, 0, 1]
     whole = sample(model, classes, steps=5, seed=1)
     assert torch.equal(whole, sample(model, classes, steps=5, seed=1))

@@ -13,7 +13,7 @@ from command import assert_refused, call
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import read_json, write_json
-from tiny_sd import LENGTH, make_unet, make_vae, write_sd, write_sdxl
+from tiny_sd import LENGTH, make_unet, make_vae
 
 from dive_fast import DiffusionClassifier, ModelError
 from dive_fast.models import load_model
@@ -22,14 +22,6 @@ CLASSES = ["cat", "dog"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 Change = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    write_sd(root / "sd")
-    write_sdxl(root / "sdxl")
-    return root
 
 
 @pytest.fixture
@@ -206,23 +198,23 @@ CASES = [("sd", *case) for case in SD.values()] + [("sdxl", *case) for case in S
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), CASES, ids=[*SD, *SDXL])
-def test_broken_directory(kind, change, message, models, tmp_path, image, capsys) -> None:
+def test_broken_directory(kind, change, message, request, tmp_path, image, capsys) -> None:
     directory = tmp_path / "model"
-    shutil.copytree(models / kind, directory)
+    shutil.copytree(request.getfixturevalue(kind), directory)
     change(directory)
     said = call(capsys, "classify", image, "--model", directory, "--classes", "cat,dog")
     assert_refused(said, message)
 
 
-def test_without_transformers(models, image, capsys, monkeypatch):
+def test_without_transformers(sd, image, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    arguments = ("classify", image, "--model", models / "sd", "--classes", "cat,dog")
+    arguments = ("classify", image, "--model", sd, "--classes", "cat,dog")
     assert_refused(call(capsys, *arguments), r"transformers, .* pip install 'dive_fast\[text\]'")
 
 
-def test_timestep_embedding_is_of_dit(models):
+def test_timestep_embedding_is_of_dit(sd):
     with pytest.raises(ModelError, match="timestep_embedding is for models of the family dit"):
-        load_model(models / "sd", classes=CLASSES, timestep_embedding="original")
+        load_model(sd, classes=CLASSES, timestep_embedding="original")
 
 
 def losses(directory: Path, **options: object) -> torch.Tensor:
@@ -273,18 +265,16 @@ PUBLISHED: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", PUBLISHED.values(), ids=PUBLISHED)
-def test_published_directories_load(change, models, tmp_path):
-    shutil.copytree(models / "sd", tmp_path / "model")
+def test_published_directories_load(change, sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "model")
     change(tmp_path / "model")
-    torch.testing.assert_close(losses(tmp_path / "model"), losses(models / "sd"))
-    vaes = [
-        load_model(d, classes=CLASSES).vae.state_dict() for d in (models / "sd", tmp_path / "model")
-    ]
+    torch.testing.assert_close(losses(tmp_path / "model"), losses(sd))
+    vaes = [load_model(d, classes=CLASSES).vae.state_dict() for d in (sd, tmp_path / "model")]
     assert all(torch.equal(vaes[0][key], vaes[1][key]) for key in make_vae().state_dict())
 
 
-def test_weights_in_half_precision_are_read_as_float32(models, tmp_path):
-    shutil.copytree(models / "sd", tmp_path / "model")
+def test_weights_in_half_precision_are_read_as_float32(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "model")
     for file in (UNET, TEXT):
         change_weights(file, lambda w: {k: v.half() for k, v in w.items()})(tmp_path / "model")
     change_json("text_encoder/config.json", dtype="float16", torch_dtype="float16")(
@@ -293,13 +283,13 @@ def test_weights_in_half_precision_are_read_as_float32(models, tmp_path):
     model = load_model(tmp_path / "model", device="cpu", classes=CLASSES)
     parts = (model.unet, model.text.towers[0].encoder)
     assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
-    torch.testing.assert_close(losses(tmp_path / "model"), losses(models / "sd"), rtol=0.02, atol=0)
+    torch.testing.assert_close(losses(tmp_path / "model"), losses(sd), rtol=0.02, atol=0)
 
 
-def test_pickled_weights_on_request(models, tmp_path):
-    shutil.copytree(models / "sd", tmp_path / "model")
+def test_pickled_weights_on_request(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "model")
     pickle_text(tmp_path / "model")
-    torch.testing.assert_close(losses(tmp_path / "model", allow_pickle=True), losses(models / "sd"))
+    torch.testing.assert_close(losses(tmp_path / "model", allow_pickle=True), losses(sd))
 
 
 class _Touch:
@@ -312,8 +302,8 @@ class _Touch:
         return Path.mkdir, (self.path,)
 
 
-def test_code_in_a_pickle_is_not_run(models, tmp_path):
-    shutil.copytree(models / "sd", tmp_path / "model")
+def test_code_in_a_pickle_is_not_run(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "model")
     pickle_text(tmp_path / "model")
     torch.save(
         {"weight": _Touch(tmp_path / "run")},

@@ -23,7 +23,7 @@ C = 40
 
 
 @pytest.fixture(scope="module")
-def toy() -> tuple[DiffusionClassifier, torch.Tensor]:
+def uneven_toy() -> tuple[DiffusionClassifier, torch.Tensor]:
     """Classes whose means differ in length, so that a first-order estimate alone goes wrong."""
     model = ToyModel(n_classes=C, spread=0.7)
     table = model.toy.table * torch.linspace(0.3, 1.6, C)[:, None]
@@ -41,8 +41,8 @@ def ranks(classifier: DiffusionClassifier, x0: torch.Tensor) -> torch.Tensor:
     return torch.tensor([o.index(f.index) for o, f in zip(orders, full, strict=True)])
 
 
-def test_it_ranks_the_answer_higher_on_other_images(toy) -> None:
-    classifier, x0 = toy
+def test_it_ranks_the_answer_higher_on_other_images(uneven_toy) -> None:
+    classifier, x0 = uneven_toy
     before = ranks(classifier, x0[30:])
     learned = classifier.fit_shortlist(latents=x0[:30])
     after = ranks(classifier, x0[30:])
@@ -51,9 +51,9 @@ def test_it_ranks_the_answer_higher_on_other_images(toy) -> None:
     assert len(learned.curvature) == C
 
 
-def test_the_correction_is_exact_for_a_network_linear_in_its_condition(toy) -> None:
+def test_the_correction_is_exact_for_a_network_linear_in_its_condition(uneven_toy) -> None:
     """L(y_c) - L(v0) - g . (v_c - v0) is the same for every image: the toy is linear in v."""
-    classifier, x0 = toy
+    classifier, x0 = uneven_toy
     curvatures = []
     for part in (x0[:10], x0[10:20]):
         vocabulary = classifier.model.vocabulary
@@ -95,8 +95,8 @@ def test_slope_and_curvature_are_recovered() -> None:
     torch.testing.assert_close(found, curvature, rtol=1e-4, atol=1e-5)
 
 
-def test_it_costs_what_is_said(toy) -> None:
-    classifier, x0 = toy
+def test_it_costs_what_is_said(uneven_toy) -> None:
+    classifier, x0 = uneven_toy
     counted = []
     model = classifier.model
     model.rows.clear()
@@ -164,8 +164,8 @@ def test_bad_values(values) -> None:
         Shortlist.from_dict(values)
 
 
-def test_bad_input(toy, tmp_path: Path) -> None:
-    classifier, x0 = toy
+def test_bad_input(uneven_toy, tmp_path: Path) -> None:
+    classifier, x0 = uneven_toy
     with pytest.raises(DiveFastError, match="2 images or more, got 1"):
         classifier.fit_shortlist(latents=x0[:1])
     with pytest.raises(DiveFastError, match="generate must be at least 1, got 0"):

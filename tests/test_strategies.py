@@ -26,14 +26,14 @@ from dive_fast.strategies import base as register
 
 
 @pytest.fixture(scope="module")
-def toy():
+def toy_posterior():
     model = ToyModel(n_classes=12, spread=0.6)
     x0, labels = model.toy.sample(60, torch.Generator().manual_seed(3))
     return model, x0, model.toy.log_posterior(x0)
 
 
-def test_enumeration_recovers_the_exact_posterior_ranking(toy):
-    model, x0, exact = toy
+def test_enumeration_recovers_the_exact_posterior_ranking(toy_posterior):
+    model, x0, exact = toy_posterior
     answers = DiffusionClassifier(model)(latents=x0, strategy="enumerate", probes=300)
     found = torch.stack([answer.log_posterior for answer in answers])
     # Pairs of classes of one image that the exact posterior tells apart by a factor of e^2: the
@@ -57,8 +57,8 @@ def test_enumeration_recovers_the_exact_posterior_ranking(toy):
         ({"preset": "dive-paper", "probes": 100, "learning_rate": 0.1}, 0.8),
     ],
 )
-def test_every_strategy_finds_the_most_probable_class(toy, arguments, agreement):
-    model, x0, exact = toy
+def test_every_strategy_finds_the_most_probable_class(toy_posterior, arguments, agreement):
+    model, x0, exact = toy_posterior
     clear = exact.topk(2, dim=1).values.diff(dim=1).abs()[:, 0] > 3
     x0, truth = x0[clear], exact.argmax(dim=1)[clear]
     answers = DiffusionClassifier(model)(latents=x0, **arguments)
@@ -98,8 +98,8 @@ def task_of(model, k=60):
     return Task(model.vocabulary, low_discrepancy_probes(k, 1000, model.latent_shape))
 
 
-def test_invert_measures_every_class_once_and_compares_the_best_two_on_all_probes(toy):
-    model, *_ = toy
+def test_invert_measures_every_class_once_and_compares_the_best_two_on_all_probes(toy_posterior):
+    model, *_ = toy_posterior
     table = model.vocabulary.table
     answer, requests = drive(Invert().search(task_of(model)), table, *bowl(table[7] + 0.05))
     assert answer.index == 7
@@ -114,8 +114,8 @@ def test_invert_measures_every_class_once_and_compares_the_best_two_on_all_probe
     assert int(answer.n_probes[7]) in (25, 60)
 
 
-def test_invert_ends_at_a_flat_point(toy):
-    model, *_ = toy
+def test_invert_ends_at_a_flat_point(toy_posterior):
+    model, *_ = toy_posterior
     flat = lambda v: torch.zeros_like(v)  # noqa: E731
     ones = lambda v, ids: torch.ones(len(v), len(ids))  # noqa: E731
     answer, requests = drive(Invert().search(task_of(model)), model.vocabulary.table, ones, flat)
@@ -128,8 +128,8 @@ def test_invert_with_one_class():
     assert answer.index == 0 and answer.probability == pytest.approx(1.0)
 
 
-def test_invert_with_fewer_probes_than_it_searches(toy):
-    model, x0, _ = toy
+def test_invert_with_fewer_probes_than_it_searches(toy_posterior):
+    model, x0, _ = toy_posterior
     (answer,) = DiffusionClassifier(model)(latents=x0[:1], strategy="invert", probes=3)
     assert answer.n_probes.max() == 3
 
@@ -185,13 +185,13 @@ class FirstProbe(DefaultProbes):
         return ledger.answer(int(losses.argmin()))
 
 
-def test_strategies_and_presets_register_from_outside(toy, monkeypatch):
+def test_strategies_and_presets_register_from_outside(toy_posterior, monkeypatch):
     monkeypatch.setattr(register, "_STRATEGIES", dict(register._STRATEGIES))
     monkeypatch.setattr(register, "_PRESETS", dict(register._PRESETS))
     register_strategy("first-probe", FirstProbe())
     register_preset("third-probe", "first-probe", FirstProbe(probe=2))
     assert "first-probe" in strategy_names() and "third-probe" in preset_names()
-    model, x0, _ = toy
+    model, x0, _ = toy_posterior
     classifier = DiffusionClassifier(model)
     losses = classifier.losses(latents=x0[:4], probes=5)
     for arguments, probe in [

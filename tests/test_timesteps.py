@@ -235,13 +235,13 @@ class TestEstimate:
 
 class TestClassifier:
     @pytest.fixture
-    def toy(self) -> tuple[DiffusionClassifier, torch.Tensor, torch.Tensor]:
+    def toy_and_30_images(self) -> tuple[DiffusionClassifier, torch.Tensor, torch.Tensor]:
         model = ToyModel(spread=0.4)
         return DiffusionClassifier(model), *model.toy.sample(30, generator(3))
 
-    def test_fewer_probes_for_the_same_answers(self, toy: tuple) -> None:
+    def test_fewer_probes_for_the_same_answers(self, toy_and_30_images: tuple) -> None:
         """The mean over t, estimated on 8 probes, lies closer to its limit."""
-        clf, x0, labels = toy
+        clf, x0, labels = toy_and_30_images
         learned = clf.fit_timesteps(latents=x0, labels=labels)
         assert clf.model.timesteps is learned
         a, s = clf.model.schedule.a, clf.model.schedule.s
@@ -259,8 +259,8 @@ class TestClassifier:
 
         assert error(learned) < 0.9 * error(UNIFORM)
 
-    def test_determinism(self, toy: tuple) -> None:
-        clf, x0, labels = toy
+    def test_determinism(self, toy_and_30_images: tuple) -> None:
+        clf, x0, labels = toy_and_30_images
         first = clf.fit_timesteps(latents=x0, labels=labels, probes=60)
         clf.batch_size = 7
         again = clf.fit_timesteps(latents=x0, labels=labels, probes=60)
@@ -270,9 +270,9 @@ class TestClassifier:
         assert generated.density == pytest.approx(first.density, rel=0.5)
         assert clf.fit_timesteps(generate=8, probes=60, seed=1) != generated
 
-    def test_what_it_costs(self, toy: tuple) -> None:
+    def test_what_it_costs(self, toy_and_30_images: tuple) -> None:
         """Five rivals on 20 probes, then the right class and two of them on all."""
-        clf, x0, labels = toy
+        clf, x0, labels = toy_and_30_images
         clf.fit_timesteps(latents=x0, labels=labels, probes=60, rivals=2)
         assert sum(clf.model.rows) == 30 * (5 * 20 + 3 * 60)
         clf.model.rows.clear()
@@ -280,8 +280,8 @@ class TestClassifier:
         assert sum(clf.model.rows) == 30 * 6 * 60
 
     @pytest.mark.parametrize("strategy", ["enumerate", "race", "invert"])
-    def test_every_strategy_follows_them(self, toy: tuple, strategy: str) -> None:
-        clf, x0, _ = toy
+    def test_every_strategy_follows_them(self, toy_and_30_images: tuple, strategy: str) -> None:
+        clf, x0, _ = toy_and_30_images
         x0 = x0[:3]
         before = clf(latents=x0, strategy=strategy, probes=40)
         clf.model.timesteps = LOPSIDED
@@ -296,15 +296,15 @@ class TestClassifier:
             for a, b in zip(found, before, strict=True):
                 assert torch.equal(a.losses.nan_to_num(), b.losses.nan_to_num())
 
-    def test_the_number_of_probes_stays_the_default(self, toy: tuple) -> None:
-        clf, _, _ = toy
+    def test_the_number_of_probes_stays_the_default(self, toy_and_30_images: tuple) -> None:
+        clf, _, _ = toy_and_30_images
         clf.model.timesteps = LOPSIDED
         assert len(clf.probe_list(Enumerate())) == 100
         assert clf.probe_list(Enumerate()).weights is not None
         assert clf.probe_list(Enumerate(), timesteps="uniform").weights is None
 
-    def test_presets_are_uniform(self, toy: tuple) -> None:
-        clf, x0, _ = toy
+    def test_presets_are_uniform(self, toy_and_30_images: tuple) -> None:
+        clf, x0, _ = toy_and_30_images
         expected = clf.probe_list(DivePaper())
         clf.model.timesteps = LOPSIDED
         found = clf.probe_list(DivePaper())
@@ -313,8 +313,8 @@ class TestClassifier:
             with pytest.raises(DiveFastError, match="given or published"):
                 clf(latents=x0[:1], preset=preset, timesteps="learned")
 
-    def test_bad_input(self, toy: tuple) -> None:
-        clf, x0, labels = toy
+    def test_bad_input(self, toy_and_30_images: tuple) -> None:
+        clf, x0, labels = toy_and_30_images
         data = {"latents": x0, "labels": labels}
         for arguments, message in [
             ({}, "either images or latents"),
@@ -343,7 +343,7 @@ class TestClassifier:
 
 class TestCommand:
     @pytest.fixture
-    def model(self, tmp_path: Path) -> Path:
+    def own_dit(self, tmp_path: Path) -> Path:
         return write_model(tmp_path / "model")
 
     @pytest.fixture
@@ -352,27 +352,27 @@ class TestCommand:
         np.savez(tmp_path / "data.npz", images=images, labels=np.arange(8) % 4)
         return tmp_path / "data.npz"
 
-    def test_fit_both(self, model: Path, data: Path, capsys) -> None:
-        said = call(capsys, "fit", "--data", data, "--model", model, "--probes", 40)
+    def test_fit_both(self, own_dit: Path, data: Path, capsys) -> None:
+        said = call(capsys, "fit", "--data", data, "--model", own_dit, "--probes", 40)
         assert (said.code, said.err) == (0, "")
         assert "relative to uniform" in said.out and "expected calibration error" in said.out
-        stored = read_json(model / "dive_fast.json")
-        clf = DiffusionClassifier.from_pretrained(model)
+        stored = read_json(own_dit / "dive_fast.json")
+        clf = DiffusionClassifier.from_pretrained(own_dit)
         assert clf.model.timesteps.to_dict() == stored["timesteps"]
         assert clf.model.beta == stored["beta"]
 
-    def test_fit_without_data(self, model: Path, capsys) -> None:
-        said = call(capsys, "fit", "--generate", 4, "--model", model)
+    def test_fit_without_data(self, own_dit: Path, capsys) -> None:
+        said = call(capsys, "fit", "--generate", 4, "--model", own_dit)
         assert (said.code, said.err) == (0, "")
         assert "expected calibration error" not in said.out
-        assert "timesteps" in read_json(model / "dive_fast.json")
+        assert "timesteps" in read_json(own_dit / "dive_fast.json")
 
-    def test_a_run_with_other_timesteps_is_refused(self, model, data, tmp_path, capsys) -> None:
-        clf = DiffusionClassifier.from_pretrained(model)
+    def test_a_run_with_other_timesteps_is_refused(self, own_dit, data, tmp_path, capsys) -> None:
+        clf = DiffusionClassifier.from_pretrained(own_dit)
         clf.model.timesteps = LOPSIDED
         clf.save_fitted()
         out = tmp_path / "run"
-        arguments = ("evaluate", "--data", data, "--model", model, "--probes", 2, "--out", out)
+        arguments = ("evaluate", "--data", data, "--model", own_dit, "--probes", 2, "--out", out)
         assert call(capsys, *arguments).code == 0
         assert read_json(out / "run.json")["config"]["timesteps"] == LOPSIDED.to_dict()
         assert call(capsys, *arguments, "--timesteps", "learned").code == 0
@@ -381,7 +381,7 @@ class TestCommand:
         said = call(capsys, *arguments[:-1], tmp_path / "other", "--timesteps", "uniform")
         assert "timesteps" not in read_json(tmp_path / "other" / "run.json")["config"]
 
-    def test_refused(self, model: Path, data: Path, capsys) -> None:
+    def test_refused(self, own_dit: Path, data: Path, capsys) -> None:
         for arguments, message in [
             ((), "fitting timesteps and shortlist needs --data or --generate"),
             (("--what", "beta"), "fitting beta needs --data"),
@@ -390,7 +390,7 @@ class TestCommand:
             (("--generate", 0), "whole number of at least 1, got '0'"),
             (("--data", data, "--model", "digits"), "digits has no model directory"),
         ]:
-            assert_refused(call(capsys, "fit", "--model", model, *arguments), message)
-        assert not (model / "dive_fast.json").exists()
-        said = call(capsys, "classify", data, "--model", model, "--timesteps", "best")
+            assert_refused(call(capsys, "fit", "--model", own_dit, *arguments), message)
+        assert not (own_dit / "dive_fast.json").exists()
+        said = call(capsys, "classify", data, "--model", own_dit, "--timesteps", "best")
         assert_refused(said, "invalid choice: 'best'")

@@ -20,14 +20,6 @@ from dive_fast.training import prior as train_prior_module
 from dive_fast.training.scenes import SCENES_FORMAT
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two objects, grid 5, crop slots; classes one, two, three."""
-    directory = tmp_path_factory.mktemp("model")
-    make_layout_model().save_pretrained(directory)
-    return directory
-
-
 def dataset(*images: list, names: tuple[str, ...] = ("Three", "dog", "one")) -> CocoDataset:
     """Images of 100 x 100; objects are (class, left, top, right, bottom, crowd)."""
     made = []
@@ -50,9 +42,9 @@ BIG, BIGGER, SMALL = (0, 0, 50, 50), (0, 0, 100, 100), (0, 0, 100, 5)
 
 
 class TestLayoutTokens:
-    def test_what_fits(self, model: Path) -> None:
+    def test_what_fits(self, layout_dir: Path) -> None:
         """Classes go by name; objects keep their order; an image without boxes is one too."""
-        form = load_model(model).layout_format
+        form = load_model(layout_dir).layout_format
         tokens, said = layout_tokens(dataset([(2, *BIG, 0), (0, *BIGGER, 0)], []), form)
         assert said == ()
         first = form.decode(tokens[0])
@@ -60,8 +52,8 @@ class TestLayoutTokens:
         assert first.boxes.tolist() == [[0, 0, 0.5, 0.5], [0, 0, 1, 1]]
         assert len(form.decode(tokens[1])) == 0
 
-    def test_what_does_not(self, model: Path) -> None:
-        form = load_model(model).layout_format
+    def test_what_does_not(self, layout_dir: Path) -> None:
+        form = load_model(layout_dir).layout_format
         tokens, said = layout_tokens(
             dataset(
                 [(1, *BIG, 0), (0, *BIG, 0)],  # a dog
@@ -81,8 +73,8 @@ class TestLayoutTokens:
             "boxes.json: images left out because no box of theirs is left: 1.",
         )
 
-    def test_nothing_fits(self, model: Path) -> None:
-        form = load_model(model).layout_format
+    def test_nothing_fits(self, layout_dir: Path) -> None:
+        form = load_model(layout_dir).layout_format
         with pytest.raises(DataError, match="expected a layout that the model can write, got none"):
             layout_tokens(dataset([(0, *SMALL, 0)]), form)
         with pytest.raises(DataError, match="expected classes that the model knows"):
@@ -115,16 +107,16 @@ def write_annotations(path: Path) -> Path:
     return path
 
 
-def test_the_command(model: Path, tmp_path: Path, capsys) -> None:
+def test_the_command(layout_dir: Path, tmp_path: Path, capsys) -> None:
     boxes, out = write_annotations(tmp_path / "boxes.json"), tmp_path / "prior"
-    arguments = ["train-prior", "--annotations", boxes, "--model", model, "--out", out]
+    arguments = ["train-prior", "--annotations", boxes, "--model", layout_dir, "--out", out]
     said = call(capsys, *arguments, "--steps", 3)
     assert said.code == 0
     assert "below a step of the 5 x 5 grid: 6." in said.err
     facts = json.loads((out / "dive_fast.json").read_text())
     loss = facts["expected"]["held_out_loss"]
     assert said.out == f"{out}: loss {loss:.4f} of 1 held-out layouts, learned from 5 layouts\n"
-    loaded = load_model(model)
+    loaded = load_model(layout_dir)
     prior = load_prior(out, loaded.layout_format, loaded.vocabulary.table)
     v = loaded.embed(torch.full((1, loaded.layout_format.n_slots), loaded.layout_format.none))
     v = v.unflatten(1, (loaded.layout_format.n_slots, -1))
@@ -154,10 +146,10 @@ class TestBadInput:
         )
         assert_refused(said, message)
 
-    def test_no_annotations(self, model: Path, tmp_path: Path, capsys) -> None:
+    def test_no_annotations(self, layout_dir: Path, tmp_path: Path, capsys) -> None:
         for name in ("none.json", "none.npz"):
             missing = tmp_path / name
-            self.refused(capsys, tmp_path / "out", missing, model, "but nothing is there")
+            self.refused(capsys, tmp_path / "out", missing, layout_dir, "but nothing is there")
         assert not (tmp_path / "out").exists()
 
     def test_a_model_without_layouts(self, tmp_path: Path, capsys) -> None:
@@ -165,15 +157,17 @@ class TestBadInput:
         message = "expected a layout-to-image model, got digits, which has no layouts"
         self.refused(capsys, tmp_path / "out", boxes, "digits", message)
 
-    def test_scenes_for_another_model(self, model: Path, tmp_path: Path, capsys) -> None:
+    def test_scenes_for_another_model(self, layout_dir: Path, tmp_path: Path, capsys) -> None:
         message = "expected a model of the scenes' layouts"
-        self.refused(capsys, tmp_path / "out", "scenes", model, message)
+        self.refused(capsys, tmp_path / "out", "scenes", layout_dir, message)
 
-    def test_out(self, model: Path, tmp_path: Path, capsys) -> None:
+    def test_out(self, layout_dir: Path, tmp_path: Path, capsys) -> None:
         boxes = write_annotations(tmp_path / "boxes.json")
         (tmp_path / "file").write_text("")
-        self.refused(capsys, tmp_path / "file", boxes, model, "cannot be made a directory")
-        self.refused(capsys, model, boxes, model, "holds a model; choose its folder prior")
+        self.refused(capsys, tmp_path / "file", boxes, layout_dir, "cannot be made a directory")
+        self.refused(
+            capsys, layout_dir, boxes, layout_dir, "holds a model; choose its folder prior"
+        )
 
 
 def arrays() -> dict[str, np.ndarray]:

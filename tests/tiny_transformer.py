@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers import DiTTransformer2DModel
 
+from dive_fast.core.schedule import Schedule, make_betas
+from dive_fast.models.dit.model import DiT
+
 N_CLASSES, CHANNELS, SIZE = 5, 2, 4
 
 
@@ -40,3 +43,9 @@ def make_transformer(
         for block in others:
             block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
     return model.eval().requires_grad_(False)
+
+
+def make_dit(*, target: str = "epsilon", tied: bool = True, **options) -> DiT:
+    schedule = Schedule.from_betas(make_betas("linear", 1000), target)
+    transformer = make_transformer(tied=tied, **options)
+    return DiT(transformer, None, schedule, tuple("abcde"), tied=tied)

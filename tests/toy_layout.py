@@ -12,12 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.schedule import Schedule, make_betas
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.strategies.layout import Box, Item
+from dive_fast.strategies.layout import Board, Box, Item
 
 SCENE = (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6)))
 
@@ -64,3 +65,8 @@ class PictureModel(ToyLayoutModel):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return (images + 1) / 2
+
+    def draw(self, *scenes: tuple[Item, ...]) -> list[Image.Image]:
+        board = Board(self.vocabulary.table, self.layout_format, None)
+        x0 = self.picture(board.conditions(scenes).flatten(1))
+        return [Image.fromarray((255 * x.permute(1, 2, 0)).byte().numpy()) for x in x0]
