@@ -43,6 +43,25 @@ def read_extra(directory: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def write_extra(directory: Path, content: dict[str, Any]) -> Path:
+    """Writes ``dive_fast.json``, whole or not at all; the directory is made if it is missing.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    path = directory / FILE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written: {error.strerror or error}.") from error
+    return path
+
+
 def apply_fitted(model: Model, fitted: Fitted) -> None:
     """Sets on a model what was fitted to it; a shortlist of other classes is left out."""
     if fitted.beta is not None:
@@ -84,15 +103,12 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
 def write_fitted(directory: Path, fitted: Fitted) -> Path:
     """Puts the values into ``dive_fast.json`` and keeps its other entries; None takes one out.
 
-    The directory is made if it is missing; the file is there whole or as it was.
-
     Returns:
         The file's path.
 
     Raises:
-        ModelError: the file there is damaged, or cannot be written.
+        ModelError: the file there is damaged, or as ``write_extra``.
     """
-    path = directory / FILE
     content = read_extra(directory)
     values = {
         "beta": fitted.beta,
@@ -100,10 +116,4 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
         "shortlist": None if fitted.shortlist is None else fitted.shortlist.to_dict(),
     }
     content = {key: value for key, value in (content | values).items() if value is not None}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written: {error.strerror or error}.") from error
-    return path
+    return write_extra(directory, content)
