@@ -205,7 +205,7 @@ class TestCommand:
         shutil.copytree(model, fitted)
         detector = LayoutDetector.from_pretrained(fitted)
         assert detector.prior_out_of_proportion
-        detector.model.beta = 77.0
+        detector.model.inverse_temperature = 77.0
         detector.save_fitted()
         for number, (source, more, said_so) in enumerate(
             [(model, (), True), (model, ("--prior", "none"), False), (fitted, (), False)]

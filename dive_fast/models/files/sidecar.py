@@ -23,12 +23,12 @@ class Fitted:
     """What ``dive_fast.json`` says of fitted values; None where it does not.
 
     Attributes:
-        beta: inverse temperature of log p(y | x0) = -beta L + log p(y).
+        inverse_temperature: beta of log p(y | x0) = -beta L + log p(y).
         timesteps: learned density and weights of the probes' timesteps.
         shortlist: learned correction of the estimates that ``auto`` ranks classes by.
     """
 
-    beta: float | None = None
+    inverse_temperature: float | None = None
     timesteps: TimestepWeights | None = None
     shortlist: Shortlist | None = None
 
@@ -64,8 +64,8 @@ def write_extra(directory: Path, content: dict[str, Any]) -> Path:
 
 def apply_fitted(model: Model, fitted: Fitted) -> None:
     """Sets on a model what was fitted to it; a shortlist of other classes is left out."""
-    if fitted.beta is not None:
-        model.beta = fitted.beta
+    if fitted.inverse_temperature is not None:
+        model.inverse_temperature = fitted.inverse_temperature
     model.timesteps = fitted.timesteps
     if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
         model.shortlist = fitted.shortlist
@@ -111,7 +111,7 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
     """
     content = read_extra(directory)
     values = {
-        "beta": fitted.beta,
+        "beta": fitted.inverse_temperature,
         "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),
         "shortlist": None if fitted.shortlist is None else fitted.shortlist.to_dict(),
     }
