@@ -177,9 +177,9 @@ class TestClassifier:
     @pytest.mark.parametrize("strategy", ["enumerate", "race", "invert"])
     def test_probabilities_become_likelier(self, toy_and_60_images: tuple, strategy: str) -> None:
         clf, x0, labels = toy_and_60_images
-        clf.model.beta = 1.0
+        clf.model.inverse_temperature = 1.0
         record = clf.calibrate(latents=x0, labels=labels, strategy=strategy, probes=40)
-        assert record.beta_before == 1.0 and clf.model.beta == record.beta_after
+        assert record.beta_before == 1.0 and clf.model.inverse_temperature == record.beta_after
         assert record.nll_after < record.nll_before
         answers = clf(latents=x0, strategy=strategy, probes=40)
         correct = [a.index == y for a, y in zip(answers, labels.tolist(), strict=True)]
@@ -188,7 +188,7 @@ class TestClassifier:
 
     def test_bad_input(self, toy_and_60_images: tuple) -> None:
         clf, x0, labels = toy_and_60_images
-        before = clf.model.beta
+        before = clf.model.inverse_temperature
         for arguments, message in [
             ({"labels": labels}, "either images or latents"),
             ({"latents": x0}, "whole numbers"),
@@ -200,7 +200,7 @@ class TestClassifier:
         ]:
             with pytest.raises(DiveFastError, match=message):
                 clf.calibrate(**arguments)
-        assert clf.model.beta == before
+        assert clf.model.inverse_temperature == before
 
 
 class TestStored:
@@ -212,11 +212,11 @@ class TestStored:
 
     def test_round_trip_keeps_other_entries(self, directory: Path) -> None:
         clf = DiffusionClassifier.from_pretrained(directory)
-        assert clf.model.beta == 3
-        clf.model.beta = 0.1 + 0.2
+        assert clf.model.inverse_temperature == 3
+        clf.model.inverse_temperature = 0.1 + 0.2
         assert clf.save_fitted() == directory / "dive_fast.json"
         assert read_json(directory / "dive_fast.json") == {"beta": 0.1 + 0.2, "command": "made so"}
-        assert DiffusionClassifier.from_pretrained(directory).model.beta == 0.1 + 0.2
+        assert DiffusionClassifier.from_pretrained(directory).model.inverse_temperature == 0.1 + 0.2
         assert [p.name for p in directory.glob(".dive_fast*")] == []
 
     def test_another_directory(self, directory: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ class TestStored:
         clf.save_fitted(tmp_path / "new" / "place")
         other = DiffusionClassifier.from_pretrained(directory)
         other.load_fitted(tmp_path / "new" / "place")
-        assert other.model.beta == clf.model.beta
+        assert other.model.inverse_temperature == clf.model.inverse_temperature
         with pytest.raises(ModelError, match="digits has no model directory of yours"):
             DiffusionClassifier.from_pretrained("digits").save_fitted()
 
@@ -270,13 +270,13 @@ class TestCommand:
         assert "expected calibration error" in said.out
         assert said.out.endswith(f"written to {model / 'dive_fast.json'}\n")
         clf = DiffusionClassifier.from_pretrained(model)
-        assert clf.model.beta == read_json(model / "dive_fast.json")["beta"]
+        assert clf.model.inverse_temperature == read_json(model / "dive_fast.json")["beta"]
         assert read_json(model / "model_index.json")
 
         said = call(capsys, *arguments, "--limit", 6, "--out", tmp_path / "out")
         assert said.code == 0
         other = read_json(tmp_path / "out" / "dive_fast.json")["beta"]
-        assert other != clf.model.beta
+        assert other != clf.model.inverse_temperature
         np.savez(tmp_path / "test.npz", images=np.load(data)["x_train"], labels=np.arange(12) % 4)
         said = call(
             capsys, "evaluate", "--data", tmp_path / "test.npz", "--model", model, "--probes", 2,

@@ -49,7 +49,7 @@ def test_a_picture_without_objects(detector) -> None:
 @pytest.mark.parametrize("beta", [0.001, 1.0])
 def test_the_posterior_of_every_class(picture, beta: float) -> None:
     model = PictureModel()
-    model.beta = beta
+    model.inverse_temperature = beta
     detector = LayoutDetector(model)
     ((_, found),) = detector.stream([("a", picture)])
     rows = found.class_probabilities
@@ -80,7 +80,7 @@ def test_a_surer_model_is_surer_of_its_objects(picture) -> None:
     confidences = []
     for beta in (0.001, 1000.0):
         model = PictureModel()
-        model.beta = beta
+        model.inverse_temperature = beta
         (found,) = LayoutDetector(model)(picture)
         confidences.append(found.confidence.mean().item())
     assert confidences[0] < confidences[1]

@@ -213,7 +213,7 @@ class TestCommand:
         shutil.copytree(prior_dir, fitted)
         detector = LayoutDetector.from_pretrained(fitted)
         assert detector.prior_out_of_proportion
-        detector.model.beta = 77.0
+        detector.model.inverse_temperature = 77.0
         detector.save_fitted()
         for number, (source, more, said_so) in enumerate(
             [(prior_dir, (), True), (prior_dir, ("--prior", "none"), False), (fitted, (), False)]

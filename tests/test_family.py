@@ -77,7 +77,7 @@ def test_it_loads_and_classifies(directory):
     model = load_model(directory, device="cpu")
     assert isinstance(model, Model) and model.name == str(directory)
     assert model.latent_shape == model.image_shape == (1, 8, 8)
-    assert model.beta == 8 * 8 / 2 and model.timesteps is None
+    assert model.inverse_temperature == 8 * 8 / 2 and model.timesteps is None
     assert model.identity() == {
         "family": "toy",
         "dtype": "float32",
@@ -115,7 +115,7 @@ def test_what_else_it_may_have():
     assert model.network.dtype == model.more.weight.dtype == torch.bfloat16
     assert vae.dtype == torch.float32 and model.encode(images).dtype == torch.float32
     other = Toy(make_network(), None, Schedule.from_config({}), latent_shape=(1, 4, 6), name="n")
-    assert other.name == "n" and other.beta == math.prod((1, 4, 6)) / 2
+    assert other.name == "n" and other.inverse_temperature == math.prod((1, 4, 6)) / 2
     assert other.image_shape == (1, 4, 6) and channels == vae.config.latent_channels
 
 

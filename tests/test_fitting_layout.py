@@ -56,11 +56,13 @@ def renamed(data: CocoDataset) -> CocoDataset:
 
 
 def test_objects_that_are_right_are_sure(detector, data) -> None:
-    detector.model.beta = 1e-3
+    detector.model.inverse_temperature = 1e-3
     record = detector.calibrate(data, **SEARCH)
     assert (record.n, record.counted) == (6, "objects")
     assert "objects                              6" in str(record)
-    assert record.beta_before == 1e-3 and detector.model.beta == record.beta_after > 1
+    assert (
+        record.beta_before == 1e-3 and detector.model.inverse_temperature == record.beta_after > 1
+    )
     assert record.nll_after < record.nll_before
     (found,) = detector(data.images[0].path, **SEARCH)
     assert found.confidence.item() > 0.7
@@ -68,10 +70,10 @@ def test_objects_that_are_right_are_sure(detector, data) -> None:
 
 def test_labels_that_losses_do_not_tell_are_refused(detector, data) -> None:
     """Of wrong labels the likelihood is highest at beta = 0: that would be no detector."""
-    detector.model.beta = 7.0
+    detector.model.inverse_temperature = 7.0
     with pytest.raises(DiveFastError, match="got 6 labels that chance explains as well"):
         detector.calibrate(renamed(data), **SEARCH)
-    assert detector.model.beta == 7.0
+    assert detector.model.inverse_temperature == 7.0
 
 
 def test_the_prior_is_left_out(detector, data) -> None:
@@ -82,7 +84,7 @@ def test_the_prior_is_left_out(detector, data) -> None:
     with_prior = LayoutDetector(model, prior, prior_weight=1e4)
     assert not any(map(len, with_prior([image.path for image in data.images], **SEARCH)))
     found = with_prior.calibrate(data, **SEARCH)
-    assert found.n == 6 and model.beta == found.beta_after == expected.beta_after
+    assert found.n == 6 and model.inverse_temperature == found.beta_after == expected.beta_after
 
 
 def test_what_finds_nothing_is_labelled_absent(detector, data) -> None:
@@ -151,9 +153,9 @@ class TestCommand:
         beta = json.loads((out / "dive_fast.json").read_text())["beta"]
         assert math.isfinite(beta)
         detector = LayoutDetector.from_pretrained(scenes_model)
-        assert detector.model.beta != beta
+        assert detector.model.inverse_temperature != beta
         detector.load_fitted(out)
-        assert detector.model.beta == detector.identity()["beta"] == beta
+        assert detector.model.inverse_temperature == detector.identity()["beta"] == beta
         run = tmp_path / "run"
         said = call(
             capsys, "evaluate", *arguments, "--limit", 1, "--out", run, "--fitted", out, *FAST

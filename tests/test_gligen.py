@@ -158,7 +158,7 @@ def test_detects(directory, strategy, cache):
     """Untrained, so that what is found means nothing, but it is a layout of the grid."""
     model = load_model(directory, classes=CLASSES)
     model.set_layout(grid=9, max_objects=3)
-    model.beta = 1.0
+    model.inverse_temperature = 1.0
     detector = LayoutDetector(model, options=EngineOptions(cache=cache))
     image = Image.effect_noise((32, 16), 90)
     # Without a margin and without settling objects are kept that barely help.

@@ -95,7 +95,7 @@ def test_directory_round_trip(tmp_path, options, shape):
     loaded = load_model(tmp_path / "model")
     assert loaded.layout_format == FORMAT and loaded.identity() == model.identity()
     assert loaded.latent_shape == shape and loaded.image_shape == (3, 8, 8)
-    assert loaded.beta == torch.tensor(shape).prod() / 2
+    assert loaded.inverse_temperature == torch.tensor(shape).prod() / 2
     assert torch.equal(loaded.vocabulary.table, model.vocabulary.table)
     assert loaded.vocabulary.names[:4] == ("one", "two", "three", "(0, 0)")
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1

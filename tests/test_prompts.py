@@ -88,7 +88,7 @@ def test_classes_that_the_directory_states(tmp_path):
     )
     model = load_model(tmp_path)
     assert model.classes.prompts == (("fox", "a fox"), ("owl", "a owl"))
-    assert (model.vocabulary.parts, model.beta) == (2, 7.0)
+    assert (model.vocabulary.parts, model.inverse_temperature) == (2, 7.0)
     # What is asked for goes first, one by one.
     model = load_model(tmp_path, classes=["cat"], average="embedding")
     assert model.classes.prompts == (("cat", "a cat"),) and model.vocabulary.parts == 1

@@ -93,7 +93,7 @@ def test_attributes(kind, directories):
     assert model.latent_shape == (4, 8, 8) and model.image_shape == (3, 16, 16)
     assert model.schedule.target == ("v_prediction" if kind == "v" else "epsilon")
     assert model.schedule.a[-1] ** 2 == pytest.approx(0.0047, abs=1e-4)  # scaled_linear
-    assert model.beta == 128 and model.vocabulary.names == CLASSES
+    assert model.inverse_temperature == 128 and model.vocabulary.names == CLASSES
     identity = model.identity()
     assert identity["prompts"]["dog"] == ["a photo of a dog."]
     assert identity == load_model(directories[kind], device="cpu", classes=CLASSES).identity()

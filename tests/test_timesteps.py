@@ -359,7 +359,7 @@ class TestCommand:
         stored = read_json(own_dit / "dive_fast.json")
         clf = DiffusionClassifier.from_pretrained(own_dit)
         assert clf.model.timesteps.to_dict() == stored["timesteps"]
-        assert clf.model.beta == stored["beta"]
+        assert clf.model.inverse_temperature == stored["beta"]
 
     def test_fit_without_data(self, own_dit: Path, capsys) -> None:
         said = call(capsys, "fit", "--generate", 4, "--model", own_dit)

@@ -44,4 +44,4 @@ def test_every_model_says_how_it_was_made(model: str) -> None:
     classifier = DiffusionClassifier.from_pretrained(model)
     assert classifier.model.timesteps is not None
     assert classifier.model.shortlist is not None
-    assert classifier.model.beta != np.prod(classifier.model.latent_shape) / 2
+    assert classifier.model.inverse_temperature != np.prod(classifier.model.latent_shape) / 2

@@ -35,7 +35,7 @@ class ToyLayoutModel:
         self.vocabulary = Vocabulary(table, self.layout_format.token_names())
         self.latent_shape = self.image_shape = (n_classes, grid - 1, grid - 1)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.beta = 100.0
+        self.inverse_temperature = 100.0
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name}

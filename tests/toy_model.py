@@ -22,7 +22,7 @@ class ToyModel:
         self.vocabulary = Vocabulary(self.toy.table, names, self.toy.unconditional)
         self.latent_shape = self.image_shape = self.toy.shape
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.beta = 9.0
+        self.inverse_temperature = 9.0
         self.rows: list[int] = []  # of every forward
         self.memory = 10**9  # rows that fit
 

@@ -70,7 +70,7 @@ class LatentModel(ABC):
         self.latent_shape = latent_shape
         self.image_shape = image_shape(latent_shape, vae)
         # Unfitted, beta L is half the squared error summed over the latent: unit variance.
-        self.beta = math.prod(latent_shape) / 2
+        self.inverse_temperature = math.prod(latent_shape) / 2
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LatentModel:
         """Moves the network; the VAE stays in float32, as it runs once per image."""

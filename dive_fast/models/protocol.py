@@ -45,7 +45,7 @@ class Model(Protocol):
         image_shape: (channels, size, size) of the images that ``encode`` takes.
         device: where it computes.
         dtype: what it computes in.
-        beta: inverse temperature of log p(y | x0) = -beta L + log p(y).
+        inverse_temperature: beta of log p(y | x0) = -beta L + log p(y).
     """
 
     name: str
@@ -55,7 +55,7 @@ class Model(Protocol):
     image_shape: tuple[int, int, int]
     device: torch.device
     dtype: torch.dtype
-    beta: float
+    inverse_temperature: float
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another, for JSON; a run is only resumed on the same."""

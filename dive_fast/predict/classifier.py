@@ -169,7 +169,7 @@ class DiffusionClassifier(Fitting):
         chosen = resolve_strategy(strategy, preset, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         log_prior = self._log_prior(prior)
-        scaled = None if log_prior is None else log_prior / self.model.beta
+        scaled = None if log_prior is None else log_prior / self.model.inverse_temperature
         shortlist = fitted_shortlist(self.model)
         task = Task(self.model.vocabulary, probe_list, seed, scaled, shortlist)
         jobs = (self._job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
@@ -278,7 +278,7 @@ class DiffusionClassifier(Fitting):
         self, finished: Finished, log_prior: torch.Tensor | None, trace: bool
     ) -> Classification:
         answer = finished.answer
-        posterior = log_posterior(answer, self.model.beta, log_prior)
+        posterior = log_posterior(answer, self.model.inverse_temperature, log_prior)
         if posterior.isnan().any():
             raise ModelError(
                 f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN or "
@@ -295,7 +295,7 @@ class DiffusionClassifier(Fitting):
             eliminated=torch.zeros(len(self.names), dtype=torch.bool)
             if answer.bound is None
             else answer.bound.isfinite(),
-            log_odds_bound=log_odds_bound(answer, index, self.model.beta, log_prior),
+            log_odds_bound=log_odds_bound(answer, index, self.model.inverse_temperature, log_prior),
             names=self.names,
             evaluations=finished.evaluations,
             seconds=finished.seconds,

@@ -134,7 +134,11 @@ class LayoutDetector(DetectorFitting):
     def prior_out_of_proportion(self) -> bool:
         """Whether a prior counts though beta, which sets its weight, was not fitted."""
         unfitted = math.prod(self.model.latent_shape) / 2  # what models begin with
-        return self.prior is not None and self.prior_weight > 0 and self.model.beta == unfitted
+        return (
+            self.prior is not None
+            and self.prior_weight > 0
+            and self.model.inverse_temperature == unfitted
+        )
 
     def __call__(
         self,
@@ -299,7 +303,7 @@ class LayoutDetector(DetectorFitting):
         """The prior's part of the loss, where there is a prior that counts."""
         if self.prior is None or self.prior_weight == 0:
             return None
-        weight = self.prior_weight / self.model.beta
+        weight = self.prior_weight / self.model.inverse_temperature
         return LayoutPenalty(self.prior, weight, self.prior_probes, self.model.layout_format, seed)
 
     def _class_probabilities(self, answer: LayoutAnswer) -> torch.Tensor:
@@ -309,7 +313,7 @@ class LayoutDetector(DetectorFitting):
 
         "Not there" has no column: it is what a row lacks to 1.
         """
-        posterior = (-self.model.beta * answer.losses).softmax(dim=1)
+        posterior = (-self.model.inverse_temperature * answer.losses).softmax(dim=1)
         return posterior[:, : len(self.names)].float()
 
     def _check_answer(self, answer: LayoutAnswer) -> None:

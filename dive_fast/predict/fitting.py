@@ -70,8 +70,8 @@ class Fitting(Predictor):
         )
         losses = torch.stack([answer.losses for answer in answers])
         found = torch.tensor([answer.index for answer in answers])
-        record = calibrate(losses, labels, self.model.beta, found)
-        self.model.beta = record.beta_after
+        record = calibrate(losses, labels, self.model.inverse_temperature, found)
+        self.model.inverse_temperature = record.beta_after
         return record
 
     def fit_timesteps(

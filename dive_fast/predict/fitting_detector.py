@@ -70,9 +70,9 @@ class DetectorFitting(Predictor):
             raise DiveFastError(
                 f"beta needs objects that the detector found, got none in {data.source}."
             )
-        beta = self.model.beta
+        beta = self.model.inverse_temperature
         record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers), LAPSE)
-        self.model.beta = record.beta_after
+        self.model.inverse_temperature = record.beta_after
         return dataclasses.replace(record, counted="objects")
 
 

@@ -143,7 +143,7 @@ class Predictor:
             )
         timesteps = optional(self.model, "timesteps")
         shortlist = fitted_shortlist(self.model)
-        return write_fitted(target, Fitted(self.model.beta, timesteps, shortlist))
+        return write_fitted(target, Fitted(self.model.inverse_temperature, timesteps, shortlist))
 
     def load_fitted(self, directory: str | Path) -> None:
         """Takes over what ``save_fitted`` wrote.
@@ -169,7 +169,7 @@ class Predictor:
             "model": self.model.identity(),
             "strategy": {"name": strategy.name, **_settings(strategy)},
             "probes": len(self.probe_list(strategy, probes, seed, timesteps)),
-            "beta": self.model.beta,
+            "beta": self.model.inverse_temperature,
             "seed": seed,
         }
         if weights is not None:

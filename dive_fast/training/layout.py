@@ -16,7 +16,6 @@ of it, so that the model generates, too.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.timesteps import BINS, TimestepWeights
+from dive_fast.models.files.sidecar import write_extra
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
 from dive_fast.models.layout_to_image.transformer import (
     LayoutTransformerModel,
@@ -106,7 +106,7 @@ def train_into(
     facts = {"command": command, "config": dataclasses.asdict(config), "expected": expected}
     if config.max_weight is not None:
         facts["timesteps"] = learned_timesteps(config, model.schedule).to_dict()
-    (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_extra(out, facts)
     return expected
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from dive_fast.core.files import leftovers, replacing
 from dive_fast.errors import RunError
+from dive_fast.models.files.sidecar import FILE
 
 LOG = "training.jsonl"
 STATE = "training.pt"
@@ -305,7 +306,7 @@ def check_unfinished(out: Path) -> None:
         RunError: it holds a finished model.
     """
     # dive_fast.json comes last: a model of ours without it was cut off while it was measured.
-    unfinished = (out / LOG).exists() and not (out / "dive_fast.json").exists()
+    unfinished = (out / LOG).exists() and not (out / FILE).exists()
     if (out / "model_index.json").exists() and not unfinished:
         raise RunError(f"{out} holds a model already; choose another --out.")
 

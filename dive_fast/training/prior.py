@@ -9,7 +9,6 @@ noise least (``layout_prior``), and its gradient does not fade where the noise i
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from dive_fast.data.coco import CocoDataset, held_out_split, read_box_arrays, re
 from dive_fast.data.scenes import SceneMaker, load_scenes
 from dive_fast.errors import ModelError, RunError
 from dive_fast.models import load_model
+from dive_fast.models.files.sidecar import FILE, write_extra
 from dive_fast.models.protocol import optional
 from dive_fast.priors import LayoutPrior, layout_tokens
 from dive_fast.training.layout import shuffle_objects
@@ -132,7 +132,7 @@ def train_layout_prior(
             "config": dataclasses.asdict(config),
             "expected": trained._asdict(),
         }
-        (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_extra(out, facts)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written ({error}).") from error
     return trained
@@ -175,7 +175,7 @@ def check_free(out: Path) -> None:
         raise RunError(f"{out} cannot be made a directory: it is a file.")
     if (out / "model_index.json").exists():
         raise RunError(f"{out} holds a model; choose its folder prior as --out.")
-    if (out / "dive_fast.json").exists():  # written last
+    if (out / FILE).exists():  # written last
         raise RunError(f"{out} holds a prior already; choose another --out.")
 
 

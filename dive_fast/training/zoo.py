@@ -18,6 +18,7 @@ from dive_fast.data.mnist import load_mnist
 from dive_fast.data.npz import LabelledImages
 from dive_fast.data.omniglot import load_omniglot
 from dive_fast.errors import DataError, RunError
+from dive_fast.models.files.sidecar import write_extra
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.training.dit import (
     DIGITS,
@@ -131,7 +132,7 @@ def train_zoo_model(
         "config": dataclasses.asdict(config),
         "expected": expected,
     }
-    (out / "dive_fast.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_extra(out, facts)
     classifier.save_fitted(out)
     return expected
 

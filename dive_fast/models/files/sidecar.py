@@ -23,12 +23,12 @@ class Fitted:
     """What ``dive_fast.json`` says of fitted values; None where it does not.
 
     Attributes:
-        beta: inverse temperature of log p(y | x0) = -beta L + log p(y).
+        inverse_temperature: beta of log p(y | x0) = -beta L + log p(y).
         timesteps: learned density and weights of the probes' timesteps.
         shortlist: learned correction of the estimates that ``auto`` ranks classes by.
     """
 
-    beta: float | None = None
+    inverse_temperature: float | None = None
     timesteps: TimestepWeights | None = None
     shortlist: Shortlist | None = None
 
@@ -43,10 +43,29 @@ def read_extra(directory: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def write_extra(directory: Path, content: dict[str, Any]) -> Path:
+    """Writes ``dive_fast.json``, whole or not at all; the directory is made if it is missing.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    path = directory / FILE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written: {error.strerror or error}.") from error
+    return path
+
+
 def apply_fitted(model: Model, fitted: Fitted) -> None:
     """Sets on a model what was fitted to it; a shortlist of other classes is left out."""
-    if fitted.beta is not None:
-        model.beta = fitted.beta
+    if fitted.inverse_temperature is not None:
+        model.inverse_temperature = fitted.inverse_temperature
     model.timesteps = fitted.timesteps
     if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
         model.shortlist = fitted.shortlist
@@ -84,26 +103,17 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
 def write_fitted(directory: Path, fitted: Fitted) -> Path:
     """Puts the values into ``dive_fast.json`` and keeps its other entries; None takes one out.
 
-    The directory is made if it is missing; the file is there whole or as it was.
-
     Returns:
         The file's path.
 
     Raises:
-        ModelError: the file there is damaged, or cannot be written.
+        ModelError: the file there is damaged, or as ``write_extra``.
     """
-    path = directory / FILE
     content = read_extra(directory)
     values = {
-        "beta": fitted.beta,
+        "beta": fitted.inverse_temperature,
         "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),
         "shortlist": None if fitted.shortlist is None else fitted.shortlist.to_dict(),
     }
     content = {key: value for key, value in (content | values).items() if value is not None}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written: {error.strerror or error}.") from error
-    return path
+    return write_extra(directory, content)

@@ -50,7 +50,7 @@ class GivenUNet(WholeUNet):
         names = [f"prompt {i}" for i in range(len(text_embeds))]
         # Cloned: what was computed in inference mode cannot take part in a backward.
         self.vocabulary = Vocabulary(text_embeds.detach().float().flatten(1).clone(), names)
-        self.beta = math.prod(latent_shape) / 2
+        self.inverse_temperature = math.prod(latent_shape) / 2
 
     def identity(self) -> dict[str, Any]:
         return {
