@@ -1,13 +1,20 @@
 """The noise schedule: which x_t a timestep stands for.
 
-    x_t = a_t x0 + s_t eps        a_t = sqrt(alpha_bar_t),  s_t = sqrt(1 - alpha_bar_t)
+    x_t = a_t x0 + s_t eps
 
-Source: DDPM (arXiv 2006.11239); rescaling: arXiv 2305.08891.
+    variance preserving   a_t = sqrt(alpha_bar_t),  s_t = sqrt(1 - alpha_bar_t)
+    flow                  a_t = 1 - sigma_t,        s_t = sigma_t
+    EDM                   a_t = sigma_data / r_t,   s_t = sigma_t / r_t,
+                          r_t = sqrt(sigma_t^2 + sigma_data^2),  x0 in units of sigma_data
+
+Source: DDPM (arXiv 2006.11239); rescaling: arXiv 2305.08891; rectified flow: arXiv 2209.03003; EDM:
+arXiv 2206.00364.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +22,13 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
 
 BETA_SCHEDULES = ("linear", "scaled_linear")  # of make_betas; configurations have more
-TARGETS = ("epsilon", "v_prediction", "sample")
+TARGETS = ("epsilon", "v_prediction", "sample")  # of configurations; flows say theirs otherwise
+
+MOST_TIMESTEPS = 10**6
 
 # What must be stated of a scheduler that diffusers does not have, or trained_betas instead.
 _STATED = ("beta_schedule", "beta_start", "beta_end")
@@ -31,12 +41,14 @@ class Schedule:
     Attributes:
         a: float32 [T], factor of x0.
         s: float32 [T], factor of eps.
-        target: "epsilon", "v_prediction" (a eps - s x0) or "sample" (x0).
+        target: "epsilon", "v_prediction" (a eps - s x0), "sample" (x0) or "flow" (eps - x0).
+        sigma_data: of EDM's preconditioning, whose x0 are images / sigma_data; None for others.
     """
 
     a: torch.Tensor
     s: torch.Tensor
     target: str = "epsilon"
+    sigma_data: float | None = None
 
     def __post_init__(self) -> None:
         if self.a.ndim != 1 or self.a.shape != self.s.shape:
@@ -65,6 +77,48 @@ class Schedule:
         return cls(alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float(), target)
 
     @classmethod
+    def linear(
+        cls, n: int = 1000, start: float = 1e-4, end: float = 0.02, target: str = "epsilon"
+    ) -> Schedule:
+        """beta_t evenly from ``start`` to ``end``: DDPM's, ADM's and DiT's."""
+        return cls.from_betas(make_betas("linear", n, start, end), target)
+
+    @classmethod
+    def cosine(cls, n: int = 1000, target: str = "epsilon") -> Schedule:
+        """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t / T + 0.008) / 1.008 pi / 2).
+
+        beta_t is cut at 0.999, as published (arXiv 2102.09672).
+        """
+        f = (torch.linspace(0, 1, n + 1, dtype=torch.float64) + 0.008).div(1.008)
+        alpha_bar = f.mul(math.pi / 2).cos().square()
+        return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999), target)
+
+    @classmethod
+    def flow(cls, n: int = 1000) -> Schedule:
+        """Rectified flow: x_t = (1 - sigma) x0 + sigma eps, sigma = 1 / n, 2 / n, ..., 1.
+
+        A shift of the sigmas says where sampling goes, not what a sigma means: it is not needed.
+        """
+        sigma = torch.arange(1, n + 1, dtype=torch.float64) / n
+        return cls((1 - sigma).float(), sigma.float(), "flow")
+
+    @classmethod
+    def edm(
+        cls, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2, n: int = 1000
+    ) -> Schedule:
+        """Karras' preconditioned training (arXiv 2206.00364): log sigma ~ N(mean, std^2).
+
+        The n sigmas are the quantiles of that density, so that evenly spread timesteps follow it.
+        With r = sqrt(sigma^2 + sigma_data^2) the network's input c_in (x0 + sigma eps) is
+        (sigma_data x0' + sigma eps) / r for x0' = x0 / sigma_data, and its target is
+        (sigma x0' - sigma_data eps) / r: v of x0' with the other sign.
+        """
+        quantile = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        sigma = torch.exp(mean + std * torch.special.ndtri(quantile))
+        r = (sigma**2 + sigma_data**2).sqrt()
+        return cls((sigma_data / r).float(), (sigma / r).float(), "v_prediction", sigma_data)
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Reads the ``scheduler_config.json`` of a diffusers scheduler (DDPM, DDIM, Euler ...).
 
@@ -72,7 +126,7 @@ class Schedule:
             ModelError: a scheduler, betas or a prediction type that are not supported.
         """
         if "FlowMatch" in str(config.get("_class_name", "")) or config.get("use_flow_sigmas"):
-            raise ModelError(f"flow schedules are not supported, got {config.get('_class_name')}.")
+            return _read_flow(config)
         target = config.get("prediction_type", "epsilon")
         if target not in TARGETS:
             raise ModelError(f"expected a prediction_type of {', '.join(TARGETS)}, got {target!r}.")
@@ -86,6 +140,16 @@ class Schedule:
         if config.get("rescale_betas_zero_snr", False):
             alpha_bar = _rescale_to_zero_snr(alpha_bar)
         return cls.from_alpha_bar(alpha_bar, target)
+
+
+def _read_flow(config: Mapping[str, Any]) -> Schedule:
+    """Of a flow-matching scheduler. Shifts only choose among its sigmas when it samples."""
+    n = config.get("num_train_timesteps", 1000)
+    if not is_whole(n, 1) or n > MOST_TIMESTEPS:
+        raise ModelError(
+            f"num_train_timesteps must be a whole number from 1 to {MOST_TIMESTEPS}, got {n!r}."
+        )
+    return Schedule.flow(n)
 
 
 def _read_alpha_bar(config: Mapping[str, Any]) -> torch.Tensor:

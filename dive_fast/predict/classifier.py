@@ -10,6 +10,7 @@ import torch
 
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Losses, Search
+from dive_fast.core.schedule import Schedule
 from dive_fast.core.shortlist import digest
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_images
@@ -17,6 +18,7 @@ from dive_fast.engine import EngineOptions, Finished
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.models import Source, check_place, load_model, resolve
 from dive_fast.models.files.sidecar import fitted_shortlist
+from dive_fast.models.network import Call, GivenNetwork, Pixels
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
 from dive_fast.predict.fitting import Fitting
@@ -75,6 +77,73 @@ class DiffusionClassifier(Fitting):
         classifier = cls(model, batch_size=batch_size, options=options)
         classifier.directory = source.own_directory
         return classifier
+
+    @classmethod
+    def from_network(
+        cls,
+        network: torch.nn.Module,
+        *,
+        schedule: Schedule,
+        embeddings: torch.Tensor | torch.nn.Embedding,
+        shape: Sequence[int],
+        call: Call | None = None,
+        names: Sequence[str] | None = None,
+        predicts: str | None = None,
+        time: str | None = None,
+        pixels: Pixels = "[-1, 1]",
+        vae: Any = None,
+        name: str = "the given network",
+        batch_size: int | None = None,
+        **engine: Any,
+    ) -> DiffusionClassifier:
+        """From a class-conditional network of your own, whatever its code.
+
+        The network is put in eval mode and frozen, and called once to see that its prediction has
+        the right shape and a gradient with respect to the condition.
+
+        Args:
+            network: where it stays, in its own precision.
+            schedule: of its training: ``Schedule.linear()``, ``cosine()``, ``flow()``, ``edm()``.
+            embeddings: one row for every class, float [C, D]; or the network's own
+                ``torch.nn.Embedding``, which from then on hands on rows that it is given instead of
+                labels, so that the network can be called with c in the place of the labels.
+            shape: (channels, side, side) of x0.
+            call: (network, x_t [M, C, h, w], t [M], c [M, D]) to the prediction [M, C or 2C, h, w],
+                differentiable in c; ``network(x_t, t, c)`` if None.
+            names: of the classes. One row more than names is the embedding of "no class".
+            predicts: "epsilon", "v_prediction", "sample"; of a flow "noise - data" or "data -
+                noise"; of EDM "edm" (the raw network, called with c_in x) or "denoised" (D(x;
+                sigma), called with x). What the schedule says if None.
+            time: what the network is told: "t" (0 ... T - 1), "t / T", "sigma" (of a flow also
+                "1 - sigma" and "1000 sigma"), "log sigma / 4"; the usual one if None.
+            pixels: what it was trained on: "[-1, 1]", "[0, 1]", or the channels' (means, stds) of
+                pixels in [0, 1].
+            vae: diffusers' ``AutoencoderKL``, where x0 are its latents.
+            name: for messages.
+            batch_size, engine: as in ``from_pretrained``.
+
+        Raises:
+            ModelError: the parts do not fit together; it says which.
+
+        Example:
+            >>> clf = DiffusionClassifier.from_network(
+            ...     net, schedule=Schedule.linear(), embeddings=net.labels, shape=(1, 28, 28))
+        """
+        options = EngineOptions(**engine)
+        model = GivenNetwork(
+            network,
+            schedule=schedule,
+            embeddings=embeddings,
+            shape=shape,
+            call=call,
+            names=names,
+            predicts=predicts,
+            time=time,
+            pixels=pixels,
+            vae=vae,
+            name=name,
+        )
+        return cls(model, batch_size=batch_size, options=options)
 
     @property
     def names(self) -> tuple[str, ...]:

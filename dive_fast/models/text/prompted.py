@@ -82,5 +82,5 @@ class PromptedModel(LatentModel):
         )
 
     def facts(self) -> dict[str, Any]:
-        weights = [fingerprint(tower.encoder) for tower in self.text.towers]
+        weights = [fingerprint(encoder) for encoder in self.text.modules()]
         return {**super().facts(), **self.classes.to_dict(), "text_weights": weights}

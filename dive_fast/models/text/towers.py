@@ -52,6 +52,10 @@ class PromptEncoder:
     def dim(self) -> int:
         return self.shape[0] * self.shape[1] + self.pooled
 
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """The text encoders, for ``identity``."""
+        return tuple(tower.encoder for tower in self.towers)
+
     def check(self, classes: ClassPrompts) -> None:
         """Warns of prompts that are cut.
 
