@@ -148,7 +148,8 @@ def test_identity_tells_weights_and_conventions_apart() -> None:
         return json.dumps(clf.identity())
 
     found = {identity(), identity(other=True), identity(pixels="[0, 1]"),
-             identity(time="1 - sigma"), identity(schedule=Schedule.flow(500)), identity(predicts="data - noise")}  # fmt: skip
+             identity(time="1 - sigma"), identity(schedule=Schedule.flow(500)),
+             identity(predicts="data - noise")}  # fmt: skip
     assert len(found) == 6 and identity() in found
 
 
