@@ -13,6 +13,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
 
@@ -152,10 +153,6 @@ def test_bad_schedules():
     ):
         with pytest.raises(ModelError, match="the scheduler's betas (cannot be read|must be)"):
             Schedule.from_config(config)
-    with pytest.raises(ModelError, match="flow schedules are not supported"):
-        Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    with pytest.raises(ModelError, match="flow schedules are not supported, got UniPC"):
-        Schedule.from_config({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True})
     with pytest.raises(ModelError, match="states its betas, got EDMEulerScheduler"):
         Schedule.from_config({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
     with pytest.raises(ModelError, match=r"one shape \[T\], got \[3\] and \[4\]"):
@@ -218,3 +215,48 @@ def test_bad_probe_lists():
             ProbeList(*arguments)
     with pytest.raises(DiveFastError, match=r"lie in \[0, 1000\), got values from -1 to 5"):
         ProbeList(torch.tensor([5, -1]), noise).check((1, 2, 2), 1000)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True,
+         "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    ],
+)  # fmt: skip
+def test_flows(config: dict) -> None:
+    """x_t = (1 - sigma) x0 + sigma eps as FlowMatchEulerDiscreteScheduler.scale_noise has it."""
+    schedule = Schedule.from_config(config)
+    assert schedule.target == "flow" and len(schedule) == 1000
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    x0, eps = torch.randn(2, 1, 3, 4, 4)
+    for t in (0, 499, 999):
+        expected = scheduler.scale_noise(x0, torch.tensor([t + 1.0]), eps)
+        torch.testing.assert_close(schedule.a[t] * x0 + schedule.s[t] * eps, expected)
+
+
+@pytest.mark.parametrize("n", [0, -3, 2.5, "1000", True, 10**9])
+def test_bad_flows(n: object) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": n}
+    with pytest.raises(ModelError, match="num_train_timesteps must be a whole number from 1 to"):
+        Schedule.from_config(config)
+
+
+def test_edm_follows_the_density_of_its_training() -> None:
+    """Of log sigma: mean, standard deviation, and the signal-to-noise ratio of x0 / sigma_data."""
+    schedule = Schedule.edm(sigma_data=0.5, mean=-1.2, std=1.2, n=4000)
+    sigma = 0.5 * schedule.s / schedule.a
+    assert abs(sigma.log().mean() + 1.2) < 1e-3 and abs(sigma.log().std() - 1.2) < 5e-3
+    torch.testing.assert_close(schedule.a**2 + schedule.s**2, torch.ones(4000))
+
+
+def test_linear_and_cosine_are_those_of_diffusers() -> None:
+    for name, schedule in (
+        ("linear", Schedule.linear()),
+        ("squaredcos_cap_v2", Schedule.cosine()),
+    ):
+        alpha_bar = DDPMScheduler(beta_schedule=name).alphas_cumprod
+        torch.testing.assert_close(schedule.a**2, alpha_bar, rtol=1e-3, atol=1e-5)

@@ -139,12 +139,17 @@ def _load_stable_diffusion(directory: Path, **asked: Any) -> Model:
 _SD_FOLDERS = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
 _SD = Family(_load_stable_diffusion, _SD_FOLDERS, text=True)
 _SDXL = Family(_load_stable_diffusion, (*_SD_FOLDERS, "tokenizer_2", "text_encoder_2"), text=True)
+_TRANSFORMER = ("transformer", "vae", "scheduler")
+_TEXT = tuple(f"{part}{n}" for part in ("tokenizer", "text_encoder") for n in ("", "_2", "_3"))
 FAMILIES: dict[str, Family] = {
     "DiTPipeline": Family(_load_of("dit.model"), ("transformer", "vae", "scheduler")),
     "LayoutToImagePipeline": Family(
         _load_of("layout_to_image.load"), ("unet", "layout_encoder", "vae", "scheduler", PRIOR)
     ),
     "StableDiffusionGLIGENPipeline": Family(_load_of("gligen"), _SD_FOLDERS, text=True),
+    "StableDiffusion3Pipeline": Family(
+        _load_of("transformers.sd3"), (*_TRANSFORMER, *_TEXT), text=True
+    ),
     "StableDiffusionPipeline": _SD,
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionXLPipeline": _SDXL,

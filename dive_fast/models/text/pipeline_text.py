@@ -1,8 +1,13 @@
-"""Prompts to conditions by a diffusers pipeline's own ``encode_prompt``."""
+"""Prompts to conditions by a diffusers pipeline's own ``encode_prompt``.
+
+What a family does with its tokenizers (templates, cut layers, masks) is written there; here it is
+only read from the directory, called, and packed into rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +15,9 @@ from torch import Tensor, nn
 
 from dive_fast.core.condition import ConditionParts
 from dive_fast.errors import ModelError
+from dive_fast.models.files.checkpoint import first_line, load_component
 from dive_fast.models.text.prompts import ClassPrompts
+from dive_fast.models.text.towers import import_transformers, quiet_transformers, read_transformers
 
 ENCODE_BATCH = 8  # prompts
 
@@ -37,7 +44,9 @@ class PipelineText:
         self.pipeline = pipeline
         self._encode_prompts = encode
         self.encoders: tuple[nn.Module, ...] = tuple(
-            part for part in pipeline.components.values() if _is_text_encoder(part)
+            part
+            for name in pipeline.config
+            if name.startswith("text_encoder") and (part := getattr(pipeline, name)) is not None
         )
         self.parts = ConditionParts.of(self._encode([""], torch.device("cpu")), constants)
 
@@ -95,5 +104,54 @@ class PipelineText:
             return self._encode_prompts(self.pipeline, prompts, device)
 
 
-def _is_text_encoder(part: Any) -> bool:
-    return isinstance(part, nn.Module) and type(part).__module__.startswith("transformers.")
+def load_encoders(directory: Path, index: Mapping[str, Any], allow_pickle: bool) -> dict[str, Any]:
+    """Tokenizers and text encoders of a directory by their folders; None for those left out.
+
+    Raises:
+        ModelError: one is missing or broken, or transformers does not have its class.
+    """
+    transformers = import_transformers()
+    found: dict[str, Any] = {}
+    for folder, entry in index.items():
+        if not folder.startswith(("tokenizer", "text_encoder")):
+            continue
+        if not (isinstance(entry, list) and len(entry) == 2):
+            raise ModelError(
+                f"expected {folder} in {directory / 'model_index.json'} as a library and a class, "
+                f"got {entry!r}."
+            )
+        if entry[1] is None:  # published without it, as SD3 without T5
+            found[folder] = None
+            continue
+        kind = getattr(transformers, str(entry[1]), None)
+        if not isinstance(kind, type):
+            raise ModelError(
+                f"expected a class of transformers for {folder} in "
+                f"{directory / 'model_index.json'}, got {entry[1]!r}."
+            )
+        load = _load_tokenizer if folder.startswith("tokenizer") else _load_encoder
+        found[folder] = load(kind, directory / folder, allow_pickle)
+    return found
+
+
+def _load_encoder(kind: type, folder: Path, allow_pickle: bool) -> nn.Module:
+    return load_component(
+        kind,
+        folder,
+        allow_pickle,
+        read=read_transformers,
+        safe_name="model",
+        pickle_name="pytorch_model",
+    )
+
+
+def _load_tokenizer(kind: type, folder: Path, allow_pickle: bool) -> Any:
+    if not folder.is_dir():
+        raise ModelError(f"expected the folder {folder.name} in {folder.parent}, found none.")
+    try:
+        with quiet_transformers(import_transformers()):
+            return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise ModelError(
+            f"{folder} cannot be loaded as {kind.__name__}: {first_line(error)}"
+        ) from error

@@ -181,7 +181,7 @@ def load_tower(directory: Path, suffix: str, class_name: str, allow_pickle: bool
         getattr(transformers, class_name),
         folder,
         allow_pickle,
-        read=_read_transformers,
+        read=_read_clip,
         safe_name="model",
         pickle_name="pytorch_model",
     )
@@ -220,7 +220,7 @@ def _load_tokenizer(transformers: Any, folder: Path) -> Any:
     if not (folder / "tokenizer.json").exists() and not all(path.exists() for path in pair):
         raise ModelError(f"expected vocab.json and merges.txt (or tokenizer.json) in {folder}.")
     try:
-        with _quiet_transformers(transformers):
+        with quiet_transformers(transformers):
             return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ModelError(
@@ -228,14 +228,21 @@ def _load_tokenizer(transformers: Any, folder: Path) -> Any:
         ) from error
 
 
-def _read_transformers(
+def _read_clip(
     model_class: type, directory: Path, safe: bool
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A ``PreTrainedModel``; see ``checkpoint.Reader``."""
+    """A CLIP text model; see ``checkpoint.Reader``."""
     kind = read_json(directory / "config.json").get("model_type")
     if kind != "clip_text_model":
         raise ModelError(f"expected the model_type clip_text_model, got {kind!r}.")
-    with _quiet_transformers(import_transformers()):
+    return read_transformers(model_class, directory, safe)
+
+
+def read_transformers(
+    model_class: type, directory: Path, safe: bool
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A ``PreTrainedModel``; see ``checkpoint.Reader``."""
+    with quiet_transformers(import_transformers()):
         model, report = model_class.from_pretrained(
             directory,
             use_safetensors=safe,
@@ -254,7 +261,7 @@ def _read_transformers(
 
 
 @contextmanager
-def _quiet_transformers(transformers: Any) -> Iterator[None]:
+def quiet_transformers(transformers: Any) -> Iterator[None]:
     """No bars for each little file, and no report of what becomes one sentence."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()

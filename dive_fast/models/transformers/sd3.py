@@ -1,0 +1,42 @@
+"""The family "stable-diffusion-3": SD3 and SD3.5 (arXiv 2403.03206), a rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dive_fast.models.transformers.base import TextTransformer, load_transformer
+
+
+class StableDiffusion3(TextTransformer):
+    """A condition is CLIP's and T5's sequence and CLIP's pooled vector."""
+
+    family = "stable-diffusion-3"
+    pipeline_class = "StableDiffusion3Pipeline"
+    network_class = "SD3Transformer2DModel"
+
+    @staticmethod
+    def encode_prompts(
+        pipeline: Any, prompts: list[str], device: torch.device
+    ) -> dict[str, Tensor]:
+        sequence, _, pooled, _ = pipeline.encode_prompt(
+            prompts, None, None, device=device, do_classifier_free_guidance=False
+        )
+        return {"sequence": sequence, "pooled": pooled}
+
+    def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.network(
+            x_t,
+            timestep=self.sigma(t) * len(self.schedule),
+            encoder_hidden_states=parts["sequence"],
+            pooled_projections=parts["pooled"],
+        ).sample
+
+
+def load(directory: Path, **asked: Any) -> StableDiffusion3:
+    """See ``load_transformer``."""
+    return load_transformer(StableDiffusion3, directory, **asked)

@@ -1,0 +1,130 @@
+"""Stable Diffusion 3 as classifier: the network is asked what diffusers' pipeline asks it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from pipelines import check_gradient, intercept, make_t5, make_t5_tokenizer, save
+from tiny_sd import make_text_encoder, write_tokenizer
+from transformers import CLIPTokenizer
+
+from dive_fast import DiffusionClassifier
+from dive_fast.models import load_model
+from dive_fast.strategies import resolve_strategy
+
+CLASSES = ["cat", "dog"]
+PROMPTS = ["a photo of a cat.", "a photo of a dog."]
+
+
+def make_vae(channels: int = 4) -> AutoencoderKL:
+    """RGB 16 x 16 to latents of 8 x 8, shifted and scaled."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def make_sd3(folder: Path, *, t5: bool = True) -> StableDiffusion3Pipeline:
+    tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "clip"))
+    t5_tokenizer = make_t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=16, pooled_projection_dim=18, pos_embed_max_size=12,
+        qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=make_vae(),
+        text_encoder=make_text_encoder(tokenizer, projection=8),
+        tokenizer=tokenizer,
+        text_encoder_2=make_text_encoder(tokenizer, projection=10, width=16),
+        tokenizer_2=tokenizer,
+        text_encoder_3=make_t5(t5_tokenizer, 32) if t5 else None,
+        tokenizer_3=t5_tokenizer if t5 else None,
+    )
+
+
+def read_sd3(directory: Path) -> StableDiffusion3Pipeline:
+    """As it is published without T5, it must be told so."""
+    without = {} if (directory / "tokenizer_3").exists() else dict.fromkeys(
+        ("text_encoder_3", "tokenizer_3")
+    )  # fmt: skip
+    return StableDiffusion3Pipeline.from_pretrained(directory, **without)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["t5", "no t5"])
+def sd3(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd3")
+    return save(lambda: make_sd3(folder, t5=request.param), folder / "model")
+
+
+def test_the_network_is_asked_what_the_pipeline_asks(sd3: Path) -> None:
+    pipeline = read_sd3(sd3)
+    model = load_model(sd3, classes=CLASSES)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    asked = intercept(
+        pipeline, pipeline.transformer, prompt=PROMPTS, latents=latents, num_inference_steps=4,
+        guidance_scale=1.0, height=16, width=16,
+    )  # fmt: skip
+    assert [float(call.given["timestep"][0]) for call in asked] == [1000, 667, 334, 1]
+    for call in asked:
+        t = call.given["timestep"].long() - 1
+        found = model.predict(call.given["hidden_states"], t, model.vocabulary.table)
+        torch.testing.assert_close(found, call.output, rtol=1e-5, atol=1e-5)
+    assert (asked[0].output[0] - asked[0].output[1]).abs().max() > 1e-3  # the prompt is seen
+
+
+def test_losses_are_those_of_flow_matching(sd3: Path) -> None:
+    """The training's loss, || eps - x0 - f ||^2, at x_t = (1 - sigma) x0 + sigma eps."""
+    clf = DiffusionClassifier.from_pretrained(sd3, classes=CLASSES)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    probes = clf.probe_list(resolve_strategy("enumerate", None, {}), 3)
+    found = clf.losses(pixels, probes=probes)
+    pipeline = read_sd3(sd3)
+    images = torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        vae = pipeline.vae
+        x0 = (vae.encode(images).latent_dist.mean - 0.06) * 1.5
+        for k, t in enumerate(probes.timesteps.tolist()):
+            sigma, eps = (t + 1) / 1000, probes.noise[probes.noise_index[k]][None]
+            for c, prompt in enumerate(PROMPTS):
+                sequence, _, pooled, _ = pipeline.encode_prompt(
+                    prompt, None, None, do_classifier_free_guidance=False
+                )
+                predicted = pipeline.transformer(
+                    (1 - sigma) * x0 + sigma * eps, encoder_hidden_states=sequence,
+                    pooled_projections=pooled, timestep=torch.tensor([sigma * 1000]),
+                ).sample  # fmt: skip
+                expected = (eps - x0 - predicted).square().mean()
+                torch.testing.assert_close(found[0, c, k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_finite_differences(sd3: Path) -> None:
+    check_gradient(load_model(sd3, classes=CLASSES))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "enumerate", "invert"])
+def test_it_answers(sd3: Path, strategy: str) -> None:
+    clf = DiffusionClassifier.from_pretrained(sd3, classes=[*CLASSES, "bird"])
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    answer = clf(pixels, strategy=strategy, probes=4)[0]
+    assert answer.label in clf.names and answer.log_posterior.isfinite().any()
