@@ -21,7 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-DIGITS, PROBES = 60, 4
+DIGITS, PROBES = 200, 4
 
 
 def main() -> int:
