@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import call
+from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from dive_fast.data import images
@@ -40,12 +41,14 @@ def test_warnings_of_other_libraries_are_sentences(picture: Path, dit_dir, capsy
         images.Image.open(picture)
 
 
-def test_no_bars_and_remarks_of_other_libraries(picture: Path, sd: Path):
+def test_no_bars_and_remarks_of_other_libraries(picture: Path, dit_dir, tmp_path: Path):
     """In a process of its own: libraries read their settings when they are loaded."""
-    command = [sys.executable, "-m", "dive_fast", "classify", picture, "--model", sd]
-    command += ["--classes", "cat,dog", "--strategy", "enumerate", "--probes", "1"]
-    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
-    environment = {k: v for k, v in os.environ.items() if k not in (*names, "HF_HUB_VERBOSITY")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    shutil.copytree(dit_dir, tmp_path / "sharded")
+    transformer = DiTTransformer2DModel.from_pretrained(dit_dir / "transformer")
+    (tmp_path / "sharded/transformer/diffusion_pytorch_model.safetensors").unlink()
+    transformer.save_pretrained(tmp_path / "sharded/transformer", max_shard_size="9KB")
+    command = [sys.executable, "-m", "dive_fast", "classify", picture, "--probes", "1"]
+    command += ["--model", tmp_path / "sharded", "--strategy", "enumerate"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
