@@ -19,9 +19,10 @@ _LOW, _HIGH = -0.01, 1.01  # fractions are rounded when written, and may reach o
 ROUNDING, _ROUNDING_SHARE = 1.0, 0.01
 _MANY = 0.2  # share of boxes that reach out, from which on something is wrong with the file
 _EXCEPT = 0.01  # share of boxes that are wrong in whatever frame
-# Boxes that have to reach out, or be there, for a verdict. Of boxes in COCO's frame (1/8)^3 = 0.2%
-# of three would pass for corners, although they reach out; 0.7^20 = 0.08% of twenty for centres.
-_CORNERS, _CENTRES, _WORD = 3, 20, 10
+# Boxes that have to be there for a verdict: (1/8)^3 = 0.2% of three boxes in COCO's frame all pass
+# for corners, 0.7^20 = 0.08% of twenty for centres; and a share of them reaches out besides, of
+# which one could be a slip. With fewer, or in no known frame, there is only a word.
+_CORNERS, _CENTRES, _WORD, _SLIP = 3, 20, 10, 1
 _QUARTER = 20  # boxes, all in the upper left quarter of their images: 0.25^20 of scattered ones
 
 EXPECTED = "expected boxes [left, top, width, height] in pixels"
@@ -41,8 +42,8 @@ def check_frame(source: object, boxes: np.ndarray, sizes: np.ndarray) -> str | N
     sizes = sizes.astype(np.float64)
     if (form := fractions(boxes, sizes)) is not None:
         raise DataError(
-            f"{source}: {EXPECTED}, got fractions of the images' sizes{form}: all coordinates of "
-            f"{len(boxes):,} boxes lie in [0, 1]; multiply them by the width and the height."
+            f"{source}: {EXPECTED}, got fractions of the images' sizes{form}: the coordinates of "
+            f"all boxes ({len(boxes):,}) lie in [0, 1]; multiply them by the width and the height."
         )
     n = len(boxes)
     corner, extent = boxes[:, :2], boxes[:, 2:]
@@ -51,7 +52,8 @@ def check_frame(source: object, boxes: np.ndarray, sizes: np.ndarray) -> str | N
     if n_out <= _MANY * n:
         return _quarter(boxes, sizes)
     reach = f"{n_out:,} of {n:,} reach out of their images"
-    if n_out >= _CORNERS and _nearly_all(_inside(corner, extent, sizes) & _sized(extent - corner)):
+    cornered = _nearly_all(_inside(corner, extent, sizes) & _sized(extent - corner))
+    if cornered and n >= _CORNERS and n_out > _SLIP:
         raise DataError(
             f"{source}: {EXPECTED}, got [left, top, right, bottom]: so read all lie in their "
             f"images, but {reach} as they are; subtract left and top from the last two numbers."
@@ -63,10 +65,12 @@ def check_frame(source: object, boxes: np.ndarray, sizes: np.ndarray) -> str | N
             f"{source}: {EXPECTED}, got [centre x, centre y, width, height]: so read all lie in "
             f"their images, but {reach} as they are; subtract half the size from the centres."
         )
-    if n < _WORD:
+    if n < (2 if cornered else _WORD):
         return None
-    guess = "be given by their centres" if centred else "be of images of another size, or turned"
-    return f"{EXPECTED}, but {reach}; they may {guess}"
+    guess = "of images of another size, or turned"
+    if cornered or centred:
+        guess = "[left, top, right, bottom]" if cornered else "[centre x, centre y, width, height]"
+    return f"{EXPECTED}, but {reach}; they may be {guess}"
 
 
 def fractions(boxes: np.ndarray, sizes: np.ndarray) -> str | None:

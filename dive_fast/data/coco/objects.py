@@ -75,7 +75,7 @@ def read_objects(
         name = f"{name} of {entry}"
         category = as_id(annotation.get("category_id"))
         if category not in classes:
-            what = short(annotation.get("category_id"))
+            what = _unknown(annotation.get("category_id"), classes)
             bad.add("unknown category", f"{name}: unknown category {what}; left out")
             continue
         box = _cut_box(name, annotation.get("bbox"), entry.size, bad)
@@ -120,21 +120,20 @@ def _entry(
     number = as_id(value)
     if number in entries:
         return entries[number]
-    other = _of_other_kind(number, entries)
-    hint = "" if other is None else f" (there is {short(other)}, which is another id)"
-    problems.add(
-        "unknown image", f"{name}: there is no usable image {short(value)}{hint}; left out"
-    )
+    what = _unknown(value, entries)
+    problems.add("unknown image", f"{name}: there is no usable image {what}; left out")
     return None
 
 
-def _of_other_kind(number: Id | None, known: Collection[Id]) -> Id | None:
-    """The text for a number and the number for a text, where that is known."""
+def _unknown(value: object, known: Collection[Id]) -> str:
+    """An id for a sentence; where the number is known for a text, or the text for a number, so."""
+    number = as_id(value)
     if isinstance(number, str) and len(number) < 20 and number.isdecimal():
         other: Id = int(number)
     else:
         other = short(number)
-    return other if other in known else None
+    hint = f" (there is {short(other)}, which is another id)" if other in known else ""
+    return short(value) + hint
 
 
 def _crowd(name: str, annotation: dict, problems: Problems) -> bool:
