@@ -84,13 +84,14 @@ def test_commands_say_so_once(tmp_path: Path, layout_dir: Path, capsys) -> None:
 
 
 def test_another_size(tmp_path: Path) -> None:
-    """Not EXIF's doing; one image that fits, or that only decoding can judge, is enough."""
+    """Not EXIF's doing; one image that fits is enough."""
     data = read(tmp_path, 6, annotated_as=(640, 480))
     with pytest.raises(ImageError, match="expected 640 x 480 pixels as annotated, got 48 x 64"):
         data.images[0].read()
     with pytest.raises(DataError, match="annotated sizes, got none of 2 .*expected 640 x 480"):
         expect_fitting_images(data)
-    (tmp_path / "1.jpg").write_bytes(b"no image")
-    expect_fitting_images(data)
+    (tmp_path / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="got none of 2 .*0.jpg: expected an image"):
+        expect_fitting_images(data)
     save(tmp_path / "1.jpg", (640, 480), None)
     expect_fitting_images(data)

@@ -37,11 +37,17 @@ def read_header(path: Path) -> Header | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, and of odd metadata
             with Image.open(path) as image:
-                orientation = image.getexif().get(_EXIF_ORIENTATION)
-                known = orientation in _ORIENTATIONS
-                return Header(image.size, int(orientation) if known else 1)
+                return Header(image.size, _orientation(image))
     except Exception:  # damaged headers fail in many ways; reading the image says how
         return None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # a damaged EXIF block does not make the pixels unreadable
+        return 1
+    return int(orientation) if orientation in _ORIENTATIONS else 1
 
 
 def misfit(path: Path, annotated: tuple[int, int], upright: tuple[int, int]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dive_fast.data.coco.dataset import CocoDataset
-from dive_fast.data.coco.headers import QUARTER_TURNS, misfit, read_header
-from dive_fast.errors import DataError
+from dive_fast.data.coco.headers import QUARTER_TURNS, read_header
+from dive_fast.errors import DataError, ImageError
 
 
 def mirrored_images(dataset: CocoDataset) -> str | None:
@@ -33,22 +33,22 @@ def mirrored_images(dataset: CocoDataset) -> str | None:
 def expect_fitting_images(dataset: CocoDataset) -> None:
     """That a search has images to work on, asked before it begins.
 
-    Stops at the first image that fits or that only decoding can judge.
+    Stops at the first image that may do; whether its pixels are whole, only decoding tells.
 
     Raises:
-        DataError: every image that lies in its folder has another size than annotated.
+        DataError: every image that lies in its folder is no image, or has another size than
+            annotated.
     """
-    first, n = None, 0
-    for image in dataset.images:
-        if image.path is None:
-            continue
+    present = [image for image in dataset.images if image.path is not None]
+    for image in present:
         header = read_header(image.path)
-        if header is None or header.upright == tuple(image.size):
+        if header is not None and header.upright == tuple(image.size):
             return
-        n += 1
-        first = first or misfit(image.path, image.size, header.upright)
-    if first is not None:
-        raise DataError(
-            f"{dataset.source}: expected images of their annotated sizes, got none of {n:,} "
-            f"({first.rstrip('.')})."
-        )
+    if present:
+        try:
+            present[0].read()
+        except ImageError as error:
+            raise DataError(
+                f"{dataset.source}: expected images of their annotated sizes, got none of "
+                f"{len(present):,} ({str(error).rstrip('.')})."
+            ) from error
