@@ -340,6 +340,22 @@ def test_a_tensor_of_the_same_making_is_read(tmp_path) -> None:
     assert torch.equal(read_checkpoint(path)["w"], torch.tensor([3.0, 4.0]))
 
 
+def test_names_of_classes_are_shown_on_one_line(tmp_path, caplog) -> None:
+    torch.save({"w": torch.tensor([3.0, 4.0])}, tmp_path / "good.pt")
+    text = lambda t: b"X" + struct.pack("<I", len(t)) + t  # noqa: E731
+    made = b"0".join([text(b"a\nb\x1b[2J") + text(b"C" * 500) + b"\x93", b""])
+    named = pickled(made, tensor(whole(2), whole(2), whole(1)))
+    path = rewritten(
+        tmp_path / "good.pt", tmp_path / "named.pt",
+        lambda record, content: named if record.endswith("data.pkl") else content,
+    )  # fmt: skip
+    assert torch.equal(read_checkpoint(path)["w"], torch.tensor([3.0, 4.0]))
+    (record,) = caplog.records
+    text = record.getMessage()
+    assert r"(a\nb\x1b[2J.CCC" in text and "\n" not in text and "\x1b" not in text
+    assert len(text) < len(str(path)) + 200
+
+
 def test_records_that_are_packed_swapped_or_missing(tmp_path) -> None:
     torch.save({"w": torch.zeros(2000)}, tmp_path / "good.pt")
     with (

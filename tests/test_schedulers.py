@@ -226,6 +226,12 @@ def test_what_is_no_schedule_is_one_short_sentence(config: dict, message: str) -
 ZERO = {"rescale_betas_zero_snr": True}
 
 
+def test_factors_are_finite() -> None:
+    for betas in (torch.tensor([0.1, 1.1]), torch.tensor([0.1, float("nan")]), -torch.ones(2)):
+        with pytest.raises(ModelError, match="factors a and s that are finite, got NaN"):
+            Schedule.from_betas(betas)
+
+
 def test_betas_that_end_in_one_are_the_flag() -> None:
     flag = Schedule.from_config({"rescale_betas_zero_snr": True})
     betas = diffusers.DDIMScheduler(rescale_betas_zero_snr=True).betas.tolist()

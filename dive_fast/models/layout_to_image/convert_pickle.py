@@ -168,6 +168,8 @@ class _WeightsUnpickler(pickle._Unpickler):
     def _stand_in(self, module: str, name: str) -> _Inert:
         built_in = module == "builtins"
         full = name if built_in else f"{module}.{name}"
+        # A file may name its classes as it likes, and they are printed.
+        full = full.encode("unicode_escape").decode()[:100]
         if full not in self.skipped:
             # Of Python's own functions training frameworks call getattr alone, for inner classes.
             harmless = name == "getattr" or isinstance(getattr(builtins, name, None), type)
