@@ -93,8 +93,12 @@ class Inputs:
     def _make_run(self) -> None:
         from dive_fast.cli import main
 
-        if main(self._evaluate(self.folder / "run")) != 0:
-            raise RuntimeError("the good run failed")
+        for command in (
+            self._evaluate(self.folder / "run"),
+            self._detect(self.folder / "coco.json", self.folder / "detection-run"),
+        ):
+            if main(command) != 0:
+                raise RuntimeError("a good run failed")
 
     def _evaluate(self, out: Path) -> list[str]:
         model = ("--model", str(self.folder / "dit"))
@@ -107,6 +111,13 @@ class Inputs:
             str(out),
             *CLASSIFY,
         ]
+
+    def _detect(self, data: Path, out: Path) -> list[str]:
+        return [
+            "evaluate", "--data", str(data), "--images", str(self.folder / "coco"), "--json",
+            "--model", str(self.folder / "layout"), "--out", str(out), "--prior", "none",
+            "--strategy", "invert", "--set", "steps=1", *PROBES,
+        ]  # fmt: skip
 
     # -- one damaged input each: writes below ``work`` and gives the command's arguments ---------
 
@@ -166,11 +177,7 @@ class Inputs:
     def coco(self, work: Path, rng: random.Random) -> list[str]:
         data = work / "coco.json"
         data.write_bytes(mutate.damage_json((self.folder / "coco.json").read_bytes(), rng))
-        return [
-            "evaluate", "--data", str(data), "--images", str(self.folder / "coco"), "--json",
-            "--model", str(self.folder / "layout"), "--out", str(work / "run"), "--prior", "none",
-            "--strategy", "invert", "--set", "steps=1", *PROBES,
-        ]  # fmt: skip
+        return self._detect(data, work / "run")
 
     def class_list(self, work: Path, rng: random.Random) -> list[str]:
         source = rng.choice(sorted((self.folder / "lists").iterdir()))
@@ -185,17 +192,24 @@ class Inputs:
         ]  # fmt: skip
 
     def run(self, work: Path, rng: random.Random) -> list[str]:
-        shutil.copytree(self.folder / "run", work / "run")
+        detection = rng.random() < 0.4
+        shutil.copytree(self.folder / ("detection-run" if detection else "run"), work / "run")
         name, damage = rng.choice(
             (("results.jsonl", mutate.damage_json_lines), ("run.json", mutate.damage_json))
         )
         path = work / "run" / name
         path.write_bytes(damage(path.read_bytes(), rng))
+        if detection:
+            return self._detect(self.folder / "coco.json", work / "run")
         return self._evaluate(work / "run")
 
     def checkpoint(self, work: Path, rng: random.Random) -> list[str]:
         path = work / "model.ckpt"
-        path.write_bytes(mutate.damage_bytes((self.folder / "model.ckpt").read_bytes(), rng))
+        good = self.folder / "model.ckpt"
+        if rng.random() < 0.5:
+            path.write_bytes(mutate.damage_bytes(good.read_bytes(), rng))
+        else:
+            torch.save(mutate.damage_state(torch.load(good), rng), path)
         return ["convert", str(path), "--out", str(work / "out"), "--latent-size", "8"]
 
     def _with_model(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -141,6 +146,34 @@ def damage_npz(content: bytes, rng: random.Random) -> bytes:
     file = io.BytesIO()
     np.savez(file, **arrays)
     return _damage_headers(file.getvalue(), rng) if kind == "header" else file.getvalue()
+
+
+def damage_state(content: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A checkpoint's weights lost, renamed, of another shape or kind; other things beside them."""
+    state = content["state_dict"]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        name = rng.choice(sorted(state))
+        weight = state.pop(name)
+        kind = rng.choice(("drop", "rename", "shape", "dtype", "value", "object", "beside"))
+        if kind == "rename":
+            state[f"{name}_"] = weight
+        elif kind == "shape":
+            state[name] = rng.choice(
+                (weight[None], weight.flatten(), weight[:0], weight[:1].mean())
+            )
+        elif kind == "dtype":
+            state[name] = weight.to(rng.choice((torch.int64, torch.bool, torch.complex64)))
+        elif kind == "value":
+            state[name] = weight * rng.choice((math.nan, math.inf, 1e38))
+        elif kind == "object":
+            state[name] = rng.choice((None, 3, "text", [weight], {"a": weight}))
+        elif kind == "beside":
+            state[name] = weight
+            beside = rng.choice((Path("a"), Namespace(lr=1), Fraction(1, 2), np.float64(3)))
+            content[rng.choice(("hyper_parameters", "callbacks", "optimizer_states"))] = beside
+    if rng.random() < 0.1:
+        return rng.choice((state, {"state_dict": None}, {"model": state}, [state], {}))
+    return content
 
 
 def damage_text(content: bytes, rng: random.Random) -> bytes:
