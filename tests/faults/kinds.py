@@ -210,7 +210,7 @@ class Inputs:
             path.write_bytes(mutate.damage_bytes(good.read_bytes(), rng))
         else:
             torch.save(mutate.damage_state(torch.load(good), rng), path)
-        return ["convert", str(path), "--out", str(work / "out"), "--latent-size", "8"]
+        return ["convert", str(path), "--out", str(work / "model"), "--latent-size", "8"]
 
     def _with_model(
         self,

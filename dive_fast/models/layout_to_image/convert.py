@@ -68,6 +68,8 @@ def convert_layout_checkpoint(
         unet, encoder, vae, scheduler = convert_state_dict(
             state, names, latent_size=latent_size, head_channels=head_channels
         )
+    except ModelError as error:
+        raise ModelError(f"{path} cannot be converted: {error}") from error
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         # diffusers' converters take the published names and shapes for granted.
         raise ModelError(
