@@ -121,9 +121,27 @@ def test_checkpoints_own_schedule_and_scale():
     assert vae.config.scaling_factor == 0.5
     schedule = Schedule.from_config({"_class_name": "DDPMScheduler", **scheduler.config})
     torch.testing.assert_close(schedule.a, Schedule.from_betas(state["betas"]).a)
-    state["betas"] = torch.zeros(10)
-    with pytest.raises(ModelError, match="betas to be a list of numbers between 0 and 1"):
-        convert_state_dict(state)
+    for betas in ([0.0] * 10, [0.1, 1.0, 0.1], [float("nan")], [[0.1]], [], [1.1], 0.1):
+        state["betas"] = torch.tensor(betas)
+        with pytest.raises(ModelError, match="betas to be a list of numbers between 0 and 1"):
+            convert_state_dict(state)
+
+
+def test_betas_that_end_in_one_and_a_product_that_is_not_theirs(tmp_path):
+    """A zero terminal SNR, which some trainings make of alpha_bar without the betas."""
+    state = make_state(SMALL)
+    state["betas"] = torch.tensor([0.1, 0.2, 1.0])
+    state["alphas_cumprod"] = torch.tensor([0.9, 0.72, 0.0])
+    torch.save(state, tmp_path / "model.ckpt")
+    model = convert_layout_checkpoint(tmp_path / "model.ckpt", NAMES, latent_size=8)
+    model.save_pretrained(tmp_path / "out")
+    for read in (model, load_model(tmp_path / "out")):
+        expected = torch.tensor([0.9, 0.72, 0.0]).sqrt()
+        torch.testing.assert_close(read.schedule.a, expected)
+    for other in ([0.9, 0.72, 0.1], [0.9, 0.72]):
+        state["alphas_cumprod"] = torch.tensor(other)
+        with pytest.raises(ModelError, match="alphas_cumprod to be the product of 1 - betas"):
+            convert_state_dict(state)
 
 
 def test_half_precision_and_safetensors(tmp_path):

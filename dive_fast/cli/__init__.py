@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 from dive_fast import __version__
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after bad input, or 130 after an interrupt."""
     options = build_parser().parse_args(arguments)
+    _hush()
     try:
         with _told():
             code = options.run(options)
@@ -105,11 +107,25 @@ class _Teller(logging.Handler):
 def _told() -> Iterator[None]:
     """As long as a command runs; who calls the library alone has handlers of his own."""
     log, teller = logging.getLogger("dive_fast"), _Teller()
+
+    def show(message: Warning | str, *where: object) -> None:
+        """A Python warning, of whatever library, without the place in its sources."""
+        log.warning(" ".join(str(message).split()))
+
     log.addHandler(teller)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
     finally:
         log.removeHandler(teller)
+
+
+def _hush() -> None:
+    """No bars and no remarks of other libraries, who read this when they are loaded."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def _flush_or_discard() -> None:

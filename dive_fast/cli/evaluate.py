@@ -104,8 +104,7 @@ def _detector(options: argparse.Namespace):
     strategy = chosen_layout_strategy(options)
     with annotated_images(options, "test") as data:
         detector = load_detector(options, data.names)
-        for problem in data.problems:
-            log.warning(problem)
+        data.tell_problems(log.warning)
         summary = evaluate_detections(
             detector,
             data,

@@ -143,8 +143,7 @@ def _fit_detector(options: argparse.Namespace):
     with annotated_images(options, "train", SCENES_TO_FIT) as data:
         detector = load_detector(options, data.names)
         _check_out(options, detector)
-        for problem in data.problems:
-            log.warning(problem)
+        data.tell_problems(log.warning)
         record = detector.calibrate(
             data,
             strategy=strategy,

@@ -15,23 +15,43 @@ from __future__ import annotations
 
 import inspect
 import math
+import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from dive_fast.core.numbers import is_whole
-from dive_fast.errors import ModelError
+from dive_fast.core.numbers import is_number, is_whole
+from dive_fast.errors import ModelError, some
 
 BETA_SCHEDULES = ("linear", "scaled_linear")  # of make_betas; configurations have more
 TARGETS = ("epsilon", "v_prediction", "sample")  # of configurations; flows say theirs otherwise
-
-MOST_TIMESTEPS = 10**6
+MAX_TIMESTEPS = 100_000  # what lies above is a mistake that would fill the memory
 
 # What must be stated of a scheduler that diffusers does not have, or trained_betas instead.
 _STATED = ("beta_schedule", "beta_start", "beta_end")
+# What betas and alpha_bar depend on, in any scheduler of diffusers.
+_OF_THE_BETAS = ("num_train_timesteps", *_STATED, "trained_betas", "snr_shift_scale")
+# Of diffusers' samplers beside DDPM: how one samples. None of them changes x_t.
+_OF_SAMPLING = frozenset(
+    "algorithm_type corrector_order disable_corrector eta euler_at_final final_sigmas_type "
+    "flow_shift interpolation_type lambda_min_clipped lower_order_final noise_sampler_seed "
+    "original_inference_steps predict_x0 predictor_order set_alpha_to_one shift_terminal sigma_max "
+    "sigma_min skip_prk_steps solver_order solver_p solver_type tau_func time_shift_type "
+    "timestep_scaling timestep_type use_beta_sigmas use_dynamic_shifting use_exponential_sigmas "
+    "use_flow_sigmas use_karras_sigmas use_lu_lambdas".split()
+)
+# Made by optional packages, or only one at a time: a sampler is not made for them.
+_LEFT_OUT = {
+    "rescale_betas_zero_snr",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,8 @@ class Schedule:
                 f"a schedule needs a and s of one shape [T], got {list(self.a.shape)} "
                 f"and {list(self.s.shape)}."
             )
+        if not (torch.isfinite(self.a).all() and torch.isfinite(self.s).all()):
+            raise ModelError("a schedule needs factors a and s that are finite, got NaN or inf.")
 
     def __len__(self) -> int:
         return len(self.a)
@@ -125,42 +147,146 @@ class Schedule:
         Raises:
             ModelError: a scheduler, betas or a prediction type that are not supported.
         """
-        if "FlowMatch" in str(config.get("_class_name", "")) or config.get("use_flow_sigmas"):
+        if not isinstance(config, Mapping):
+            raise ModelError(
+                f"expected the configuration of a scheduler, got {type(config).__name__}."
+            )
+        _check_kind(config)
+        if is_flow(config):
             return _read_flow(config)
         target = config.get("prediction_type", "epsilon")
         if target not in TARGETS:
             raise ModelError(f"expected a prediction_type of {', '.join(TARGETS)}, got {target!r}.")
         try:
+            _check_betas(config)
             alpha_bar = _read_alpha_bar(config)
         except ModelError:
             raise
         # Whatever a scheduler's constructor meets in a configuration that it does not expect.
-        except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        except Exception as error:
             raise ModelError(f"the scheduler's betas cannot be read: {error}.") from error
-        if config.get("rescale_betas_zero_snr", False):
-            alpha_bar = _rescale_to_zero_snr(alpha_bar)
         return cls.from_alpha_bar(alpha_bar, target)
 
 
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration is that of a flow-matching scheduler."""
+    return "FlowMatch" in str(config.get("_class_name")) or bool(config.get("use_flow_sigmas"))
+
+
 def _read_flow(config: Mapping[str, Any]) -> Schedule:
-    """Of a flow-matching scheduler. Shifts only choose among its sigmas when it samples."""
+    """Shifts only choose among the sigmas when it samples.
+
+    Raises:
+        ModelError: another prediction than the flow's, sigmas the other way round, or no number.
+    """
     n = config.get("num_train_timesteps", 1000)
-    if not is_whole(n, 1) or n > MOST_TIMESTEPS:
+    if not is_whole(n, 1) or n > MAX_TIMESTEPS:
         raise ModelError(
-            f"num_train_timesteps must be a whole number from 1 to {MOST_TIMESTEPS}, got {n!r}."
+            f"num_train_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, "
+            f"got {_short(n)}."
         )
+    target = config.get("prediction_type", "flow_prediction")
+    if target != "flow_prediction":
+        raise ModelError(
+            f"expected the prediction_type flow_prediction of a flow schedule, "
+            f"got {_short(target)}."
+        )
+    if config.get("invert_sigmas"):
+        raise ModelError("a flow schedule with invert_sigmas is not supported.")
     return Schedule.flow(n)
 
 
+def _check_kind(config: Mapping[str, Any]) -> None:
+    """That x_t = a_t x0 + s_t eps at whole timesteps is what the scheduler means.
+
+    Raises:
+        ModelError: it is not.
+    """
+    name = config.get("_class_name")
+    if name is not None and not isinstance(name, str):
+        raise ModelError(f"expected the name of a scheduler as _class_name, got {_short(name)}.")
+    for key in ("rescale_betas_zero_snr", "use_flow_sigmas"):
+        if not isinstance(config.get(key) or False, bool):
+            raise ModelError(f"expected true or false as {key}, got {_short(config[key])}.")
+    if config.get("timestep_type", "discrete") != "discrete":
+        # The network then reads log(sigma) / 4, not t.
+        raise ModelError(
+            f"expected the timestep_type 'discrete' of a scheduler, "
+            f"got {_short(config['timestep_type'])}."
+        )
+
+
+def _check_betas(config: Mapping[str, Any]) -> None:
+    """That the numbers which betas are made of are numbers in range.
+
+    Raises:
+        ModelError: they are not.
+    """
+    n = config.get("num_train_timesteps", 1)
+    if not is_whole(n, 1) or n > MAX_TIMESTEPS:
+        raise _unreadable(f"num_train_timesteps of 1 to {MAX_TIMESTEPS}", n)
+    if config.get("trained_betas") is not None:
+        _check_trained(config["trained_betas"])
+    else:
+        for key in ("beta_start", "beta_end"):
+            if key in config and not is_number(config[key], 0):
+                raise _unreadable(f"a number of at least 0 as {key}", config[key])
+    scale = config.get("snr_shift_scale")
+    if scale is not None and not (is_number(scale, 0) and scale > 0):
+        raise _unreadable("a number above 0 as snr_shift_scale", scale)
+
+
+def _check_trained(betas: Any) -> None:
+    """That they are numbers above 0 and below 1; the last may be 1, a zero terminal SNR."""
+    if isinstance(betas, np.ndarray | torch.Tensor):
+        betas = betas.tolist()
+    if not isinstance(betas, list | tuple):
+        raise _unreadable("a list of numbers as trained_betas", betas)
+    if not 1 <= len(betas) <= MAX_TIMESTEPS:
+        raise ModelError(
+            f"the scheduler's betas cannot be read: expected 1 to {MAX_TIMESTEPS} trained_betas, "
+            f"got {len(betas)}."
+        )
+    for i, beta in enumerate(betas):
+        last = i == len(betas) - 1
+        if not is_number(beta) or not 0 < beta <= 1 or (beta == 1 and not last):
+            raise ModelError(
+                f"the scheduler's betas must be a list of numbers between 0 and 1, of which only "
+                f"the last may be 1, got {_short(beta)} at place {i} of {len(betas)}."
+            )
+
+
+def _unreadable(expected: str, got: Any) -> ModelError:
+    return ModelError(
+        f"the scheduler's betas cannot be read: expected {expected}, got {_short(got)}."
+    )
+
+
+def _short(value: Any) -> str:
+    """For a sentence, however long it is."""
+    return reprlib.repr(value)
+
+
 def _read_alpha_bar(config: Mapping[str, Any]) -> torch.Tensor:
-    """alpha_bar_t, float64 [T], of the scheduler that a configuration describes; not rescaled."""
+    """alpha_bar_t, float64 [T], of the scheduler that a configuration describes."""
     scheduler = _make_scheduler(config)
-    betas, alpha_bar = scheduler.betas.double(), scheduler.alphas_cumprod.double()
-    if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+    betas, alpha_bar = scheduler.betas, scheduler.alphas_cumprod
+    inside = (betas > 0) & (betas <= 1)
+    if betas.ndim != 1 or len(betas) == 0 or not inside.all() or (betas[:-1] == 1).any():
         raise ModelError("the scheduler's betas must be a list of numbers between 0 and 1.")
-    exact = torch.cumprod(1 - betas, dim=0)
-    # diffusers multiplies in float32. What differs by more (CogVideoX) was changed afterwards.
-    return exact if torch.allclose(alpha_bar, exact, rtol=1e-3, atol=1e-6) else alpha_bar
+    # diffusers multiplies in float32. What else a class does to the product (CogVideoX) stays.
+    if torch.allclose(alpha_bar, torch.cumprod(1.0 - betas, dim=0), rtol=1e-6, atol=0):
+        alpha_bar = torch.cumprod(1 - betas.double(), dim=0)
+    alpha_bar = alpha_bar.double()
+    if config.get("rescale_betas_zero_snr"):
+        alpha_bar = _rescale_to_zero_snr(alpha_bar)
+    # NaN compares as false.
+    if not ((alpha_bar >= 0) & (alpha_bar < 1)).all() or not alpha_bar[0] > 0:
+        raise ModelError(
+            "the scheduler's betas must leave a part of the image and add a part of noise at the "
+            f"first of {len(betas)} timesteps."
+        )
+    return alpha_bar
 
 
 def _make_scheduler(config: Mapping[str, Any]) -> Any:
@@ -169,28 +295,60 @@ def _make_scheduler(config: Mapping[str, Any]) -> Any:
     Not rescaled to a zero terminal SNR: some samplers do not let that become 0.
 
     Raises:
-        ModelError: it has none with betas, and the configuration does not state them.
+        ModelError: it has none with betas, and the configuration is not DDPM's, or does not state
+            them.
     """
     import diffusers
 
-    name = str(config.get("_class_name", "DDPMScheduler"))
-    kind = getattr(diffusers, name, None)
+    name = config.get("_class_name")
+    kind = _find_class("DDPMScheduler" if name is None else name)
+    given = {str(key) for key, value in config.items() if value is not None}
+    given = {key for key in given if not key.startswith("_")}
+    if config.get("snr_shift_scale") == 1:  # no shift
+        given.discard("snr_shift_scale")
+    if name is None or kind is None:
+        plain = inspect.signature(diffusers.DDPMScheduler.__init__).parameters.keys()
+        # Without a name, or of one that is not installed, it may be any of diffusers' samplers.
+        of_diffusers = name is None or hasattr(diffusers, name)
+        other = sorted(given - plain - (_OF_SAMPLING if of_diffusers else set()))
+        if other:
+            raise ModelError(
+                f"expected a scheduler of diffusers that states its betas, got "
+                f"{name or 'no _class_name'} with {some(other, 3)}, which may change them."
+            )
+        if kind is None and not ("trained_betas" in given or given.issuperset(_STATED)):
+            raise ModelError(f"expected a scheduler that states its betas, got {name}.")
+        kind = diffusers.DDPMScheduler
+    known = inspect.signature(kind.__init__).parameters.keys()
+    scheduler = _construct(kind, {key: config[key] for key in (known & config.keys()) - _LEFT_OUT})
+    if not hasattr(scheduler, "betas") or not hasattr(scheduler, "alphas_cumprod"):
+        raise ModelError(f"expected a scheduler that states its betas, got {name}.")
+    ignored = [key for key in _OF_THE_BETAS if key in given and key not in known]
+    if ignored:
+        raise ModelError(f"{name} takes no {ignored[0]}, got {_short(config[ignored[0]])}.")
+    return scheduler
+
+
+def _find_class(name: str) -> type | None:
+    """The scheduler of that name in diffusers; None where it has none, or one that it cannot run.
+
+    Schedulers that need a package which is not installed are classes of another kind.
+    """
+    import diffusers
+
+    # A few are not named at the top.
+    kind = getattr(diffusers, name, None) or getattr(diffusers.schedulers, name, None)
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
-    stated = config.get("trained_betas") is not None or all(key in config for key in _STATED)
-    if not known and stated and config.get("snr_shift_scale") is None:
-        kind, known = diffusers.DDPMScheduler, True
-    if known:
-        expected = inspect.signature(kind.__init__).parameters.keys() & config.keys()
-        given = {key: config[key] for key in expected - {"rescale_betas_zero_snr"}}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are about sampling, which is not done here
-            try:
-                scheduler = kind(**given)
-            except NotImplementedError as error:
-                raise ValueError(str(error).replace(str(kind), kind.__name__)) from error
-        if hasattr(scheduler, "betas") and hasattr(scheduler, "alphas_cumprod"):
-            return scheduler
-    raise ModelError(f"expected a scheduler that states its betas, got {name}.")
+    return kind if known else None
+
+
+def _construct(kind: type, given: Mapping[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are about sampling, which is not done here
+        try:
+            return kind(**given)
+        except NotImplementedError as error:
+            raise ValueError(str(error).replace(str(kind), kind.__name__)) from error
 
 
 def make_betas(schedule: str, n: int, start: float = 1e-4, end: float = 0.02) -> torch.Tensor:
@@ -209,4 +367,6 @@ def make_betas(schedule: str, n: int, start: float = 1e-4, end: float = 0.02) ->
 def _rescale_to_zero_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
     """Shifts and scales sqrt(alpha_bar) so that it ends in zero (arXiv 2305.08891, algorithm 1)."""
     root = alpha_bar.sqrt()
+    if len(root) == 1:
+        raise ModelError("a schedule of one timestep cannot be rescaled to a zero terminal SNR.")
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

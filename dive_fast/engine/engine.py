@@ -8,8 +8,8 @@ condition); an evaluation is one forward of the network on one row, or one backw
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from dive_fast.engine.options import EngineOptions
 from dive_fast.engine.packing import Chunk, fullest, pack, scatter, to_batch
 from dive_fast.engine.running import Job, Result, Running
 from dive_fast.models.protocol import Model
+
+log = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
@@ -175,7 +177,7 @@ class Engine:
             remedy = f"going on with {self.batch_size} per batch"
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        warnings.warn(f"out of memory with {tried} rows; {remedy}", stacklevel=4)
+        log.warning("out of memory with %d rows; %s", tried, remedy)
         return True
 
     def _record(self, result: Result, passes: int, seconds: float, forward: Forward) -> None:

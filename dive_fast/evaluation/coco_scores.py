@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dive_fast.core.numbers import is_number
-from dive_fast.data.coco import CocoDataset
+from dive_fast.data.coco import CocoDataset, Id, as_id
+from dive_fast.data.coco.ids import in_order
 from dive_fast.errors import DataError, DiveFastError
 
 # In pycocotools' order.
@@ -44,9 +45,12 @@ def score(dataset: CocoDataset, results: Sequence[Mapping[str, Any]]) -> dict[st
 def score_boxes(
     dataset: CocoDataset,
     results: Sequence[Mapping[str, Any]],
-    image_ids: Iterable[int] | None = None,
+    image_ids: Iterable[Id] | None = None,
 ) -> BoxScores:
     """Scores COCO results by pycocotools' ``COCOeval``, whose printing is held back.
+
+    Images and categories are numbered for it in the order of their ids, because it sorts ids in a
+    numpy array, where numbers beside texts become texts and large ones lose digits.
 
     Args:
         dataset: the annotated boxes, with the areas and crowds of their file.
@@ -56,16 +60,21 @@ def score_boxes(
         image_ids: score these images only; by default all of the data set.
 
     Raises:
-        DataError: a result that is none, or of an image that the data set does not have.
+        DataError: a result that is none, or a result or an id of an image that the data set does
+            not have.
         DiveFastError: pycocotools is not installed.
     """
     coco_class, eval_class = pycocotools()
-    known = {image.id for image in dataset.images}
-    chosen = known if image_ids is None else set(image_ids)
-    results = [_checked(result, known) for result in results]
+    images = _numbered(image.id for image in dataset.images)
+    categories = _numbered(dataset.category_ids)
+    chosen = set(images.values())
+    if image_ids is not None:
+        chosen = {images[_known_image(image_id, images)] for image_id in image_ids}
+    results = [_renamed(_checked(result, images), images, categories) for result in results]
+    results = [result for result in results if result["category_id"] is not None]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco_class()
-        truth.dataset = dataset.to_coco()
+        truth.dataset = _numbered_truth(dataset, images, categories)
         truth.createIndex()
         if results:
             found = truth.loadRes(results)
@@ -82,9 +91,9 @@ def score_boxes(
     precision = run.eval["precision"][:, :, :, 0, -1]
     per_class = {number: _mean(precision[:, :, k]) for k, number in enumerate(run.params.catIds)}
     return BoxScores(
-        numbers={name: _known(x) for name, x in zip(NAMES, run.stats.tolist(), strict=True)},
+        numbers={name: _measured(x) for name, x in zip(NAMES, run.stats.tolist(), strict=True)},
         classes={
-            name: per_class[number]
+            name: per_class[categories[number]]
             for name, number in zip(dataset.names, dataset.category_ids, strict=True)
         },
     )
@@ -107,8 +116,41 @@ def pycocotools() -> tuple[type, type]:
     return COCO, COCOeval
 
 
-def _checked(result: Mapping[str, Any], known: set[int]) -> dict[str, Any]:
-    """A copy, because pycocotools writes into what it is given."""
+def _numbered(ids: Iterable[Id]) -> dict[Id, int]:
+    """A number for each id, from 1."""
+    return {value: number for number, value in enumerate(in_order(ids), start=1)}
+
+
+def _numbered_truth(
+    dataset: CocoDataset, images: Mapping[Id, int], categories: Mapping[Id, int]
+) -> dict[str, Any]:
+    content = dataset.to_coco()
+    return {
+        "images": [{**each, "id": images[each["id"]]} for each in content["images"]],
+        "annotations": [_renamed(each, images, categories) for each in content["annotations"]],
+        "categories": [{**each, "id": categories[each["id"]]} for each in content["categories"]],
+    }
+
+
+def _renamed(
+    entry: Mapping[str, Any], images: Mapping[Id, int], categories: Mapping[Id, int]
+) -> dict[str, Any]:
+    """A copy with the numbers of its image and category, None for a category that is not there."""
+    return {
+        **entry,
+        "image_id": images[as_id(entry["image_id"])],
+        "category_id": categories.get(as_id(entry["category_id"])),
+    }
+
+
+def _known_image(value: object, images: Mapping[Id, int]) -> Id:
+    number = as_id(value)
+    if number not in images:
+        raise DataError(f"expected results of the annotated images, got one of image {value!r}.")
+    return number
+
+
+def _checked(result: Mapping[str, Any], images: Mapping[Id, int]) -> dict[str, Any]:
     if not isinstance(result, Mapping) or any(key not in result for key in _RESULT_KEYS):
         raise DataError(f"expected results with {', '.join(_RESULT_KEYS)}, got {result!r}.")
     if not _is_box(result["bbox"]) or not is_number(result["score"]):
@@ -116,10 +158,7 @@ def _checked(result: Mapping[str, Any], known: set[int]) -> dict[str, Any]:
             "expected results with a bbox of four finite numbers and a finite score, got "
             f"{result!r}."
         )
-    if result["image_id"] not in known:
-        raise DataError(
-            f"expected results of the annotated images, got one of image {result['image_id']!r}."
-        )
+    _known_image(result["image_id"], images)
     return {key: result[key] for key in _RESULT_KEYS}
 
 
@@ -132,5 +171,5 @@ def _mean(precision: np.ndarray) -> float | None:
     return float(measured.mean()) if measured.size else None
 
 
-def _known(number: float) -> float | None:
+def _measured(number: float) -> float | None:
     return None if number == -1 else number

@@ -11,7 +11,14 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from dive_fast.data.coco import CocoDataset, CocoImage, class_categories, unknown_classes
+from dive_fast.data.coco import (
+    CocoDataset,
+    CocoImage,
+    class_categories,
+    expect_fitting_images,
+    mirrored_images,
+    unknown_classes,
+)
 from dive_fast.data.images import to_mode
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.evaluation.machine import machine
@@ -113,14 +120,18 @@ def evaluate_detections(
 
     Raises:
         RunError: ``out`` holds another run, or cannot be written.
-        DataError: the detector knows none of the classes.
+        DataError: the detector knows none of the classes, nothing is annotated, or all images have
+            another size than annotated.
         DiveFastError: pycocotools is not installed.
     """
-    # Hours of search should not end at a missing package or at classes of another kind.
+    # Hours of search should not end at a missing package or at data that cannot be scored.
     pycocotools()
-    class_categories(dataset, detector.names)
-    if (unknown := unknown_classes(dataset, detector.names)) is not None:
-        log.warning(unknown)
+    dataset.expect_objects("to score")
+    unknown = unknown_classes(dataset, detector.names)
+    expect_fitting_images(dataset)
+    for sentence in (unknown, mirrored_images(dataset)):
+        if sentence is not None:
+            log.warning(sentence)
     config = detector.identity(**search) if config is None else config
     config = {**config, "data": dataset.identity(), "names": list(detector.names)}
     sources = [

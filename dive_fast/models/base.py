@@ -102,7 +102,7 @@ class LatentModel(ABC):
         return {}
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """x0 = (posterior mean - shift) x scaling factor; the images themselves without a VAE."""
+        """x0 as ``autoencoder`` has it; the images themselves without a VAE."""
         if self.vae is None:
             return images.float().to(self.device)
         return encode_latents(self.vae, images, self.device)

@@ -12,7 +12,12 @@ import torch
 
 from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import AUTOENCODERS, Autoencoder, latent_channels
+from dive_fast.models.autoencoder import (
+    AUTOENCODERS,
+    Autoencoder,
+    latent_channels,
+    normalisation,
+)
 from dive_fast.models.files.checkpoint import load_component, read_json
 from dive_fast.models.files.sidecar import read_extra
 from dive_fast.models.text.prompts import (
@@ -95,11 +100,10 @@ class Pipeline:
     def vae(self, channels: int, class_name: str = "AutoencoderKL") -> Autoencoder:
         """The autoencoder of a network that takes latents of so many channels."""
         vae = self.component(AUTOENCODERS[class_name], "vae")
-        if not isinstance(vae.config.scaling_factor, int | float):
-            raise ModelError(
-                f"scaling_factor of the VAE in {self.directory} must be a number, "
-                f"got {vae.config.scaling_factor!r}."
-            )
+        try:
+            normalisation(vae, self.index.get("_class_name"))
+        except ModelError as error:
+            raise ModelError(f"the VAE in {self.directory} cannot be used: {error}") from error
         if latent_channels(vae) != channels:
             raise ModelError(
                 f"the network in {self.directory} takes {channels} channels, "

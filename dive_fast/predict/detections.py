@@ -150,8 +150,8 @@ class Detections:
 
     def to_coco(
         self,
-        image_id: int,
-        category_ids: Sequence[int | None],
+        image_id: int | str,
+        category_ids: Sequence[int | str | None],
         *,
         every_class: bool = False,
     ) -> list[dict[str, Any]]:

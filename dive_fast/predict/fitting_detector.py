@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dive_fast.data.coco import CocoDataset, CocoImage, class_categories
+from dive_fast.data.coco import (
+    CocoDataset,
+    CocoImage,
+    Id,
+    class_categories,
+    expect_fitting_images,
+    mirrored_images,
+)
 from dive_fast.data.images import to_mode
 from dive_fast.errors import DiveFastError, ImageError
 from dive_fast.predict.calibration import Calibration, calibrate
@@ -50,10 +57,15 @@ class DetectorFitting(Predictor):
             beta, expected calibration error and likelihood, before and after.
 
         Raises:
-            DataError: the detector knows none of the classes.
+            DataError: the detector knows none of the classes, nothing is annotated, or all images
+                have another size than annotated.
             DiveFastError: no objects were found, or bad input as in ``LayoutDetector``.
         """
+        data.expect_objects("to fit beta to")
         categories = class_categories(data, self.names)
+        expect_fitting_images(data)
+        if (mirrored := mirrored_images(data)) is not None:
+            log.warning(mirrored)
         class_of = {number: c for c, number in enumerate(categories) if number is not None}
         renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
         images = {image.id: image for image in data.images}
@@ -88,7 +100,7 @@ def _labels(
     return torch.cat([of_truth, torch.tensor([nothing])])[found]  # -1 is the last one
 
 
-def _readable(data: CocoDataset) -> Iterator[tuple[int, Image.Image]]:
+def _readable(data: CocoDataset) -> Iterator[tuple[Id, Image.Image]]:
     for image in data.images:
         try:
             yield image.id, to_mode(image.read(), 3)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
-from dive_fast.data.coco import CocoDataset, held_out_split, read_coco
+from dive_fast.data.coco import CocoDataset, held_out_split, mirrored_images, read_coco
+from dive_fast.data.coco.problems import Problem, tell_all
 from dive_fast.errors import DataError, ImageError
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.training.layout import Batch, Draw, LayoutTrainingConfig, train_into
@@ -58,8 +59,8 @@ def train_annotated(
         tell: takes one sentence on everything that was left out, images that cannot be read too.
 
     Raises:
-        DataError: the annotations cannot be used, hold fewer than two images that fit and can be
-            read, or ``config`` has images of an odd side.
+        DataError: the annotations cannot be used or hold no objects, fewer than two images fit and
+            can be read, or ``config`` has images of an odd side.
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
     out = Path(out)
@@ -71,12 +72,17 @@ def train_annotated(
     layout = LayoutFormat.compact(
         dataset.names, max_objects, config.sample_size // PIXELS_PER_STEP + 1
     )
+    dataset.tell_problems(tell)
+    dataset.expect_objects("to learn from")
     fitting = fitting_layouts(dataset, layout)
-    for sentence in (*dataset.problems, *fitting.left_out):
+    for sentence in fitting.left_out:
         tell(sentence)
     check_unfinished(out)
     chosen = tuple(dataset.images[i] for i in fitting.images.tolist())
-    pixels, read = _read_images(dataclasses.replace(dataset, images=chosen), config, tell)
+    dataset = dataclasses.replace(dataset, images=chosen)
+    if (mirrored := mirrored_images(dataset)) is not None:
+        tell(mirrored)
+    pixels, read = _read_images(dataset, config, tell)
     tokens = fitting.tokens[read]
     train, held_out = held_out_split(len(tokens), dataset.source, MOST_HELD_OUT)
     prepare_directory(out)
@@ -132,11 +138,13 @@ def _read_images(
     """Those that can be read, uint8 [N, c, side, side], and their positions in the data set."""
     size, channels = config.sample_size, config.in_channels
     images, read = [np.empty((0, channels, size, size), dtype=np.uint8)], []
+    bad: list[Problem] = []
     for i, image in enumerate(dataset.images):
         try:
             images.append(image.pixels(size, channels)[None])
         except ImageError as error:
-            tell(f"left out: {error}")
+            bad.append(Problem("image", f"left out: {error}"))
             continue
         read.append(i)
+    tell_all(bad, dataset.source, tell)
     return torch.from_numpy(np.concatenate(images)), torch.tensor(read).long()

@@ -104,8 +104,10 @@ def train_layout_prior(
         draw = draw_scenes(config)
     else:
         dataset = read_annotations(annotations)
+        dataset.tell_problems(tell)
+        dataset.expect_objects("to learn from")
         tokens, left_out = layout_tokens(dataset, layout)
-        for sentence in (*dataset.problems, *left_out):
+        for sentence in left_out:
             tell(sentence)
         learned, kept = held_out_split(len(tokens), dataset.source)
         known, held_out = tokens[learned], tokens[kept]

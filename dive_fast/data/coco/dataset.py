@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from PIL import Image
 
 from dive_fast.core.layouts import Layout
+from dive_fast.data.coco.headers import misfit
+from dive_fast.data.coco.ids import Id
+from dive_fast.data.coco.problems import Problem, tell_all
 from dive_fast.data.images import read_image, squash, to_mode
 from dive_fast.errors import DataError, ImageError
 
@@ -26,7 +30,7 @@ class CocoImage:
     """One image with its annotated boxes.
 
     Attributes:
-        id: its COCO id.
+        id: its COCO id, a whole number or a text.
         path: where the image lies; None where there is no such file, or none was asked for.
         size: (width, height) in pixels.
         boxes: float32 [n, 4], xyxy in pixels, cut at the image's border.
@@ -38,7 +42,7 @@ class CocoImage:
             object's mask where the file has one. By default that of the box.
     """
 
-    id: int
+    id: Id
     path: Path | None
     size: tuple[int, int]
     boxes: torch.Tensor
@@ -68,16 +72,14 @@ class CocoImage:
 
         Raises:
             ImageError: it is missing, cannot be read, or has another size than the annotations
-                say, so that their boxes would lie elsewhere.
+                say, so that their boxes would lie elsewhere; also where they are of the image as
+                it is stored and EXIF turns it by 90 degrees.
         """
         if self.path is None:
             raise ImageError(f"image {self.id} has no file.")
         image = read_image(self.path)
         if image.size != tuple(self.size):
-            raise ImageError(
-                f"{self.path}: expected {self.size[0]} x {self.size[1]} pixels as annotated, got "
-                f"{image.width} x {image.height}."
-            )
+            raise ImageError(misfit(self.path, self.size, image.size))
         return image
 
     def pixels(self, size: int, channels: int = 3) -> np.ndarray:
@@ -105,17 +107,17 @@ class CocoDataset:
 
     Attributes:
         names: the classes' names.
-        category_ids: their COCO ids.
+        category_ids: their COCO ids, whole numbers or texts.
         images: in the file's order.
         source: the name of the annotation file, or of what made the images.
-        problems: what was left out or changed when the annotations were read, one sentence each.
+        notes: what was left out or changed when the annotations were read.
     """
 
     names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[Id, ...]
     images: tuple[CocoImage, ...]
     source: str
-    problems: tuple[str, ...] = ()
+    notes: tuple[Problem, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.category_ids):
@@ -131,6 +133,12 @@ class CocoDataset:
             value, count = (Counter(values).most_common(1) or [(None, 0)])[0]
             if count > 1:
                 raise DataError(f"{self.source}: the {what} {value!r} occurs {count} times.")
+        value, count = (Counter(str(i.id) for i in self.images).most_common(1) or [(None, 0)])[0]
+        if count > 1:  # a run's records hold ids as text
+            raise DataError(
+                f"{self.source}: expected ids that differ as text, got images {value} and "
+                f"{value!r}."
+            )
         for image in self.images:
             ids = image.class_ids
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.names):
@@ -138,6 +146,31 @@ class CocoDataset:
                     f"{self.source}: expected classes 0 to {len(self.names) - 1} in image "
                     f"{image.id}, got {int(ids.min())} to {int(ids.max())}."
                 )
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What was left out or changed when the annotations were read, one sentence each."""
+        return tuple(note.sentence for note in self.notes)
+
+    def tell_problems(self, tell: Callable[[str], object]) -> None:
+        """Gives ``tell`` the problems as sentences, like ones counted together, six at most."""
+        tell_all(self.notes, self.source, tell)
+
+    def expect_objects(self, purpose: str) -> None:
+        """Objects to score or to learn from, in images that lie in their folder where some do.
+
+        Args:
+            purpose: such as "to learn from".
+
+        Raises:
+            DataError: there are none; boxes around crowds are none.
+        """
+        present = [image for image in self.images if image.path is not None] or self.images
+        if not any((~image.crowd).any() for image in present):
+            raise DataError(
+                f"{self.source}: expected annotated objects {purpose}, got none in "
+                f"{len(present)} images."
+            )
 
     def select(self, limit: int | None, seed: int = 0) -> CocoDataset:
         """A random subset of ``limit`` images in their original order; None, or more, means all.

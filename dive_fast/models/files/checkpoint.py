@@ -185,11 +185,16 @@ def _root(error: BaseException) -> BaseException:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """diffusers logs what we are about to say in one sentence."""
+    """diffusers logs what we are about to say in one sentence, and has a bar for shards."""
+    from diffusers.utils import logging as own
+
     logger = logging.getLogger("diffusers")
-    level = logger.level
+    level, bars = logger.level, own.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)
+    own.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if bars:
+            own.enable_progress_bar()

@@ -22,7 +22,7 @@ from dive_fast.core.numbers import is_whole
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models.autoencoder import Autoencoder, latent_channels
+from dive_fast.models.autoencoder import Autoencoder, latent_channels, normalisation
 from dive_fast.models.base import LayoutConditioned
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
@@ -204,6 +204,7 @@ def check_images(channels: int, vae: Autoencoder | None, space_to_depth: Any) ->
         )
     if vae is None:
         return
+    normalisation(vae)
     if space_to_depth > 1:
         raise ModelError(f"expected a VAE or space_to_depth, got both ({space_to_depth}).")
     if latent_channels(vae) != channels:

@@ -68,6 +68,8 @@ def convert_layout_checkpoint(
         unet, encoder, vae, scheduler = convert_state_dict(
             state, names, latent_size=latent_size, head_channels=head_channels
         )
+    except ModelError as error:
+        raise ModelError(f"{path} cannot be converted: {error}") from error
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         # diffusers' converters take the published names and shapes for granted.
         raise ModelError(
@@ -106,7 +108,9 @@ def convert_state_dict(
     if not 0 < scale < math.inf:
         raise ModelError(f"expected a scale_factor above 0, got {scale}.")
     vae = _convert_vae(parts[FIRST_STAGE], scale, latent_size)
-    return unet, encoder, vae, _scheduler(state.get("betas"))
+    scheduler = _scheduler(state.get("betas"))
+    _check_alpha_bar(state.get("alphas_cumprod"), scheduler)
+    return unet, encoder, vae, scheduler
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -208,8 +212,29 @@ def _scheduler(betas: Tensor | None) -> DDPMScheduler:
     if betas is None or betas.is_meta:
         return DDPMScheduler(beta_schedule="scaled_linear", beta_start=start, beta_end=end)
     betas = betas.double().cpu()
-    if betas.dim() != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-        raise ModelError("expected the checkpoint's betas to be a list of numbers between 0 and 1.")
+    inside = (betas > 0) & (betas <= 1)  # the last may be 1: a zero terminal SNR
+    if betas.dim() != 1 or len(betas) == 0 or not inside.all() or (betas[:-1] == 1).any():
+        raise ModelError(
+            "expected the checkpoint's betas to be a list of numbers between 0 and 1, of which "
+            "only the last may be 1."
+        )
     if len(betas) == 1000 and torch.allclose(betas, make_betas("scaled_linear", 1000, start, end)):
         return DDPMScheduler(beta_schedule="scaled_linear", beta_start=start, beta_end=end)
     return DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist())
+
+
+def _check_alpha_bar(stated: Tensor | None, scheduler: DDPMScheduler) -> None:
+    """That the checkpoint's own product of its betas, where it has one, is that of the scheduler.
+
+    Raises:
+        ModelError: the training changed it otherwise.
+    """
+    if stated is None or stated.is_meta:
+        return
+    made = scheduler.alphas_cumprod.double()
+    if stated.shape != made.shape or not torch.allclose(
+        stated.double().cpu(), made, rtol=1e-3, atol=1e-5
+    ):
+        raise ModelError(
+            "expected the checkpoint's alphas_cumprod to be the product of 1 - betas, got others."
+        )

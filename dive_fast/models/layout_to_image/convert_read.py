@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dive_fast.errors import ModelError
+from dive_fast.models.layout_to_image.convert_pickle import (
+    ZIP_START,
+    CheckpointError,
+    kind_of,
+    read_state_dict,
+    state_dict_of,
+)
 
 UNET = "model.diffusion_model."
 ENCODER = "cond_stage_model.transformer."
@@ -23,12 +29,10 @@ ENCODER_HEAD_DIM = 64
 NORM_GROUPS = 32
 
 
-class _Unread:
-    """Stands for a class of the training framework, of which nothing is needed."""
-
-
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint file; no code that it may hold is run.
+
+    Logs which objects beside the weights were skipped.
 
     Raises:
         ModelError: the file is missing, cannot be read, or holds no state dict.
@@ -36,29 +40,28 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"expected a checkpoint file at {path}, found none.")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            with safe_globals(_framework_classes(path)):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read(path)
+    except CheckpointError as error:
+        raise ModelError(f"{path} cannot be read as a checkpoint: {error}") from error
     except Exception as error:  # safetensors, pickle, zip and torch each raise their own kinds
         raise ModelError(f"{path} cannot be read as a checkpoint: {_plain(error)}") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
-        raise ModelError(f"expected a state dict in {path}, got {type(state).__name__}.")
+        raise ModelError(f"expected a state dict in {path}, got {kind_of(state)}.")
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise ModelError(f"expected a state dict in {path}, got {len(state)} entries, no tensors.")
     return tensors
 
 
-def _framework_classes(path: Path) -> list[tuple[type, str]]:
-    """PyTorch Lightning keys the states of its callbacks by their classes: names, not read."""
-    try:
-        found = get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not of that file format; torch.load says what is wrong
-        return []
-    return [(_Unread, name) for name in found if name.startswith("pytorch_lightning.")]
+def _read(path: Path) -> Any:
+    """Of a file in torch's old format torch reads as much as it takes for safe."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with path.open("rb") as file:
+        start = file.read(len(ZIP_START))
+    if start == ZIP_START:
+        return read_state_dict(path)
+    return state_dict_of(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _plain(error: Exception) -> str:
@@ -66,6 +69,8 @@ def _plain(error: Exception) -> str:
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
     if refused:
         return f"it holds the object {refused[1]}, and only weights are read."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}."
     # Whatever else torch.load says ends in the advice to load without that safety.
     return "expected a state dict as torch.save or safetensors writes it, got something else."
 

@@ -10,6 +10,7 @@ from diffusers import SchedulerMixin, SD3Transformer2DModel, UNet2DConditionMode
 
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import AUTOENCODERS
+from dive_fast.models.files.checkpoint import first_line
 from dive_fast.models.layout_to_image.base import LayoutModel
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
@@ -56,4 +57,9 @@ def _load_scheduler(pipeline: Pipeline) -> SchedulerMixin:
             f"expected the _class_name of a diffusers scheduler in "
             f"{pipeline.directory / 'scheduler'}, got {config.get('_class_name')!r}."
         )
-    return scheduler_class.from_config(config)
+    try:
+        return scheduler_class.from_config(config)
+    except Exception as error:  # options of sampling, which the schedule does not look at
+        raise ModelError(
+            f"the scheduler in {pipeline.directory} cannot be made: {first_line(error)}"
+        ) from error

@@ -8,16 +8,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
+from dive_fast.core.memory import available_bytes
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import first_line, load_component, read_json
 from dive_fast.models.text.prompts import ClassPrompts
 
 ENCODE_BATCH = 32  # prompts
+TOKEN_BATCH = 4096  # prompts; the tokenizer takes many at once as fast as a few
 SUFFIXES = ("", "_2")  # of the folders tokenizer and text_encoder
 
 
@@ -62,11 +66,10 @@ class PromptEncoder:
         Raises:
             ModelError: two classes have the same tokens, so that nothing can tell them apart.
         """
-        limit, tokenizer = self.towers[0].length, self.towers[0].tokenizer
+        limit = self.towers[0].length
         seen: dict[tuple, str] = {}
         cut = []
-        for name, prompts in zip(classes.names, classes.prompts, strict=True):
-            full = tokenizer(list(prompts), verbose=False).input_ids
+        for name, full in zip(classes.names, self._token_ids(classes), strict=True):
             if max(map(len, full)) > limit:
                 cut.append(f"{name!r} ({max(map(len, full))} tokens)")
             key = tuple(tuple(ids[: limit - 1]) for ids in full)
@@ -84,8 +87,24 @@ class PromptEncoder:
                 stacklevel=2,
             )
 
+    def _token_ids(self, classes: ClassPrompts) -> Iterator[list[list[int]]]:
+        """The first tower's tokens of each class's prompts, not cut; many prompts at a time."""
+        prompts = (prompt for group in classes.prompts for prompt in group)
+        batches = iter(lambda: list(islice(prompts, TOKEN_BATCH)), [])
+        ids = chain.from_iterable(
+            self.towers[0].tokenizer(batch, verbose=False).input_ids for batch in batches
+        )
+        for group in classes.prompts:
+            yield list(islice(ids, len(group)))
+
     def table(self, classes: ClassPrompts, device: torch.device) -> torch.Tensor:
-        """The conditions of all classes, float32 [C, parts * D] on the CPU."""
+        """The conditions of all classes, float32 [C, parts * D] on the CPU.
+
+        Shows a bar on a terminal, where it takes longer than a second.
+
+        Raises:
+            ModelError: there is no memory for so many.
+        """
         prompts = [prompt for group in classes.prompts for prompt in group]
         counts = torch.tensor([len(group) for group in classes.prompts])
         if classes.average == "loss":
@@ -94,12 +113,28 @@ class PromptEncoder:
         else:
             row, n_rows = torch.arange(len(counts)).repeat_interleave(counts), len(counts)
             weight = (1 / counts)[row]
+        self._check_memory(n_rows, len(classes.names))
         table = torch.zeros(n_rows, self.dim)
-        with self._towers_on(device):
-            for ids in torch.arange(len(prompts)).split(ENCODE_BATCH):
-                encoded = self._encode([prompts[i] for i in ids.tolist()])
-                table.index_add_(0, row[ids], encoded * weight[ids, None])
+        different, which = _different(prompts)
+        users = which.argsort(stable=True).split(which.bincount().tolist())
+        with self._towers_on(device), _bar(len(different)) as bar:
+            for numbers in torch.arange(len(different)).split(ENCODE_BATCH):
+                first, last = int(numbers[0]), int(numbers[-1])
+                encoded = self._encode(different[first : last + 1])
+                # As many rows at a time as were encoded, however many share a prompt.
+                for ids in torch.cat(users[first : last + 1]).split(ENCODE_BATCH):
+                    table.index_add_(0, row[ids], encoded[which[ids] - first] * weight[ids, None])
+                bar.update(len(numbers))
         return table.view(len(classes.names), -1)
+
+    def _check_memory(self, n_rows: int, n_classes: int) -> None:
+        needed, free = n_rows * self.dim * torch.float32.itemsize, available_bytes()
+        if free is not None and needed > free:
+            raise ModelError(
+                f"the embeddings of {n_classes} classes take {needed / 1e9:.1f} GB ({n_rows} rows "
+                f"of {self.dim} numbers), and {free / 1e9:.1f} GB of memory are available; ask "
+                f"about fewer classes at a time."
+            )
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
         """The conditions of prompts, float32 [N, D] on the CPU."""
@@ -112,10 +147,12 @@ class PromptEncoder:
         On the CPU; not projected.
         """
         tower, states = self.towers[0], []
-        with self._towers_on(device):
-            for start in range(0, len(prompts), ENCODE_BATCH):
+        different, which = _different(prompts)
+        with self._towers_on(device), _bar(len(different)) as bar:
+            for start in range(0, len(different), ENCODE_BATCH):
+                batch = different[start : start + ENCODE_BATCH]
                 tokens = tower.tokenizer(
-                    list(prompts[start : start + ENCODE_BATCH]),
+                    batch,
                     padding=True,
                     max_length=tower.length,
                     truncation=True,
@@ -124,7 +161,8 @@ class PromptEncoder:
                 with torch.inference_mode():
                     found = tower.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
                     states.append(found.pooler_output)
-        return torch.cat(states).float().cpu().clone()
+                bar.update(len(batch))
+        return torch.cat(states).float().cpu()[which].clone()
 
     def _encode(self, prompts: Sequence[str]) -> torch.Tensor:
         states, pooled = [], []
@@ -162,6 +200,18 @@ class PromptEncoder:
         finally:
             for tower in self.towers:
                 tower.encoder.to("cpu")
+
+
+def _different(prompts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
+    """The prompts without repetitions, and which of them each one is, int64 [N]."""
+    number: dict[str, int] = {}
+    which = [number.setdefault(prompt, len(number)) for prompt in prompts]
+    return list(number), torch.tensor(which, dtype=torch.int64)
+
+
+def _bar(n_prompts: int) -> tqdm:
+    """Not where stderr is a file or a pipe, and not for what is done in a second."""
+    return tqdm(total=n_prompts, disable=None, delay=1, leave=False, unit="prompt", desc="encode")
 
 
 def load_tower(directory: Path, suffix: str, class_name: str, allow_pickle: bool) -> TextTower:
