@@ -63,7 +63,7 @@ class Flux(TextTransformer):
 
     def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         m, channels, h, w = x_t.shape
-        tokens = parts["sequence"].shape[1]
+        place = {"device": x_t.device, "dtype": x_t.dtype}
         guidance = None
         if self.network.config.guidance_embeds:
             guidance = torch.full((m,), self.guidance, device=x_t.device)
@@ -75,7 +75,7 @@ class Flux(TextTransformer):
             img_ids=FluxPipeline._prepare_latent_image_ids(
                 m, h // 2, w // 2, x_t.device, x_t.dtype
             ),
-            txt_ids=torch.zeros(tokens, 3, device=x_t.device, dtype=x_t.dtype),
+            txt_ids=torch.zeros(parts["sequence"].shape[1], 3, **place),
             guidance=guidance,
         ).sample
         return FluxPipeline._unpack_latents(found, h, w, vae_scale_factor=1)
