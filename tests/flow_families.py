@@ -128,6 +128,17 @@ def _no_folder(directory: Path) -> None:
     shutil.rmtree(directory / "text_encoder")
 
 
+def _no_vocabulary(directory: Path) -> None:
+    """The encoder has fewer embeddings than the tokenizer has tokens."""
+    transformers = pytest.importorskip("transformers")
+    index = json.loads((directory / "model_index.json").read_text())
+    encoder = getattr(transformers, index["text_encoder"][1]).from_pretrained(
+        directory / "text_encoder"
+    )
+    encoder.resize_token_embeddings(2)
+    encoder.save_pretrained(directory / "text_encoder")
+
+
 def _size(size: Any) -> Callable[[Path], None]:
     return lambda directory: edit(directory / "dive_fast.json", size=size)
 
@@ -136,6 +147,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an epsilon schedule": (_schedule, "expected a schedule with the target 'flow'.*'epsilon'"),
     "no text encoder": (_no_encoder, "expected text_encoder in .*, found none"),
     "no tokenizer": (_no_tokenizer, "expected tokenizer in .*, found none"),
+    "no vocabulary": (_no_vocabulary, "text encoders cannot be used by .*Pipeline: .*index"),
     "no folder": (_no_folder, "expected the folder text_encoder"),
     "another network": (
         lambda d: edit(d / "model_index.json", transformer=["diffusers", "DiTTransformer2DModel"]),

@@ -133,6 +133,8 @@ def test_refused(
     [
         ({"sample_size": 18}, "a multiple of 4 pixels, at most 32, .*, got 36"),
         ({"sample_size": 7}, "a multiple of 4 pixels, at most 32, .*, got 14"),
+        ({"joint_attention_dim": 8}, "'sequence' of width 8, but its text encoders give 16"),
+        ({"out_channels": 3}, "expected 4 or 8 output channels .*, got 3"),
     ],
 )
 def test_sizes_that_do_not_fit(

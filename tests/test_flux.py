@@ -31,16 +31,20 @@ from dive_fast.models import load_model
 from dive_fast.models.transformers.flux import Flux
 
 
+def make_network(**changes: object) -> FluxTransformer2DModel:
+    options = dict(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=12,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    return FluxTransformer2DModel(**(options | changes)).eval()
+
+
 def make_flux(folder: Path, *, guidance: bool) -> FluxPipeline:
     tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "clip"))
     t5_tokenizer = make_t5_tokenizer()
-    transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=12,
-        guidance_embeds=guidance, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
     return FluxPipeline(
-        transformer=transformer.eval(),
+        transformer=make_network(guidance_embeds=guidance),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=make_vae(),
         text_encoder=make_text_encoder(tokenizer),
@@ -154,17 +158,23 @@ def test_a_guidance_that_is_none(dev: Path, tmp_path: Path, guidance: object) ->
         load_model(told, classes=CLASSES)
 
 
-def test_a_network_of_other_channels(dev: Path, tmp_path: Path) -> None:
-    """FLUX.1 Canny and Depth take the latents of a control image beside the others."""
-    control = tmp_path / "control"
-    shutil.copytree(dev, control)
-    FluxTransformer2DModel(
-        in_channels=32, out_channels=16, num_layers=1, num_single_layers=0, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=12,
-        axes_dims_rope=(4, 4, 8),
-    ).save_pretrained(control / "transformer")  # fmt: skip
-    with pytest.raises(ModelError, match="got 32 channels in and 16 out"):
-        load_model(control, classes=CLASSES)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        # FLUX.1 Canny and Depth take the latents of a control image beside the others.
+        ({"in_channels": 32, "out_channels": 16}, "got 32 channels in and 16 out"),
+        ({"in_channels": 18}, "got 18 channels in and 18 out"),
+        ({"joint_attention_dim": 8}, "'sequence' of width 8, but its text encoders give 16"),
+        ({"pooled_projection_dim": 8}, "'pooled' of width 8, but its text encoders give 12"),
+    ],
+    ids=["control", "odd", "sequence", "pooled"],
+)
+def test_networks_that_do_not_fit(dev: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(dev, broken)
+    make_network(**changes).save_pretrained(broken / "transformer")
+    with pytest.raises(ModelError, match=message):
+        load_model(broken, classes=CLASSES)
 
 
 def test_the_published_configuration_on_the_meta_device() -> None:

@@ -155,13 +155,22 @@ def test_refused(
     check_refused(z_image, tmp_path, what, capsys)
 
 
+def test_a_tokenizer_without_a_chat_template(z_image: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(z_image, broken)
+    (broken / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="cannot be used by ZImagePipeline: .*chat template"):
+        load_model(broken, classes=CLASSES)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"axes_lens": [600, 8, 2]}, "a multiple of 4 pixels, at most 8, .*, got 16"),
+        ({"cap_feat_dim": 8}, "'sequence' of width 8, but its text encoders give 16"),
         ({"all_patch_size": [4]}, r"patches of 2 x 2 .*, got \[\(4, 1\)\]"),
     ],
-    ids=["positions", "patches"],
+    ids=["positions", "width", "patches"],
 )
 def test_networks_that_do_not_fit(
     z_image: Path, tmp_path: Path, changes: dict, message: str

@@ -100,8 +100,16 @@ class PipelineText:
         return torch.cat(found)
 
     def _encode(self, prompts: list[str], device: torch.device) -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            return self._encode_prompts(self.pipeline, prompts, device)
+        try:
+            with torch.no_grad():
+                return self._encode_prompts(self.pipeline, prompts, device)
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever tokenizers and encoders that do not fit raise
+            raise ModelError(
+                f"the tokenizers and text encoders cannot be used by {type(self.pipeline).__name__}"
+                f": {first_line(error)}"
+            ) from error
 
 
 def load_encoders(directory: Path, index: Mapping[str, Any], allow_pickle: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dive_fast.models.base import check_sizes
 from dive_fast.models.transformers.base import TextTransformer, load_transformer
 
 
@@ -32,9 +33,17 @@ class AuraFlow(TextTransformer):
         return {"sequence": sequence, "mask": mask.view(sequence.shape)[..., 0]}
 
     @classmethod
+    def check_network(cls, network: nn.Module, directory: Path) -> None:
+        check_sizes(network, f"transformer in {directory}")
+
+    @classmethod
     def sides(cls, network: nn.Module) -> range:
         patch, positions = network.config.patch_size, network.config.pos_embed_max_size
         return range(patch, math.isqrt(positions) * patch + 1, patch)
+
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        return {"sequence": network.config.joint_attention_dim}
 
     def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         return self.network(

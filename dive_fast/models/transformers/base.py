@@ -71,6 +71,11 @@ class TextTransformer(PromptedModel):
         """The h that the network can be run at."""
         return range(1, MOST_SIDE + 1)
 
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        """The last dimension of the condition's parts that the network takes."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "latents": list(self.latent_shape)}
 
@@ -109,6 +114,12 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
     text = PipelineText(
         _text_half(family, network, pipeline), family.encode_prompts, family.constants
     )
+    for part, width in family.widths(network).items():
+        if text.parts.shapes[part][-1] != width:
+            raise ModelError(
+                f"the network in {directory} takes the part {part!r} of width {width}, but its "
+                f"text encoders give {text.parts.shapes[part][-1]}."
+            )
     return family(
         network,
         vae,

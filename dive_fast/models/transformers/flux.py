@@ -41,7 +41,7 @@ class Flux(TextTransformer):
 
     @classmethod
     def check_network(cls, network: nn.Module, directory: Path) -> None:
-        channels, out = network.config.in_channels, network.out_channels
+        channels, out = network.config.in_channels, network.proj_out.out_features
         if channels % PACKED or out != channels:
             raise ModelError(
                 f"expected a network in {directory} that takes and gives latents packed 2 x 2, "
@@ -56,6 +56,13 @@ class Flux(TextTransformer):
     @classmethod
     def sides(cls, network: nn.Module) -> range:
         return range(2, MOST_SIDE + 1, 2)
+
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        return {
+            "sequence": network.config.joint_attention_dim,
+            "pooled": network.config.pooled_projection_dim,
+        }
 
     def facts(self) -> dict[str, Any]:
         told = {"guidance": self.guidance} if self.network.config.guidance_embeds else {}

@@ -34,6 +34,13 @@ class StableDiffusion3(TextTransformer):
         patch = network.config.patch_size
         return range(patch, network.config.pos_embed_max_size * patch + 1, patch)
 
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        return {
+            "sequence": network.config.joint_attention_dim,
+            "pooled": network.config.pooled_projection_dim,
+        }
+
     def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         return self.network(
             x_t,

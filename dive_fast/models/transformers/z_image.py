@@ -58,6 +58,10 @@ class ZImage(TextTransformer):
     def sides(cls, network: nn.Module) -> range:
         return range(PATCH, min(network.config.axes_lens[1:]) * PATCH + 1, PATCH)
 
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        return {"sequence": network.config.cap_feat_dim}
+
     def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         lengths = (parts["mask"] > 0).sum(dim=1).tolist()
         found = self.network(
