@@ -128,6 +128,11 @@ def _no_folder(directory: Path) -> None:
     shutil.rmtree(directory / "text_encoder")
 
 
+def _empty_tokenizer(directory: Path) -> None:
+    for path in (directory / "tokenizer").iterdir():
+        path.unlink()
+
+
 def _no_vocabulary(directory: Path) -> None:
     """The encoder has fewer embeddings than the tokenizer has tokens."""
     transformers = pytest.importorskip("transformers")
@@ -147,6 +152,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an epsilon schedule": (_schedule, "expected a schedule with the target 'flow'.*'epsilon'"),
     "no text encoder": (_no_encoder, "expected text_encoder in .*, found none"),
     "no tokenizer": (_no_tokenizer, "expected tokenizer in .*, found none"),
+    "an empty tokenizer": (
+        _empty_tokenizer,
+        "expected tokenizer.json, or .* in .*, found none",
+    ),
     "no vocabulary": (_no_vocabulary, "text encoders cannot be used by .*Pipeline: .*index"),
     "no folder": (_no_folder, "expected the folder text_encoder"),
     "another network": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +192,7 @@ def test_the_published_configuration_on_the_meta_device() -> None:
     assert parts.dim == 2_097_920
     model = Flux.__new__(Flux)
     model.network, model.schedule = network, Schedule.flow()
+    model.text = SimpleNamespace(pipeline=FluxPipeline)
     x_t, t = torch.empty(1, 16, 128, 128, device="meta"), torch.zeros(1, dtype=torch.int64)
     found = model.run(x_t, t.to("meta"), parts.unpack(torch.empty(1, parts.dim, device="meta")))
     assert found.shape == (1, 16, 128, 128)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from dive_fast.core.numbers import is_number
@@ -70,22 +69,21 @@ class Flux(TextTransformer):
 
     def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         m, channels, h, w = x_t.shape
+        pipeline, tokens = self.text.pipeline, parts["sequence"].shape[1]
         place = {"device": x_t.device, "dtype": x_t.dtype}
         guidance = None
         if self.network.config.guidance_embeds:
             guidance = torch.full((m,), self.guidance, device=x_t.device)
         found = self.network(
-            FluxPipeline._pack_latents(x_t, m, channels, h, w),
+            pipeline._pack_latents(x_t, m, channels, h, w),
             encoder_hidden_states=parts["sequence"],
             pooled_projections=parts["pooled"],
             timestep=self.sigma(t),
-            img_ids=FluxPipeline._prepare_latent_image_ids(
-                m, h // 2, w // 2, x_t.device, x_t.dtype
-            ),
-            txt_ids=torch.zeros(parts["sequence"].shape[1], 3, **place),
+            img_ids=pipeline._prepare_latent_image_ids(m, h // 2, w // 2, x_t.device, x_t.dtype),
+            txt_ids=torch.zeros(tokens, 3, **place),
             guidance=guidance,
         ).sample
-        return FluxPipeline._unpack_latents(found, h, w, vae_scale_factor=1)
+        return pipeline._unpack_latents(found, h, w, vae_scale_factor=1)
 
 
 def load(directory: Path, **asked: Any) -> Flux:
