@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +22,9 @@ class Asked(NamedTuple):
 def intercept(pipeline: Any, network: nn.Module, **call: Any) -> list[Asked]:
     """Runs the pipeline and notes every call of its network."""
     asked: list[Asked] = []
-    forward = type(network).forward
+    names = list(inspect.signature(type(network).forward).parameters)[1:]
 
     def noted(module, args, kwargs, output):
-        names = forward.__code__.co_varnames[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
         asked.append(Asked(given, output[0] if isinstance(output, tuple) else output.sample))
 

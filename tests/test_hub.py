@@ -161,9 +161,9 @@ def test_pickles_of_the_hub_are_for_those_who_ask(hub):
 
 def test_what_is_not_supported_is_not_fetched(hub, monkeypatch):
     index = hub / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "ShapEPipeline"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("fetched"))
-    with pytest.raises(ModelError, match="in someone/tiny-sd is 'FluxPipeline', which is not supp"):
+    with pytest.raises(ModelError, match="in someone/tiny-sd is 'ShapEPipeline', which is not sup"):
         load_model("someone/tiny-sd")
 
 

@@ -142,7 +142,11 @@ _SDXL = Family(_load_stable_diffusion, (*_SD_FOLDERS, "tokenizer_2", "text_encod
 _TRANSFORMER = ("transformer", "vae", "scheduler")
 _TEXT = tuple(f"{part}{n}" for part in ("tokenizer", "text_encoder") for n in ("", "_2", "_3"))
 FAMILIES: dict[str, Family] = {
+    "AuraFlowPipeline": Family(
+        _load_of("transformers.aura_flow"), (*_TRANSFORMER, *_TEXT), text=True
+    ),
     "DiTPipeline": Family(_load_of("dit.model"), ("transformer", "vae", "scheduler")),
+    "FluxPipeline": Family(_load_of("transformers.flux"), (*_TRANSFORMER, *_TEXT), text=True),
     "LayoutToImagePipeline": Family(
         _load_of("layout_to_image.load"), ("unet", "layout_encoder", "vae", "scheduler", PRIOR)
     ),
@@ -154,4 +158,5 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusionXLImg2ImgPipeline": _SDXL,
+    "ZImagePipeline": Family(_load_of("transformers.z_image"), (*_TRANSFORMER, *_TEXT), text=True),
 }

@@ -100,8 +100,16 @@ class PipelineText:
         return torch.cat(found)
 
     def _encode(self, prompts: list[str], device: torch.device) -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            return self._encode_prompts(self.pipeline, prompts, device)
+        try:
+            with torch.no_grad():
+                return self._encode_prompts(self.pipeline, prompts, device)
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever tokenizers and encoders that do not fit raise
+            raise ModelError(
+                f"the tokenizers and text encoders cannot be used by {type(self.pipeline).__name__}"
+                f": {first_line(error)}"
+            ) from error
 
 
 def load_encoders(directory: Path, index: Mapping[str, Any], allow_pickle: bool) -> dict[str, Any]:
@@ -148,6 +156,7 @@ def _load_encoder(kind: type, folder: Path, allow_pickle: bool) -> nn.Module:
 def _load_tokenizer(kind: type, folder: Path, allow_pickle: bool) -> Any:
     if not folder.is_dir():
         raise ModelError(f"expected the folder {folder.name} in {folder.parent}, found none.")
+    _check_vocabulary(kind, folder)
     try:
         with quiet_transformers(import_transformers()):
             return kind.from_pretrained(folder, local_files_only=True)
@@ -155,3 +164,12 @@ def _load_tokenizer(kind: type, folder: Path, allow_pickle: bool) -> Any:
         raise ModelError(
             f"{folder} cannot be loaded as {kind.__name__}: {first_line(error)}"
         ) from error
+
+
+def _check_vocabulary(kind: type, folder: Path) -> None:
+    """That a tokenizer's files are there: without them one is made that knows no word."""
+    names = set(getattr(kind, "vocab_files_names", {}).values())
+    ways = [way for way in (names & {"tokenizer.json"}, names - {"tokenizer.json"}) if way]
+    if ways and not any(all((folder / name).is_file() for name in way) for way in ways):
+        expected = ", or ".join(" and ".join(sorted(way)) for way in ways)
+        raise ModelError(f"expected {expected} in {folder}, found none.")
