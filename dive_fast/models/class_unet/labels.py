@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from dive_fast.core.convention import Convention
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
 from dive_fast.models.base import check_sizes, sample_side
 from dive_fast.models.files.checkpoint import read_class_names
@@ -47,11 +48,15 @@ def class_table(unet: UNet, embeddings: Any, count: int | None, directory: Path)
     if not looked_up:
         vectors = _vectors(embeddings, unet, directory)
         return vectors if attends(unet) else unet.class_embedding(vectors.to(unet.device))
-    n = config.num_class_embeds or count
+    n = count if config.num_class_embeds is None else config.num_class_embeds
     if n is None:
         raise ModelError(
             f"expected the names of the classes in {directory}: its unet embeds any number of "
             f"labels (class_embed_type 'timestep'), so classes in dive_fast.json must say how many."
+        )
+    if not is_whole(n, 1):
+        raise ModelError(
+            f"expected num_class_embeds of the unet in {directory} above 0, got {n!r}."
         )
     labels = torch.arange(n, device=unet.device)
     if config.class_embed_type == "timestep":
@@ -84,11 +89,10 @@ def check_unet(unet: UNet, convention: Convention, directory: Path) -> None:
         if config.get(key) is not None:
             raise ModelError(f"{where} takes more than classes ({key}), which is not supported.")
     check_sizes(unet, f"unet in {directory}")
-    halvings = len(unet.down_blocks) - 1
-    if sample_side(unet) % 2**halvings:
+    halvings, side = len(unet.down_blocks) - 1, sample_side(unet)
+    if side < 1 or side % 2**halvings:
         raise ModelError(
-            f"expected a sample_size of {where} that can be halved {halvings} times, "
-            f"got {sample_side(unet)}."
+            f"expected a sample_size of {where} that can be halved {halvings} times, got {side}."
         )
     _check_time(config, convention, where)
 
@@ -101,6 +105,10 @@ def _check_time(config: Any, convention: Convention, where: str) -> None:
                          f"which is not supported.")  # fmt: skip
     if kind != "learned":
         return
+    if config.class_embed_type == "timestep":
+        raise ModelError(
+            f"{where} embeds labels by its table of timesteps, which is not supported."
+        )
     if convention.time != "t" or config.num_train_timesteps != len(convention.schedule):
         raise ModelError(
             f"{where} has a table of {config.num_train_timesteps} timesteps, but is told "

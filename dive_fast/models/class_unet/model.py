@@ -15,7 +15,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from dive_fast.core.convention import Convention
+from dive_fast.core.convention import CONSISTENCY, Convention
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import AUTOENCODERS, Autoencoder
@@ -105,6 +105,12 @@ def load(directory: Path, **asked: Any) -> ClassUNet:
             f"{', '.join(NETWORKS)}, got {kind!r}."
         )
     convention = pipeline.convention()
+    consistent = convention.predicts == CONSISTENCY
+    if pipeline.index["_class_name"] == "ConsistencyModelPipeline" and not consistent:
+        raise ModelError(
+            f"expected the CMStochasticIterativeScheduler of a consistency model in {directory}, "
+            f"got {pipeline.scheduler_config.get('_class_name')!r}."
+        )
     unet = pipeline.component(NETWORKS[kind], "unet")
     check_unet(unet, convention, directory)
     embeddings = pipeline.extra.get("embeddings")
