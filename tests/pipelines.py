@@ -31,7 +31,7 @@ def intercept(pipeline: Any, network: nn.Module, **call: Any) -> list[Asked]:
     handle = network.register_forward_hook(noted, with_kwargs=True)
     try:
         pipeline.set_progress_bar_config(disable=True)
-        pipeline(output_type="latent", **call)
+        pipeline(**{"output_type": "latent"} | call)
     finally:
         handle.remove()
     return asked

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from networks import PatchTransformer
 from PIL import Image
 from tiny_geodiffusion import write_geodiffusion
 from tiny_gligen import write_gligen
@@ -110,6 +111,7 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         **text_conditional(),
         **annotated(),
         "load": lambda directory, **options: None,
+        "MyNetwork": PatchTransformer,
     }
     exec(compile(code, "<docs>", "exec"), names)
     if "halving" in code:

@@ -126,16 +126,30 @@ class Schedule:
 
     @classmethod
     def edm(
-        cls, sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2, n: int = 1000
+        cls,
+        sigma_data: float = 0.5,
+        mean: float = -1.2,
+        std: float = 1.2,
+        n: int = 1000,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
     ) -> Schedule:
         """Karras' preconditioned training (arXiv 2206.00364): log sigma ~ N(mean, std^2).
 
-        The n sigmas are the quantiles of that density, so that evenly spread timesteps follow it.
+        The n sigmas are the quantiles of that density between ``sigma_min`` and ``sigma_max``, so
+        that evenly spread timesteps follow it.
         With r = sqrt(sigma^2 + sigma_data^2) the network's input c_in (x0 + sigma eps) is
         (sigma_data x0' + sigma eps) / r for x0' = x0 / sigma_data, and its target is
         (sigma x0' - sigma_data eps) / r: v of x0' with the other sign.
         """
-        quantile = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()
+        low, high = torch.special.ndtr((ends - mean) / std)
+        if not high > low:
+            raise ModelError(
+                f"expected a sigma_min below sigma_max near exp({mean}), "
+                f"got {sigma_min} and {sigma_max}."
+            )
+        quantile = low + (high - low) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
         sigma = torch.exp(mean + std * torch.special.ndtri(quantile))
         r = (sigma**2 + sigma_data**2).sqrt()
         return cls((sigma_data / r).float(), (sigma / r).float(), "v_prediction", sigma_data)
@@ -185,11 +199,11 @@ def _read_flow(config: Mapping[str, Any]) -> Schedule:
             f"num_train_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, "
             f"got {_short(n)}."
         )
-    target = config.get("prediction_type", "flow_prediction")
-    if target != "flow_prediction":
+    stated = config.get("prediction_type")
+    if stated not in (None, "flow_prediction"):
         raise ModelError(
-            f"expected the prediction_type flow_prediction of a flow schedule, "
-            f"got {_short(target)}."
+            f"the scheduler is a flow's, but its prediction_type is {_short(stated)}: expected "
+            f"'flow_prediction', or the scheduler that the network was trained with."
         )
     if config.get("invert_sigmas"):
         raise ModelError("a flow schedule with invert_sigmas is not supported.")

@@ -27,6 +27,7 @@ Autoencoder = AutoencoderKL | VQModel
 _ALL = ("shift_factor", "latents_mean", "latents_std")
 _NOT_APPLIED = {
     "DiTPipeline": _ALL,
+    "LDMPipeline": _ALL,
     "StableDiffusionPipeline": _ALL,
     "StableDiffusionImg2ImgPipeline": _ALL,
     "StableDiffusionGLIGENPipeline": _ALL,

@@ -229,7 +229,7 @@ def load(directory: Path, **asked: Any) -> Gligen:
     caption = pipeline.extra.get("caption", "")
     if not isinstance(caption, str):
         raise ModelError(f"expected a text as caption in {directory}, got {caption!r}.")
-    schedule, text = pipeline.schedule(), pipeline.text(ENCODERS)
+    schedule, text = pipeline.discrete_schedule(), pipeline.text(ENCODERS)
     unet = pipeline.component(UNet2DConditionModel, "unet")
     check_grounding(unet, text, directory)
     check_unet(unet, text, directory)

@@ -9,23 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dive_fast.core.convention import Convention
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import Autoencoder, encode_latents, image_shape
 from dive_fast.models.files.checkpoint import fingerprint
 
-# What the network is told of a timestep, float [M]; sigma is s_t / a_t, of a flow s_t.
-TIMES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "t": lambda t, sigma, n: t,
-    "t / T": lambda t, sigma, n: t / n,
-    "sigma": lambda t, sigma, n: sigma,
-    "1000 sigma": lambda t, sigma, n: 1000 * sigma,
-    "1 - sigma": lambda t, sigma, n: 1 - sigma,
-    "log sigma / 4": lambda t, sigma, n: sigma.log() / 4,
-}
 _PIXELS = {"[-1, 1]": ((0.5,), (0.5,)), "[0, 1]": ((0.0,), (1.0,))}  # mean and std
-PREDICTS = ("epsilon", "v_prediction", "sample", "noise - data", "data - noise", "edm", "denoised")
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Any]
 # [-1, 1], [0, 1], or the mean and the standard deviation of each channel in [0, 1].
@@ -56,9 +47,7 @@ class GivenNetwork:
         self.name, self.network, self.schedule, self.vae = name, network, schedule, vae
         self.latent_shape = tuple(shape)
         self.image_shape = image_shape(self.latent_shape, vae)
-        self.predicts = _chosen("predicts", predicts, PREDICTS, _usual_prediction(schedule))
-        _check_prediction(self.predicts, schedule)
-        self.time = _chosen("time", time, tuple(TIMES), _usual_time(self.predicts))
+        self.convention = Convention.of(schedule, predicts, time)
         self.pixels = _pixels(pixels, shape[0], vae)
         self._call = _plain_call if call is None else call
         network.eval().requires_grad_(False)
@@ -72,8 +61,10 @@ class GivenNetwork:
         check_network(self)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GivenNetwork:
-        """Moves the network."""
+        """Moves the network; the VAE stays in float32."""
         self.network.to(device, dtype)
+        if self.vae is not None:
+            self.vae.to(device)
         self.device, self.dtype = torch.device(device), dtype
         return self
 
@@ -82,8 +73,7 @@ class GivenNetwork:
         return {
             "family": self.family,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "predicts": self.predicts,
-            "time": self.time,
+            **self.convention.facts(),
             "pixels": [list(map(float, part)) for part in self.pixels],
             "weights": self._weights,
             "vae_weights": None if self.vae is None else fingerprint(self.vae),
@@ -101,21 +91,11 @@ class GivenNetwork:
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """See ``models.protocol.Model.predict``."""
-        schedule = self.schedule
-        a, s = (f.to(x_t.device)[t].view(-1, 1, 1, 1) for f in (schedule.a, schedule.s))
-        sigma = s if schedule.target == "flow" else s / a * (schedule.sigma_data or 1)
-        told = TIMES[self.time](t, sigma.flatten(), len(schedule))
+        convention = self.convention
+        given, told = convention.given(x_t, t), convention.told(t)
         told = told if told.dtype == torch.int64 else told.to(self.dtype)
-        # An EDM denoiser takes the image with its noise and scales it itself.
-        given = x_t * schedule.sigma_data / a if self.predicts == "denoised" else x_t
         found = self._call(self.network, given.to(self.dtype), told, condition.to(self.dtype))
-        found = _tensor(found, self.name)
-        match self.predicts:
-            case "data - noise" | "edm":
-                return -found
-            case "denoised":  # F = (D / sigma_data - c_skip x / sigma_data) / (c_out / sigma_data)
-                return -(found / schedule.sigma_data - a * x_t) / s
-        return found
+        return convention.target(_tensor(found, self.name), x_t, t)
 
 
 def check_network(model: GivenNetwork) -> None:
@@ -170,38 +150,6 @@ def _check_arguments(network: Any, schedule: Any, shape: Any, call: Any) -> None
         raise ModelError(f"expected a shape (channels, side, side), got {shape!r}.")
     if call is not None and not callable(call):
         raise ModelError(f"expected call to be a function, got {type(call).__name__}.")
-
-
-def _usual_prediction(schedule: Schedule) -> str:
-    if schedule.sigma_data is not None:
-        return "edm"
-    return "noise - data" if schedule.target == "flow" else schedule.target
-
-
-def _check_prediction(predicts: str, schedule: Schedule) -> None:
-    """That schedule and prediction are of one kind."""
-    kinds = {"noise - data": "flow", "data - noise": "flow", "edm": "EDM", "denoised": "EDM"}
-    kind = "flow" if schedule.target == "flow" else "variance-preserving"
-    kind = kind if schedule.sigma_data is None else "EDM"
-    expected = kinds.get(predicts, "variance-preserving")
-    if kind != expected:
-        raise ModelError(f"{predicts!r} needs a schedule of the kind {expected}, got {kind}.")
-    if expected == "variance-preserving" and predicts != schedule.target:
-        raise ModelError(
-            f"expected a schedule with the target {predicts!r}, got one with {schedule.target!r}."
-        )
-
-
-def _usual_time(predicts: str) -> str:
-    usual = {"noise - data": "sigma", "data - noise": "1 - sigma", "edm": "log sigma / 4"}
-    return {**usual, "denoised": "sigma"}.get(predicts, "t")
-
-
-def _chosen(what: str, value: str | None, known: Sequence[str], default: str) -> str:
-    value = default if value is None else value
-    if value not in known:
-        raise ModelError(f"expected {what} to be one of {', '.join(known)}, got {value!r}.")
-    return value
 
 
 def _pixels(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.convention import Convention
 from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import (
@@ -93,13 +94,32 @@ class Pipeline:
         """See ``scheduler_config``."""
         return Schedule.from_config(self.scheduler_config)
 
+    def discrete_schedule(self) -> Schedule:
+        """That of a network which is told t as a whole number: no flow."""
+        schedule = self.schedule()
+        if schedule.target == "flow":
+            raise ModelError(
+                f"expected the scheduler that the network in {self.directory} was trained with, "
+                f"got the flow of a {self.scheduler_config.get('_class_name')}."
+            )
+        return schedule
+
+    def convention(self) -> Convention:
+        """How the network is called and read: by the scheduler, where ``dive_fast.json`` does not
+        state ``predicts`` and ``time``."""
+        return Convention.from_config(
+            self.scheduler_config, self.extra.get("predicts"), self.extra.get("time")
+        )
+
     def component(self, model_class: type, folder: str) -> torch.nn.Module:
         """A part of diffusers, complete, finite and frozen, in float32."""
         return load_component(model_class, self.directory / folder, self.allow_pickle)
 
-    def vae(self, channels: int, class_name: str = "AutoencoderKL") -> Autoencoder:
+    def vae(
+        self, channels: int, class_name: str = "AutoencoderKL", folder: str = "vae"
+    ) -> Autoencoder:
         """The autoencoder of a network that takes latents of so many channels."""
-        vae = self.component(AUTOENCODERS[class_name], "vae")
+        vae = self.component(AUTOENCODERS[class_name], folder)
         try:
             normalisation(vae, self.index.get("_class_name"))
         except ModelError as error:

@@ -139,12 +139,18 @@ def _load_stable_diffusion(directory: Path, **asked: Any) -> Model:
 _SD_FOLDERS = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
 _SD = Family(_load_stable_diffusion, _SD_FOLDERS, text=True)
 _SDXL = Family(_load_stable_diffusion, (*_SD_FOLDERS, "tokenizer_2", "text_encoder_2"), text=True)
+_LABELS = Family(_load_of("class_unet.model"), ("unet", "vae", "vqvae", "scheduler"))
 _TRANSFORMER = ("transformer", "vae", "scheduler")
 _TEXT = tuple(f"{part}{n}" for part in ("tokenizer", "text_encoder") for n in ("", "_2", "_3"))
 FAMILIES: dict[str, Family] = {
     "AuraFlowPipeline": Family(
         _load_of("transformers.aura_flow"), (*_TRANSFORMER, *_TEXT), text=True
     ),
+    "ConsistencyModelPipeline": _LABELS,
+    "DDIMPipeline": _LABELS,
+    "DDPMPipeline": _LABELS,
+    "LDMPipeline": _LABELS,
+    "PNDMPipeline": _LABELS,
     "DiTPipeline": Family(_load_of("dit.model"), ("transformer", "vae", "scheduler")),
     "FluxPipeline": Family(_load_of("transformers.flux"), (*_TRANSFORMER, *_TEXT), text=True),
     "LayoutToImagePipeline": Family(

@@ -71,7 +71,7 @@ def load(directory: Path, **asked: Any) -> StableDiffusion:
     pipeline = Pipeline(directory, **asked)
     encoders = TEXT_ENCODERS[pipeline.index["_class_name"]]
     pipeline.check_parts(parts(encoders))
-    prompts, schedule = pipeline.prompts(), pipeline.schedule()
+    prompts, schedule = pipeline.prompts(), pipeline.discrete_schedule()
     text = pipeline.text(encoders)
     unet = pipeline.component(UNet2DConditionModel, "unet")
     vae = pipeline.vae(unet.config.in_channels)
@@ -103,7 +103,9 @@ def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path)
     """
     config = unet.config
     if unet.class_embedding is not None:
-        raise ModelError(f"the unet in {directory} takes class labels beside the prompt.")
+        raise ModelError(
+            f"the unet in {directory} takes class labels beside the prompt, which is not supported."
+        )
     if config.encoder_hid_dim_type not in (None, "text_proj"):
         raise ModelError(
             f"the unet in {directory} takes images beside the prompt "

@@ -112,10 +112,12 @@ class DiffusionClassifier(Fitting):
                 differentiable in c; ``network(x_t, t, c)`` if None.
             names: of the classes. One row more than names is the embedding of "no class".
             predicts: "epsilon", "v_prediction", "sample"; of a flow "noise - data" or "data -
-                noise"; of EDM "edm" (the raw network, called with c_in x) or "denoised" (D(x;
-                sigma), called with x). What the schedule says if None.
+                noise"; of EDM "edm" (the raw network, called with c_in x), "v_prediction" (the same
+                with the other sign) or "denoised" (D(x; sigma), called with x). What the schedule
+                says if None.
             time: what the network is told: "t" (0 ... T - 1), "t / T", "sigma" (of a flow also
-                "1 - sigma" and "1000 sigma"), "log sigma / 4"; the usual one if None.
+                "1 - sigma", "T sigma" and "1000 sigma"), "log sigma / 4", "250 log sigma"; the
+                usual one if None.
             pixels: what it was trained on: "[-1, 1]", "[0, 1]", or the channels' (means, stds) of
                 pixels in [0, 1].
             vae: diffusers' ``AutoencoderKL``, where x0 are its latents.

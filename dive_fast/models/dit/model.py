@@ -1,4 +1,6 @@
-"""The family "dit": class-conditional diffusion transformers (arXiv 2212.09748) of diffusers.
+"""The family "dit": class-conditional diffusion transformers of diffusers.
+
+DiT (arXiv 2212.09748) and, with a flow's schedule, SiT (arXiv 2401.08740).
 
 diffusers' ``DiTTransformer2DModel`` keeps one timestep and label embedder per block and takes
 integer labels. A learnable class vector must enter every block and the final layer, so the
@@ -16,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
+from dive_fast.core.convention import Convention
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
@@ -49,6 +52,7 @@ class DiT(LatentModel):
         schedule: of the training.
         names: of the classes.
         timestep_embedding: "diffusers" or "original", see ``FREQ_SHIFT``.
+        convention: what the network is told and predicts; the usual of the schedule if None.
         tied: all blocks' embedders hold equal copies, so the class vector has the width D of one
             row. Otherwise it is the rows of all copies end to end, [copies * D].
 
@@ -70,9 +74,11 @@ class DiT(LatentModel):
         *,
         name: str | None = None,
         timestep_embedding: str = "diffusers",
+        convention: Convention | None = None,
         tied: bool = True,
     ) -> None:
         super().__init__(transformer, vae, schedule, name=name)
+        self.convention = Convention.of(schedule) if convention is None else convention
         self.transformer = transformer
         self.timestep_embedding = timestep_embedding
         self.width = transformer.inner_dim
@@ -93,12 +99,18 @@ class DiT(LatentModel):
         return self.transformer, self.timestep_embedders
 
     def facts(self) -> dict[str, Any]:
-        return {"timestep_embedding": self.timestep_embedding}
+        stated = self.convention.facts()
+        plain = {"predicts": self.schedule.target, "time": "t"}
+        return {
+            "timestep_embedding": self.timestep_embedding,
+            **({} if stated == plain else stated),
+        }
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``."""
         c = self._conditioning(t, condition.to(self.dtype))
-        return self.transformer(x_t.to(self.dtype), timestep=t, class_labels=c).sample
+        found = self.transformer(x_t.to(self.dtype), timestep=t, class_labels=c).sample
+        return self.convention.signed(found)
 
     def prefix(self, x_t: torch.Tensor, t: torch.Tensor) -> State:
         """Patches with their positions [M, tokens, D], and temb(t) [M, copies, D]."""
@@ -126,7 +138,7 @@ class DiT(LatentModel):
         patches = network.proj_out_2(tokens).unflatten(2, (patch, patch, -1))
         # [M, row, column, y, x, C] to [M, C, row, y, column, x].
         grid = patches.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
-        return grid.flatten(4, 5).flatten(2, 3)
+        return self.convention.signed(grid.flatten(4, 5).flatten(2, 3))
 
     @staticmethod
     def _through(blocks, tokens: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -141,7 +153,7 @@ class DiT(LatentModel):
     def _temb(self, t: torch.Tensor) -> torch.Tensor:
         """temb(t) of every copy, [M, copies, D]."""
         frequencies = get_timestep_embedding(
-            t,
+            self.convention.told(t),
             256,
             flip_sin_to_cos=True,
             downscale_freq_shift=FREQ_SHIFT[self.timestep_embedding],
@@ -152,7 +164,8 @@ class DiT(LatentModel):
 def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> DiT:
     """Reads what ``DiTPipeline.save_pretrained`` writes; without a ``vae`` it is a model of pixels.
 
-    An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding``.
+    An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding``, and
+    of a flow ``time`` and ``predicts``: "1 - sigma" and "data - noise" for a converted SiT.
 
     Args:
         timestep_embedding: see ``choose_timestep_embedding``.
@@ -162,7 +175,12 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
         ModelError: a part is missing, broken or unsupported.
     """
     pipeline = Pipeline(directory, **asked)
-    schedule = pipeline.schedule()
+    convention = pipeline.convention()
+    if convention.schedule.sigma_data is not None:
+        raise ModelError(
+            f"expected a scheduler that states its betas, or a flow's, beside the transformer in "
+            f"{directory}, got {pipeline.scheduler_config.get('_class_name')}."
+        )
     transformer = pipeline.component(DiTTransformer2DModel, "transformer")
     config = transformer.config
     has_vae = (pipeline.index.get("vae") or [None])[0] is not None
@@ -171,12 +189,13 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
     return DiT(
         transformer,
         vae,
-        schedule,
+        convention.schedule,
         read_class_names(pipeline.index, config.num_embeds_ada_norm),
         name=pipeline.name,
         timestep_embedding=choose_timestep_embedding(
             timestep_embedding, pipeline.extra.get("timestep_embedding"), config
         ),
+        convention=convention,
         tied=embedders_are_equal(transformer),
     )
 

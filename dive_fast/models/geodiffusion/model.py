@@ -117,7 +117,7 @@ def load(
             f"in Stable Diffusion 1.x and 2.x."
         )
     pipeline.check_parts(parts(encoders))
-    schedule, text = pipeline.schedule(), pipeline.text(encoders)
+    schedule, text = pipeline.discrete_schedule(), pipeline.text(encoders)
     (tower,) = text.towers
     known = tower.tokenizer.get_vocab()
     n_tokens = next(i for i in range(len(known) + 1) if location_token(i) not in known)

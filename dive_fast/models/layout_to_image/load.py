@@ -49,7 +49,7 @@ def load(directory: Path, **asked: Any) -> LayoutModel:
 
 def _load_scheduler(pipeline: Pipeline) -> SchedulerMixin:
     """The scheduler itself, which ``save_pretrained`` writes again."""
-    pipeline.schedule()  # says what is wrong with it
+    pipeline.discrete_schedule()  # says what is wrong with it
     config = pipeline.scheduler_config
     scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):

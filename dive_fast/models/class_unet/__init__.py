@@ -1,0 +1,1 @@
+"""The family "class-unet": UNets that are conditioned on class labels."""
