@@ -11,6 +11,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from dive_fast.core.schedule import Schedule
+from dive_fast.errors import ModelError
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.text.pipeline_text import PipelineText, load_encoders
 from dive_fast.models.text.prompted import PromptedModel
@@ -27,7 +29,10 @@ class TextTransformer(PromptedModel):
 
     pipeline_class: ClassVar[str]  # of diffusers
     network_class: ClassVar[str]
+    older_names: ClassVar[tuple[str, ...]] = ()  # of the network's class, in published indices
     vae_class: ClassVar[str] = "AutoencoderKL"
+    text_classes: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # folders that must be there
+    flow: ClassVar[bool] = True  # trained as a rectified flow; else with betas
     constants: ClassVar[tuple[str, ...]] = ()  # parts of a condition that are not optimised
 
     text: PipelineText
@@ -79,8 +84,12 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
         ModelError: a part is missing, broken or unsupported, or there are no classes.
     """
     pipeline = Pipeline(directory, **asked)
-    pipeline.check_parts({TRANSFORMER: family.network_class, "vae": family.vae_class})
+    network_names = (family.network_class, *family.older_names)
+    pipeline.check_parts(
+        {TRANSFORMER: network_names, "vae": family.vae_class, **family.text_classes}
+    )
     prompts, schedule = pipeline.prompts(), pipeline.schedule()
+    _check_schedule(family, schedule, directory)
     network = pipeline.component(getattr(diffusers, family.network_class), TRANSFORMER)
     family.check_network(network, directory)
     shape = family.latents(network)
@@ -98,6 +107,16 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
         device=pipeline.device,
         latent_shape=shape,
     )
+
+
+def _check_schedule(family: type[TextTransformer], schedule: Schedule, directory: Path) -> None:
+    kinds = {True: "a flow-matching schedule", False: "a schedule of betas"}
+    found = schedule.target == "flow"
+    if found != family.flow:
+        raise ModelError(
+            f"expected {kinds[family.flow]} in {directory / 'scheduler'}, as a "
+            f"{family.network_class} is trained with, got {kinds[found]}."
+        )
 
 
 def _text_half(family: type[TextTransformer], network: nn.Module, pipeline: Pipeline) -> Any:
