@@ -33,6 +33,7 @@ from tiny_sd import make_vae
 from dive_fast import DiffusionClassifier
 from dive_fast.errors import ModelError
 from dive_fast.models import load_model
+from dive_fast.models.transformers.masked import masked
 from dive_fast.models.transformers.pixart import PixArtAlpha, PixArtSigma
 from dive_fast.strategies import resolve_strategy
 
@@ -164,6 +165,20 @@ def test_padding_is_neither_seen_nor_compared(alpha: Path) -> None:
     )
 
 
+def test_without_any_token_all_is_seen_alike(alpha: Path) -> None:
+    """Attention over a mask of zeros is even: nothing of the sequence may be left out."""
+    model = load_model(alpha, classes=CLASSES)
+    sequence, mask = torch.randn(1, 120, 16), torch.zeros(1, 120, dtype=torch.int64)
+    x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([10])
+    with torch.no_grad():
+        expected = model.network(
+            x_t, encoder_hidden_states=sequence, encoder_attention_mask=mask, timestep=t,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample  # fmt: skip
+    row = model.text.parts.pack(masked(sequence, mask))
+    torch.testing.assert_close(model.predict(x_t, t, row), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_of_a_mean_every_token_is_seen(alpha: Path) -> None:
     """Prompts of two lengths: the mask is that of the longer one."""
     model = load_model(alpha, classes={"animal": PROMPTS, "bird": "bird"})
@@ -177,6 +192,26 @@ def test_of_a_mean_every_token_is_seen(alpha: Path) -> None:
         ).sample  # fmt: skip
     found = model.predict(x_t, t, model.vocabulary.table[:1])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["", "with sizes"])
+def test_another_size_is_what_the_pipeline_makes_of_it(tmp_path: Path, told: bool) -> None:
+    """The network's places are scaled, and its sizes are those of the images."""
+    sizes = {"sample_size": 128, "patch_size": 32} if told else {}
+    directory = save(lambda: make_pixart(ALPHA, **sizes), tmp_path / "model")
+    side = 192 if told else 12
+    (directory / "dive_fast.json").write_text(json.dumps({"size": 2 * side}))
+    pipeline, model = read(directory), load_model(directory, classes=CLASSES)
+    assert model.image_shape == (3, 2 * side, 2 * side)
+    asked = intercept(
+        pipeline, pipeline.transformer, prompt=PROMPTS, latents=torch.randn(2, 4, side, side),
+        num_inference_steps=1, guidance_scale=1.0, height=2 * side, width=2 * side,
+        use_resolution_binning=False,
+    )[0]  # fmt: skip
+    found = model.predict(
+        asked.given["hidden_states"], asked.given["timestep"], model.vocabulary.table
+    )
+    torch.testing.assert_close(found, asked.output, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "enumerate", "invert"])
@@ -286,7 +321,7 @@ def other_network(directory: Path) -> None:
 
 
 def other_text(directory: Path) -> None:
-    change_json(directory / "model_index.json", text_encoder=["transformers", "UMT5EncoderModel"])
+    change_json(directory / "model_index.json", text_encoder=["transformers", "T6EncoderModel"])
 
 
 def flow_schedule(directory: Path) -> None:
@@ -310,15 +345,15 @@ def sizes_for_sigma(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (no_text_encoder, "expected text_encoder in .* to be a T5EncoderModel, got None"),
+        (no_text_encoder, "expected text_encoder in .*, found none"),
         (no_text_folder, "expected the folder text_encoder in"),
         (no_tokenizer_files, "tokenizer"),
-        (narrow_text, "expected a text encoder of width 16 for the transformer, got 8"),
+        (narrow_text, "takes the part 'sequence' of width 16, but its text encoders give 8"),
         (few_tokens, "has 66 tokens, but its text encoder knows 2"),
         (other_network, "to be a PixArtTransformer2DModel or Transformer2DModel, got 'Sana"),
-        (other_text, "to be a T5EncoderModel, got 'UMT5EncoderModel'"),
-        (flow_schedule, "expected a schedule of betas in .* got a flow-matching schedule"),
-        (uneven_patches, "a multiple of the patch_size 2 .*, got 9"),
+        (other_text, "expected a class of transformers for text_encoder .*, got 'T6EncoderModel'"),
+        (flow_schedule, "expected a schedule with the target 'epsilon' .*, got 'flow'"),
+        (uneven_patches, "a multiple of 4 pixels, .*, got 18"),
         (other_norm, "cannot be loaded as PixArtTransformer2DModel"),
         (sizes_for_sigma, "use_additional_conditions to be false"),
     ],

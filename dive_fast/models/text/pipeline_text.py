@@ -49,9 +49,7 @@ class PipelineText:
             for name in pipeline.config
             if name.startswith("text_encoder") and (part := getattr(pipeline, name)) is not None
         )
-        with torch.no_grad():
-            found = encode(pipeline, [""], torch.device("cpu"))
-        self.parts = ConditionParts.of(found, constants)
+        self.parts = ConditionParts.of(self._encode([""], torch.device("cpu")), constants)
 
     @property
     def dim(self) -> int:
@@ -95,12 +93,13 @@ class PipelineText:
         self, prompts: Sequence[str], device: torch.device, encode: Encode | None = None
     ) -> Tensor:
         """The conditions of prompts, float32 [N, D] on the CPU; another ``encode`` may be said."""
-        encode = self._encode_prompts if encode is None else encode
         for encoder in self.encoders:
             encoder.to(device)
         try:
             found = [
-                self._rows(encode, list(prompts[i : i + ENCODE_BATCH]), device)
+                self.parts.pack(
+                    self._encode(list(prompts[i : i + ENCODE_BATCH]), device, encode)
+                ).cpu()
                 for i in range(0, len(prompts), ENCODE_BATCH)
             ]
         finally:
@@ -108,9 +107,20 @@ class PipelineText:
                 encoder.to("cpu")
         return torch.cat(found)
 
-    def _rows(self, encode: Encode, prompts: list[str], device: torch.device) -> Tensor:
-        with torch.no_grad():
-            return self.parts.pack(encode(self.pipeline, prompts, device)).cpu()
+    def _encode(
+        self, prompts: list[str], device: torch.device, encode: Encode | None = None
+    ) -> Mapping[str, Tensor]:
+        encode = self._encode_prompts if encode is None else encode
+        try:
+            with torch.no_grad():
+                return encode(self.pipeline, prompts, device)
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever tokenizers and encoders that do not fit raise
+            raise ModelError(
+                f"the tokenizers and text encoders cannot be used by {type(self.pipeline).__name__}"
+                f": {first_line(error)}"
+            ) from error
 
 
 def _refuse_twins(names: Sequence[str], table: Tensor) -> None:

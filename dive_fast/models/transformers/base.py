@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +12,15 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from dive_fast.core.schedule import Schedule
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
+from dive_fast.models.autoencoder import Autoencoder, image_shape
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.text.pipeline_text import PipelineText, load_encoders
 from dive_fast.models.text.prompted import PromptedModel
 
 TRANSFORMER = "transformer"  # the folder
+MOST_SIDE = 4096  # of latents, where the network itself sets no bound
 
 
 class TextTransformer(PromptedModel):
@@ -31,9 +34,9 @@ class TextTransformer(PromptedModel):
     network_class: ClassVar[str]
     older_names: ClassVar[tuple[str, ...]] = ()  # of the network's class, in published indices
     vae_class: ClassVar[str] = "AutoencoderKL"
-    text_classes: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # folders that must be there
-    flow: ClassVar[bool] = True  # trained as a rectified flow; else with betas
     constants: ClassVar[tuple[str, ...]] = ()  # parts of a condition that are not optimised
+    optional: ClassVar[tuple[str, ...]] = ()  # text encoders that may be left out
+    target: ClassVar[str] = "flow"  # of the schedule
 
     text: PipelineText
 
@@ -60,9 +63,22 @@ class TextTransformer(PromptedModel):
 
     @classmethod
     def latents(cls, network: nn.Module) -> tuple[int, int, int]:
-        """(C, h, w) of x0."""
+        """(C, h, w) of x0, unless ``dive_fast.json`` states the ``size`` of the images."""
         side = network.config.sample_size
         return (network.config.in_channels, side, side)
+
+    @classmethod
+    def sides(cls, network: nn.Module) -> range:
+        """The h that the network can be run at."""
+        return range(1, MOST_SIDE + 1)
+
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        """The last dimension of the condition's parts that the network takes."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "latents": list(self.latent_shape)}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """See ``models.protocol.Model.predict``."""
@@ -84,19 +100,28 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
         ModelError: a part is missing, broken or unsupported, or there are no classes.
     """
     pipeline = Pipeline(directory, **asked)
-    network_names = (family.network_class, *family.older_names)
-    pipeline.check_parts(
-        {TRANSFORMER: network_names, "vae": family.vae_class, **family.text_classes}
-    )
+    names = (family.network_class, *family.older_names)
+    pipeline.check_parts({TRANSFORMER: names, "vae": family.vae_class})
     prompts, schedule = pipeline.prompts(), pipeline.schedule()
-    _check_schedule(family, schedule, directory)
+    if schedule.target != family.target:
+        raise ModelError(
+            f"expected a schedule with the target {family.target!r} for the {family.network_class} "
+            f"in {directory}, got {schedule.target!r}."
+        )
     network = pipeline.component(getattr(diffusers, family.network_class), TRANSFORMER)
     family.check_network(network, directory)
-    shape = family.latents(network)
-    vae = pipeline.vae(shape[0], family.vae_class)
+    channels, *sides = family.latents(network)
+    vae = pipeline.vae(channels, family.vae_class)
+    shape = _resized((channels, *sides), family.sides(network), vae, pipeline)
     text = PipelineText(
         _text_half(family, network, pipeline), family.encode_prompts, family.constants
     )
+    for part, width in family.widths(network).items():
+        if text.parts.shapes[part][-1] != width:
+            raise ModelError(
+                f"the network in {directory} takes the part {part!r} of width {width}, but its "
+                f"text encoders give {text.parts.shapes[part][-1]}."
+            )
     return family(
         network,
         vae,
@@ -109,19 +134,32 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
     )
 
 
-def _check_schedule(family: type[TextTransformer], schedule: Schedule, directory: Path) -> None:
-    kinds = {True: "a flow-matching schedule", False: "a schedule of betas"}
-    found = schedule.target == "flow"
-    if found != family.flow:
+def _resized(
+    shape: tuple[int, int, int], sides: range, vae: Autoencoder, pipeline: Pipeline
+) -> tuple[int, int, int]:
+    """(C, h, w) of latents, with h and w for the ``size`` that ``dive_fast.json`` may state."""
+    factor = image_shape((shape[0], 1, 1), vae)[1]
+    size = pipeline.extra.get("size")
+    if size is None:
+        size = shape[1] * factor if is_whole(shape[1], 1) else shape[1]
+    if not is_whole(size, 1) or size % factor or size // factor not in sides:
         raise ModelError(
-            f"expected {kinds[family.flow]} in {directory / 'scheduler'}, as a "
-            f"{family.network_class} is trained with, got {kinds[found]}."
+            f"expected images of a multiple of {sides.step * factor} pixels, at most "
+            f"{sides[-1] * factor}, for the network in {pipeline.directory}, got {size!r}."
         )
+    return (shape[0], size // factor, size // factor)
 
 
 def _text_half(family: type[TextTransformer], network: nn.Module, pipeline: Pipeline) -> Any:
     """The pipeline with what ``encode_prompt`` needs; some ask the network for a width."""
     kind = getattr(diffusers, family.pipeline_class)
     found = load_encoders(pipeline.directory, pipeline.index, pipeline.allow_pickle)
+    for part in inspect.signature(kind).parameters:
+        if not part.startswith(("tokenizer", "text_encoder")) or part in family.optional:
+            continue
+        if found.get(part) is None:
+            raise ModelError(
+                f"expected {part} in {pipeline.directory / 'model_index.json'}, found none."
+            )
     parts = {TRANSFORMER: network, "vae": None, "scheduler": None, **found}
     return kind(**parts)

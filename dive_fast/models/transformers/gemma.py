@@ -13,11 +13,6 @@ from dive_fast.models.transformers.masked import MaskedTransformer, masked
 class GemmaTransformer(MaskedTransformer):
     """A condition is Gemma's sequence and its mask."""
 
-    text_classes = {
-        "tokenizer": ("GemmaTokenizer", "GemmaTokenizerFast"),
-        "text_encoder": ("Gemma2Model",),
-    }
-
     def no_condition(self, device: torch.device) -> Tensor:
         return self.text.encode([""], device, _encode_nothing)[0]
 

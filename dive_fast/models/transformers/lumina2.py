@@ -14,6 +14,8 @@ from dive_fast.models.transformers.base import load_transformer
 from dive_fast.models.transformers.gemma import GemmaTransformer
 from dive_fast.models.transformers.masked import masked, tokens
 
+LENGTH = 256  # tokens of a prompt, at most: the pipeline's default
+
 
 class Lumina2(GemmaTransformer):
     """A condition is Gemma's last layer but one behind a system prompt, 256 tokens, and its mask.
@@ -30,32 +32,28 @@ class Lumina2(GemmaTransformer):
         pipeline: Any, prompts: list[str], device: torch.device
     ) -> dict[str, Tensor]:
         sequence, mask, _, _ = pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=device
+            prompts, False, device=device, max_sequence_length=LENGTH
         )
         return masked(sequence, mask)
 
     @classmethod
-    def text_width(cls, network: nn.Module) -> int:
-        return network.config.cap_feat_dim
-
-    @classmethod
-    def check_length(cls, network: nn.Module, length: int) -> None:
-        # The image's own place comes after the tokens.
-        if length >= network.config.axes_lens[0]:
-            raise ModelError(
-                f"expected a transformer whose axes_lens begin above the {length} tokens of a "
-                f"prompt, got {network.config.axes_lens[0]}."
-            )
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        return {"sequence": network.config.cap_feat_dim}
 
     @classmethod
     def check_network(cls, network: nn.Module, directory: Path) -> None:
         super().check_network(network, directory)
-        patches = network.config.sample_size // network.config.patch_size
-        if patches > min(network.config.axes_lens[1:]):
+        places = network.config.axes_lens[0]
+        if places <= LENGTH:  # the image's own place comes after the tokens
             raise ModelError(
-                f"expected axes_lens of at least {patches} patches a side of the transformer in "
-                f"{directory}, got {list(network.config.axes_lens)}."
+                f"expected axes_lens of the transformer in {directory} that begin above the "
+                f"{LENGTH} tokens of a prompt, got {places}."
             )
+
+    @classmethod
+    def sides(cls, network: nn.Module) -> range:
+        patch = network.config.patch_size
+        return range(patch, min(network.config.axes_lens[1:]) * patch + 1, patch)
 
     def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         return -self.network(

@@ -3,65 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dive_fast.core.schedule import Schedule
-from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import Autoencoder
 from dive_fast.models.base import check_sizes
-from dive_fast.models.text.pipeline_text import PipelineText
-from dive_fast.models.text.prompts import ClassPrompts
-from dive_fast.models.transformers.base import TextTransformer
+from dive_fast.models.transformers.base import MOST_SIDE, TextTransformer
 
 
 class MaskedTransformer(TextTransformer):
-    """A condition is a sequence and the mask of its tokens; see ``TextTransformer``.
-
-    Raises:
-        ModelError: the text encoder's width is not what the network takes.
-    """
+    """A condition is a sequence and the mask of its tokens; see ``TextTransformer``."""
 
     constants = ("mask",)
-
-    def __init__(
-        self,
-        network: nn.Module,
-        vae: Autoencoder,
-        schedule: Schedule,
-        text: PipelineText,
-        classes: ClassPrompts,
-        **model: Any,
-    ) -> None:
-        length, width = text.parts.shapes["sequence"]
-        if width != self.text_width(network):
-            raise ModelError(
-                f"expected a text encoder of width {self.text_width(network)} for the "
-                f"transformer, got {width}."
-            )
-        self.check_length(network, length)
-        super().__init__(network, vae, schedule, text, classes, **model)
-
-    @classmethod
-    def text_width(cls, network: nn.Module) -> int:
-        """Of the sequence that the network takes."""
-        return network.config.caption_channels
-
-    @classmethod
-    def check_length(cls, network: nn.Module, length: int) -> None:
-        """That the network takes so many tokens; a ``ModelError`` if not."""
 
     @classmethod
     def check_network(cls, network: nn.Module, directory: Path) -> None:
         check_sizes(network, f"transformer in {directory}")
-        side, patch = network.config.sample_size, network.config.patch_size
-        if side < 1 or side % patch:
-            raise ModelError(
-                f"expected a sample_size that is a multiple of the patch_size {patch} of the "
-                f"transformer in {directory}, got {side}."
-            )
+
+    @classmethod
+    def sides(cls, network: nn.Module) -> range:
+        patch = network.config.patch_size
+        return range(patch, MOST_SIDE + 1, patch)
+
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        return {"sequence": network.config.caption_channels}
 
 
 def masked(sequence: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -26,11 +26,7 @@ class PixArtAlpha(MaskedTransformer):
     pipeline_class = "PixArtAlphaPipeline"
     network_class = "PixArtTransformer2DModel"
     older_names = ("Transformer2DModel",)
-    text_classes = {
-        "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
-        "text_encoder": ("T5EncoderModel",),
-    }
-    flow = False
+    target = "epsilon"
 
     @staticmethod
     def encode_prompts(
@@ -45,9 +41,10 @@ class PixArtAlpha(MaskedTransformer):
         return masked(sequence, mask)
 
     @classmethod
-    def text_width(cls, network: nn.Module) -> int:
+    def widths(cls, network: nn.Module) -> dict[str, int]:
         # Without a projection the blocks take the sequence as it is.
-        return network.config.caption_channels or network.config.cross_attention_dim
+        config = network.config
+        return {"sequence": config.caption_channels or config.cross_attention_dim}
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "clean_caption": _cleans_captions()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dive_fast.models.transformers.base import TextTransformer, load_transformer
 
@@ -18,6 +18,7 @@ class StableDiffusion3(TextTransformer):
     family = "stable-diffusion-3"
     pipeline_class = "StableDiffusion3Pipeline"
     network_class = "SD3Transformer2DModel"
+    optional = ("tokenizer_3", "text_encoder_3")
 
     @staticmethod
     def encode_prompts(
@@ -27,6 +28,18 @@ class StableDiffusion3(TextTransformer):
             prompts, None, None, device=device, do_classifier_free_guidance=False
         )
         return {"sequence": sequence, "pooled": pooled}
+
+    @classmethod
+    def sides(cls, network: nn.Module) -> range:
+        patch = network.config.patch_size
+        return range(patch, network.config.pos_embed_max_size * patch + 1, patch)
+
+    @classmethod
+    def widths(cls, network: nn.Module) -> dict[str, int]:
+        return {
+            "sequence": network.config.joint_attention_dim,
+            "pooled": network.config.pooled_projection_dim,
+        }
 
     def run(self, x_t: Tensor, t: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         return self.network(
