@@ -205,7 +205,7 @@ def test_another_size_is_what_the_pipeline_makes_of_it(tmp_path: Path, told: boo
     assert model.image_shape == (3, 2 * side, 2 * side)
     asked = intercept(
         pipeline, pipeline.transformer, prompt=PROMPTS, latents=torch.randn(2, 4, side, side),
-        num_inference_steps=1, guidance_scale=1.0, height=2 * side, width=2 * side,
+        num_inference_steps=2, guidance_scale=1.0, height=2 * side, width=2 * side,
         use_resolution_binning=False,
     )[0]  # fmt: skip
     found = model.predict(
