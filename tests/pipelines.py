@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from dive_fast import DiffusionClassifier
 
 
 class Asked(NamedTuple):
@@ -58,6 +68,32 @@ def make_t5(tokenizer: T5Tokenizer, width: int = 16) -> T5EncoderModel:
     return model
 
 
+def make_gemma_tokenizer() -> GemmaTokenizer:
+    """The letters of "a photo of a cat, dog or bird.": long instructions become few tokens."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    words = [*special, *"\u2581abcdfghioprt.", "ph"]
+    vocab = {word: i for i, word in enumerate(words)}
+    return GemmaTokenizer(vocab=vocab, merges=[("p", "h")], add_bos_token=True)
+
+
+def make_gemma(tokenizer: GemmaTokenizer, width: int = 16) -> Gemma2Model:
+    """Two layers."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    model = Gemma2Model(config).eval()
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(20)
+    return model
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Of the object in it, these entries."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def save(make: Callable[[], Any], directory: Path, seed: int = 0) -> Path:
     """Builds a pipeline with seeded weights and writes it as its ``save_pretrained`` does."""
     with torch.random.fork_rng(devices=[]):
@@ -87,3 +123,15 @@ def check_gradient(model: Any, t: int = 500) -> None:
         difference = (loss(row + step * direction) - loss(row - step * direction)) / (2 * step)
     torch.testing.assert_close((gradient * direction).sum(), difference, rtol=2e-3, atol=0)
     assert gradient.norm() > 0
+
+
+def check_half_precision(directory: Path, images: Any, classes: list[str]) -> None:
+    """Losses in bfloat16 and float16 are near those of float32, by what these can tell apart."""
+    found = {
+        dtype: DiffusionClassifier.from_pretrained(directory, classes=classes, dtype=dtype).losses(
+            images, probes=3
+        )
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    for dtype, tolerance in (("bfloat16", 2e-2), ("float16", 4e-3)):
+        torch.testing.assert_close(found[dtype], found["float32"], rtol=tolerance, atol=0)

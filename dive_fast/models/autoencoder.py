@@ -1,4 +1,4 @@
-"""Images to latents, for every family that has an ``AutoencoderKL`` or a ``VQModel``.
+"""Images to latents, for every family that has one of ``AUTOENCODERS``.
 
 A VAE's configuration states what its latents are normalised by:
 
@@ -13,15 +13,19 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 
 from dive_fast.core.numbers import is_number
 from dive_fast.errors import ModelError
 
 ENCODE_BATCH = 16
-AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+AUTOENCODERS = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderDC": AutoencoderDC,
+    "VQModel": VQModel,
+}
 
-Autoencoder = AutoencoderKL | VQModel
+Autoencoder = AutoencoderKL | AutoencoderDC | VQModel
 
 # What diffusers' pipelines do not apply, although a VAE may state it: read from their sources.
 _ALL = ("shift_factor", "latents_mean", "latents_std")
@@ -122,7 +126,8 @@ def _short(value: Any) -> str:
 def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x0 as the top of this file has it, float32 [B, C, h, w].
 
-    Of a ``VQModel`` the latents before quantisation stand for the posterior mean.
+    Of a ``VQModel`` the latents before quantisation stand for the posterior mean, of an
+    ``AutoencoderDC`` its only latents.
 
     Args:
         images: [B, channels, size, size] in [-1, 1].
@@ -136,10 +141,15 @@ def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device)
     with torch.inference_mode():
         for chunk in images.split(ENCODE_BATCH):
             encoded = vae.encode(chunk.float().to(device))
-            mean = encoded.latents if isinstance(vae, VQModel) else encoded.latent_dist.mean
-            parts.append((mean - shift) * scale / std)
+            parts.append((_posterior_mean(vae, encoded) - shift) * scale / std)
     # Cloned outside inference mode: x0 meets autograd later.
     return torch.cat(parts).clone()
+
+
+def _posterior_mean(vae: Autoencoder, encoded: Any) -> torch.Tensor:
+    if isinstance(vae, VQModel):
+        return encoded.latents
+    return encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mean
 
 
 def image_shape(
@@ -148,5 +158,7 @@ def image_shape(
     """(channels, size, size) of the images behind latents [C, h, w]; the same without a VAE."""
     if vae is None:
         return latent_shape
-    halvings = len(vae.config.block_out_channels) - 1
+    deep = isinstance(vae, AutoencoderDC)
+    widths = vae.config.encoder_block_out_channels if deep else vae.config.block_out_channels
+    halvings = len(widths) - 1
     return (vae.config.in_channels, *(side * 2**halvings for side in latent_shape[1:]))

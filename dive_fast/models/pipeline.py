@@ -74,15 +74,16 @@ class Pipeline:
         """``dive_fast.json``; empty where there is none."""
         return read_extra(self.directory)
 
-    def check_parts(self, expected: Mapping[str, str]) -> None:
-        """That the parts of these names are of these classes."""
-        for part, class_name in expected.items():
+    def check_parts(self, expected: Mapping[str, str | Sequence[str]]) -> None:
+        """That the parts of these names are of these classes; of several, of one of them."""
+        for part, names in expected.items():
+            names = [names] if isinstance(names, str) else names
             entry = self.index.get(part)
             found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-            if found != class_name:
+            if found not in names:
                 raise ModelError(
                     f"expected {part} in {self.directory / 'model_index.json'} to be a "
-                    f"{class_name}, got {found!r}."
+                    f"{' or '.join(names)}, got {found!r}."
                 )
 
     @cached_property

@@ -142,6 +142,14 @@ _SDXL = Family(_load_stable_diffusion, (*_SD_FOLDERS, "tokenizer_2", "text_encod
 _LABELS = Family(_load_of("class_unet.model"), ("unet", "vae", "vqvae", "scheduler"))
 _TRANSFORMER = ("transformer", "vae", "scheduler")
 _TEXT = tuple(f"{part}{n}" for part in ("tokenizer", "text_encoder") for n in ("", "_2", "_3"))
+
+
+def _family_of(module: str) -> Family:
+    """One text-to-image transformer, with a single text encoder."""
+    folders = (*_TRANSFORMER, "tokenizer", "text_encoder")
+    return Family(_load_of(f"transformers.{module}"), folders, text=True)
+
+
 FAMILIES: dict[str, Family] = {
     "AuraFlowPipeline": Family(
         _load_of("transformers.aura_flow"), (*_TRANSFORMER, *_TEXT), text=True
@@ -157,6 +165,11 @@ FAMILIES: dict[str, Family] = {
         _load_of("layout_to_image.load"), ("unet", "layout_encoder", "vae", "scheduler", PRIOR)
     ),
     "StableDiffusionGLIGENPipeline": Family(_load_of("gligen"), _SD_FOLDERS, text=True),
+    "Lumina2Pipeline": _family_of("lumina2"),
+    "Lumina2Text2ImgPipeline": _family_of("lumina2"),
+    "PixArtAlphaPipeline": _family_of("pixart"),
+    "PixArtSigmaPipeline": _family_of("pixart"),
+    "SanaPipeline": _family_of("sana"),
     "StableDiffusion3Pipeline": Family(
         _load_of("transformers.sd3"), (*_TRANSFORMER, *_TEXT), text=True
     ),

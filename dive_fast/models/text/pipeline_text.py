@@ -7,6 +7,7 @@ only read from the directory, called, and packed into rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,24 @@ class PipelineText:
         texts = [prompt for group in classes.prompts for prompt in group]
         rows = self.encode(texts, device)
         if classes.average == "loss":
-            return rows.view(len(classes.names), -1)
-        groups = rows.split([len(group) for group in classes.prompts])
-        return torch.stack([group.mean(dim=0) for group in groups])
+            table = rows.view(len(classes.names), -1)
+        else:
+            groups = rows.split([len(group) for group in classes.prompts])
+            table = torch.stack([group.mean(dim=0) for group in groups])
+        _refuse_twins(classes.names, table)
+        return table
 
-    def encode(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """The conditions of prompts, float32 [N, D] on the CPU."""
+    def encode(
+        self, prompts: Sequence[str], device: torch.device, encode: Encode | None = None
+    ) -> Tensor:
+        """The conditions of prompts, float32 [N, D] on the CPU; another ``encode`` may be said."""
         for encoder in self.encoders:
             encoder.to(device)
         try:
             found = [
-                self.parts.pack(self._encode(list(prompts[i : i + ENCODE_BATCH]), device)).cpu()
+                self.parts.pack(
+                    self._encode(list(prompts[i : i + ENCODE_BATCH]), device, encode)
+                ).cpu()
                 for i in range(0, len(prompts), ENCODE_BATCH)
             ]
         finally:
@@ -99,10 +107,13 @@ class PipelineText:
                 encoder.to("cpu")
         return torch.cat(found)
 
-    def _encode(self, prompts: list[str], device: torch.device) -> Mapping[str, Tensor]:
+    def _encode(
+        self, prompts: list[str], device: torch.device, encode: Encode | None = None
+    ) -> Mapping[str, Tensor]:
+        encode = self._encode_prompts if encode is None else encode
         try:
             with torch.no_grad():
-                return self._encode_prompts(self.pipeline, prompts, device)
+                return encode(self.pipeline, prompts, device)
         except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever tokenizers and encoders that do not fit raise
@@ -110,6 +121,22 @@ class PipelineText:
                 f"the tokenizers and text encoders cannot be used by {type(self.pipeline).__name__}"
                 f": {first_line(error)}"
             ) from error
+
+
+def _refuse_twins(names: Sequence[str], table: Tensor) -> None:
+    """That no two rows are the same; a batch of another size may differ by its rounding.
+
+    Raises:
+        ModelError: two are, as of prompts that differ in what the tokenizer ignores or cuts off.
+    """
+    order = table.double().sum(dim=1).argsort().tolist()
+    for i, j in pairwise(order):
+        if torch.allclose(table[i], table[j], rtol=1e-5, atol=1e-6):
+            first, second = sorted((i, j))
+            raise ModelError(
+                f"the prompts of the classes {names[first]!r} and {names[second]!r} are the same "
+                f"to the model's tokenizers."
+            )
 
 
 def load_encoders(directory: Path, index: Mapping[str, Any], allow_pickle: bool) -> dict[str, Any]:
@@ -139,7 +166,21 @@ def load_encoders(directory: Path, index: Mapping[str, Any], allow_pickle: bool)
             )
         load = _load_tokenizer if folder.startswith("tokenizer") else _load_encoder
         found[folder] = load(kind, directory / folder, allow_pickle)
+    _check_tokens(found, directory)
     return found
+
+
+def _check_tokens(found: Mapping[str, Any], directory: Path) -> None:
+    for folder, tokenizer in found.items():
+        encoder = found.get(folder.replace("tokenizer", "text_encoder"))
+        if not folder.startswith("tokenizer") or tokenizer is None or encoder is None:
+            continue
+        known = getattr(encoder.config, "vocab_size", len(tokenizer))
+        if len(tokenizer) > known:
+            raise ModelError(
+                f"the {folder} in {directory} has {len(tokenizer)} tokens, but its text encoder "
+                f"knows {known}."
+            )
 
 
 def _load_encoder(kind: type, folder: Path, allow_pickle: bool) -> nn.Module:

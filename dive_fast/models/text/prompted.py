@@ -65,9 +65,7 @@ class PromptedModel(LatentModel):
     def _set(self, classes: ClassPrompts, device: torch.device) -> None:
         self.text.check(classes)
         table = self.text.table(classes, device)
-        unconditional = torch.zeros(self.text.dim)
-        if not self.zero_unconditional:
-            unconditional = self.text.encode([""], device)[0]
+        unconditional = self.no_condition(device)
         # The pooled embedding of SDXL is no further token: its rows stay flat.
         shape = (self.text.dim,) if self.text.pooled else self.text.shape
         if classes.parts > 1:
@@ -80,6 +78,12 @@ class PromptedModel(LatentModel):
             shape=shape,
             parts=classes.parts,
         )
+
+    def no_condition(self, device: torch.device) -> torch.Tensor:
+        """What stands for "no condition" in guidance, float32 [D]; encoded on the device."""
+        if self.zero_unconditional:
+            return torch.zeros(self.text.dim)
+        return self.text.encode([""], device)[0]
 
     def facts(self) -> dict[str, Any]:
         weights = [fingerprint(encoder) for encoder in self.text.modules()]

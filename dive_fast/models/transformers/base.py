@@ -33,6 +33,7 @@ class TextTransformer(PromptedModel):
 
     pipeline_class: ClassVar[str]  # of diffusers
     network_class: ClassVar[str]
+    older_names: ClassVar[tuple[str, ...]] = ()  # of the network's class, in published indices
     vae_class: ClassVar[str] = "AutoencoderKL"
     constants: ClassVar[tuple[str, ...]] = ()  # parts of a condition that are not optimised
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that may be left out
@@ -100,7 +101,8 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
         ModelError: a part is missing, broken or unsupported, or there are no classes.
     """
     pipeline = Pipeline(directory, **asked)
-    pipeline.check_parts({TRANSFORMER: family.network_class, "vae": family.vae_class})
+    names = (family.network_class, *family.older_names)
+    pipeline.check_parts({TRANSFORMER: names, "vae": family.vae_class})
     prompts, schedule = pipeline.prompts(), pipeline.schedule()
     if schedule.target != family.target:
         raise ModelError(
