@@ -1,4 +1,4 @@
-"""The one reader of values that a configuration file states: in range and of their type, or refused.
+"""The one reader of values that a configuration states: of their type and in range, or refused.
 
 A file that was edited, cut or made by another program may hold anything where a number belongs.
 Every value that this library computes with is read here, and what is wrong is one sentence:

@@ -92,8 +92,8 @@ def check_fits(
         entry = found[name]
         if entry.shape != tuple(tensor.shape):
             raise ModelError(
-                f"{directory} cannot be loaded as {type(model).__name__}: size mismatch for {name}: "
-                f"{list(entry.shape)}, expected {list(tensor.shape)}."
+                f"{directory} cannot be loaded as {type(model).__name__}: size mismatch for "
+                f"{name}: {list(entry.shape)}, expected {list(tensor.shape)}."
             )
         if tensor.is_floating_point() and entry.dtype not in FLOATS:
             raise ModelError(
@@ -103,8 +103,8 @@ def check_fits(
     computed = sum(b.numel() for name, b in model.named_buffers() if name not in expected)
     if computed > MAX_COMPUTED:
         raise ModelError(
-            f"the config.json in {directory} makes tables of {computed} numbers beside the weights, "
-            f"expected at most {MAX_COMPUTED}."
+            f"the config.json in {directory} makes tables of {computed} numbers beside the "
+            f"weights, expected at most {MAX_COMPUTED}."
         )
 
 

@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     NaN and infinity are let through, as schedulers have them; ``Config`` refuses them by name.
 
     Raises:
-        ModelError: missing, unreadable, not a JSON object, or with an entry that stands there twice.
+        ModelError: missing, unreadable, no JSON object, or with an entry that stands there twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

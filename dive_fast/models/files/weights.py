@@ -15,12 +15,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from dive_fast.core.config import shown
 from dive_fast.errors import ModelError, some
 
 FULL = ""  # the variant that has no name
+# Of the weights' files: diffusers' and transformers'.
+STEMS = {
+    "safetensors": ("diffusion_pytorch_model", "model"),
+    "bin": ("diffusion_pytorch_model", "pytorch_model"),
+}
 
 
 @dataclass
@@ -34,6 +41,10 @@ class WeightSet:
 
     files: list[str]
     index: str | None = None
+
+    @property
+    def all_files(self) -> list[str]:
+        return self.files + ([] if self.index is None else [self.index])
 
 
 @dataclass
@@ -82,9 +93,70 @@ def find_weights(
     return _whole_set(found[chosen], suffix, where)
 
 
-def variants(names: Iterable[str], stem: str, suffix: str) -> set[str]:
-    """The variants among a folder's files; the one in full precision is ""."""
-    return set(_by_variant(names, stem, suffix))
+def wanted_weights(
+    names: Sequence[str], variant: str | None, allow_pickle: bool, where: object
+) -> list[str]:
+    """The files that ``find_weights`` would read of a folder, of whichever library.
+
+    Raises:
+        ModelError: as ``find_weights``.
+    """
+    for suffix in ("safetensors", "bin") if allow_pickle else ("safetensors",):
+        sets = [find_weights(names, stem, suffix, variant, where) for stem in STEMS[suffix]]
+        if files := [file for each in sets if each is not None for file in each.all_files]:
+            return files
+    return []
+
+
+def is_index(name: str) -> bool:
+    """Whether it is the index of shards, of whatever stem and variant."""
+    return re.search(r"\.index(\.[\w-]+)?\.json$", name) is not None
+
+
+def check_variant_name(variant: object) -> None:
+    """Raises ModelError for what cannot be part of a file's name."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise ModelError(f"expected the name of a variant such as 'fp16', got {shown(variant)}.")
+
+
+def check_variant(directory: Path, folders: Sequence[str] | None, variant: str) -> None:
+    """That weights of a variant lie in some folder of a model's directory.
+
+    Args:
+        folders: those that are read; None for all.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if folders is None:
+        folders = [path.name for path in directory.iterdir() if path.is_dir()]
+    found = [directory / folder for folder in folders if (directory / folder).is_dir()]
+    check_among(
+        {v for f in found for v in variants(p.name for p in f.iterdir())}, variant, directory
+    )
+
+
+def check_among(known: Iterable[str], variant: str, where: object) -> None:
+    """That a variant is one of those that were found.
+
+    Raises:
+        ModelError: it is not; the sentence lists them.
+    """
+    known = set(known)
+    if variant not in known:
+        listed = [some(sorted(known - {FULL}))] if known - {FULL} else []
+        listed += ["full precision"] if FULL in known else []
+        raise ModelError(
+            f"expected weights of the variant {variant!r} in {where}, got "
+            f"{' and '.join(listed) or 'no weights'} only."
+        )
+
+
+def variants(names: Iterable[str]) -> set[str]:
+    """The variants among a folder's files, of whichever library; full precision is ""."""
+    names = list(names)
+    kinds = ((stem, suffix) for suffix, stems in STEMS.items() for stem in stems)
+    return {variant for kind in kinds for variant in _by_variant(names, *kind)}
 
 
 def _by_variant(names: Iterable[str], stem: str, suffix: str) -> dict[str, _Found]:
