@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dive_fast.errors import ModelError
+from dive_fast.models.failing import naming
 from dive_fast.models.files.beside import tell_what_is_not_applied
 from dive_fast.models.files.reading import first_line
 from dive_fast.models.files.sidecar import apply_fitted, read_fitted
@@ -75,8 +76,9 @@ def load_model(
         check_variant(source.directory, source.family.folders, variant)
         options["variant"] = variant
     tell_what_is_not_applied(source.directory, source.family.folders)
-    loaded = source.family.loader(source.directory, name=source.text, **options)
-    model = loaded.to(device, dtype)
+    with naming(source.text):
+        loaded = source.family.loader(source.directory, name=source.text, **options)
+        model = loaded.to(device, dtype)
     apply_fitted(model, read_fitted(source.directory))
     return model
 

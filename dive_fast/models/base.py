@@ -28,6 +28,7 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import Autoencoder, encode_latents, image_shape
+from dive_fast.models.failing import naming
 from dive_fast.models.files.checkpoint import fingerprint
 
 
@@ -105,7 +106,8 @@ class LatentModel(ABC):
         """x0 = (posterior mean - shift) x scaling factor; the images themselves without a VAE."""
         if self.vae is None:
             return images.float().to(self.device)
-        return encode_latents(self.vae, images, self.device)
+        with naming(self.name):
+            return encode_latents(self.vae, images, self.device)
 
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
     content = read_json(path) if required else read_extra(directory)
     beta = content.get("beta")
     if beta is not None and not (is_number(beta) and 0 < beta <= LARGEST_FLOAT):
-        raise ModelError(f"beta in {path} must be above 0, got {shown(beta)}.")
+        raise ModelError(f"beta in {path} must be above 0 and below 3e38, got {shown(beta)}.")
     learned = {}
     for key, kind in (("timesteps", TimestepWeights), ("shortlist", Shortlist)):
         try:

@@ -15,7 +15,6 @@ import torch
 
 from dive_fast.core.config import Config, shown
 from dive_fast.errors import ModelError
-from dive_fast.models.files.blueprint import check_values
 from dive_fast.models.files.checkpoint import Library, load_component
 from dive_fast.models.files.reading import first_line, read_config
 from dive_fast.models.files.tensors import Entry
@@ -24,6 +23,13 @@ from dive_fast.models.text.prompts import ClassPrompts
 ENCODE_BATCH = 32  # prompts
 SUFFIXES = ("", "_2")  # of the folders tokenizer and text_encoder
 MIN_LENGTH = 3  # tokens of a prompt: start, a word, end
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 PREFIX = "text_model."
 POSITIONS = "embeddings.position_ids"  # 0, 1, 2 ...
 
@@ -249,7 +255,17 @@ class _Transformers(Library):
         kind = config.content.get("model_type")
         if kind != "clip_text_model":
             raise ModelError(f"expected the model_type clip_text_model, got {shown(kind)}.")
-        check_values(model_class.config_class, config)
+        for key in ("num_hidden_layers", *_SIZES):
+            config.whole(key, None, at_least=int(key in _SIZES))
+        for key in ("layer_norm_eps", "initializer_range", "initializer_factor"):
+            config.number(key, None, at_least=0)
+        config.number("attention_dropout", None, at_least=0, at_most=1)
+        config.text("hidden_act", None)
+        config.whole("eos_token_id", None, at_least=0)
+        # Missing ones have a default; null would be met in the first forward.
+        for key in ("layer_norm_eps", "eos_token_id", "hidden_act", "num_hidden_layers", *_SIZES):
+            if key in config.content and config.content[key] is None:
+                raise ModelError(f"{key} in {config.where} must be stated, got null.")
 
     def build(self, model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
         with _quiet_transformers(import_transformers()):
