@@ -216,7 +216,10 @@ SETS: dict[str, tuple[Callable[[Path], None], str]] = {
     "two names": (two_names, "two sets of weights, .*-00002.fp16.safetensors and .*fp16-00001-of"),
     "a variant twice": (beside_variant_shards, f"two sets of weights, {STEM}.fp16.safetensors and"),
     "a shard missing": (one_missing, "expected 3 shards of .*, but number 2 is missing"),
-    "all shards missing": (all_missing, f"expected the shards that {INDEX} in .* names, found none"),
+    "all shards missing": (
+        all_missing,
+        f"expected the shards that {INDEX} in .* names, found none",
+    ),
     "no index": (no_index, "expected an index .* beside the shards"),
     "a shard too many": (too_many, f"expected 2 shards .*, got {STEM}-00003-of-00002.safetensors"),
     "another file in the index": (
@@ -307,7 +310,9 @@ def test_a_header_longer_than_its_file(dit_dir, tmp_path):
     path = directory / "transformer" / f"{STEM}.safetensors"
     for length in (2**63, 1000):
         write_header(path, {}, length=length)
-        message = f"truncated or damaged: its header should have {length} bytes, but the file has 10"
+        message = (
+            f"truncated or damaged: its header should have {length} bytes, but the file has 10"
+        )
         with pytest.raises(ModelError, match=message):
             load_model(directory)
 

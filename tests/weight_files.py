@@ -47,7 +47,9 @@ def shard(
     return paths
 
 
-def to_variant(folder: Path, variant: str = "fp16", *, stem: str = STEM, keep: bool = False) -> Path:
+def to_variant(
+    folder: Path, variant: str = "fp16", *, stem: str = STEM, keep: bool = False
+) -> Path:
     """Writes the weights in half precision as a variant; those in full precision go."""
     single = folder / f"{stem}.safetensors"
     path = folder / f"{stem}.{variant}.safetensors"

@@ -169,7 +169,7 @@ def sample_side(network: nn.Module) -> int | None:
 
 
 def check_sizes(network: nn.Module, what: str) -> None:
-    """That the latents are square and the prediction has their channels, or twice as many.
+    """That latents are square, in whole patches, and predictions have their channels, or twice those.
 
     Raises:
         ModelError: they are not, or it has not.
@@ -179,6 +179,12 @@ def check_sizes(network: nn.Module, what: str) -> None:
         raise ModelError(
             f"expected the {what} to state one sample_size for both sides, "
             f"got {config.sample_size!r}."
+        )
+    patch = getattr(config, "patch_size", None) or 1
+    if sample_side(network) % patch:
+        raise ModelError(
+            f"expected a sample_size of the {what} that its patch_size {patch} divides, "
+            f"got {config.sample_size}."
         )
     if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
         raise ModelError(

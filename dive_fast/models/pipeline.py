@@ -115,10 +115,12 @@ class Pipeline:
 
     def schedule(self) -> Schedule:
         """See ``scheduler_config``."""
+        self.part("scheduler")
         return Schedule.from_config(self.scheduler_config)
 
     def component(self, model_class: type, folder: str) -> torch.nn.Module:
         """A part of diffusers, complete, finite and frozen, in float32."""
+        self.part(folder)  # says what is wrong with its entry
         return load_component(
             model_class, self.directory / folder, self.allow_pickle, variant=self.variant
         )
@@ -138,6 +140,8 @@ class Pipeline:
 
     def text(self, class_names: Sequence[str]) -> PromptEncoder:
         """All tokenizers and text encoders, which are of these classes."""
+        for suffix, _ in zip(SUFFIXES, class_names, strict=False):
+            self.part(f"tokenizer{suffix}")
         towers = [
             load_tower(self.directory, suffix, class_name, self.allow_pickle, self.variant)
             for suffix, class_name in zip(SUFFIXES, class_names, strict=False)

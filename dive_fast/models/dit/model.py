@@ -193,7 +193,7 @@ def choose_timestep_embedding(asked: str, stated: str | None, config) -> str:
         ModelError: an unknown convention.
     """
     known = ("auto", *FREQ_SHIFT)
-    choice = asked if asked != "auto" else stated or "auto"
+    choice = asked if asked != "auto" or stated is None else stated
     if choice not in known:
         raise ModelError(f"expected a timestep_embedding of {', '.join(known)}, got {choice!r}.")
     if choice != "auto":

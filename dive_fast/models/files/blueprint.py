@@ -13,39 +13,45 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dive_fast.core.config import LARGEST, Config, shown
+from dive_fast.core.config import LARGEST, LARGEST_FLOAT, Config, shown
 from dive_fast.core.numbers import is_number
 from dive_fast.errors import ModelError
 from dive_fast.models.files.tensors import FLOATS, Entry
 
-# Of what is computed from the configuration, such as tables of positions: 256 MiB in float32.
-MAX_COMPUTED = 1 << 26
+# Of what is computed from the configuration, such as tables of positions: 128 MiB in float32.
+MAX_COMPUTED = 1 << 25
 LARGEST_SIDE = 4096  # of latents, or of images where there is no VAE
 MAX_LIST = 256  # entries of a list in a configuration; published ones have one per level or layer
 _ADAPTER = re.compile(r"(^|\.)(base_layer|lora_(A|B|embedding_A|embedding_B|up|down))(\.|$)")
-_SIZES = {
-    "sample_size": LARGEST_SIDE,
-    "patch_size": LARGEST_SIDE,
-    "pos_embed_max_size": LARGEST_SIDE,
-    "image_size": LARGEST_SIDE,
-    "num_attention_heads": LARGEST,
-    "attention_head_dim": LARGEST,
-    "in_channels": LARGEST,
-    "out_channels": LARGEST,
-    "latent_channels": LARGEST,
-    "block_out_channels": LARGEST,
-    "layers_per_block": LARGEST,
-    "norm_num_groups": LARGEST,
+# What values of these names must lie between, in whichever class.
+_BOUNDS = {
+    **dict.fromkeys(("sample_size", "patch_size", "pos_embed_max_size"), (1, LARGEST_SIDE)),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "attention_head_dim",
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "norm_num_groups",
+        ),
+        (1, LARGEST),
+    ),
+    # Beyond that nothing is left of what is normed.
+    "norm_eps": (0, 0.1),
+    "dropout": (0, 1),
+    "downsample_padding": (0, 16),
     # Of our own networks, of which some copy a layer before they register it.
-    "layers": 1024,
-    "num_train_timesteps": 10**6,
+    "layers": (1, 1024),
+    "num_train_timesteps": (1, 10**6),
 }
-"""What is at least 1, and at most so much."""
 
 
 class _TooManyParameters(Exception):
@@ -126,63 +132,87 @@ def check_values(annotated: Callable[..., Any] | type, config: Config) -> None:
     except (NameError, TypeError):  # annotations of another version that cannot be resolved
         return
     for key, hint in hints.items():
-        if config.content.get(key) is not None:
-            kinds = _kinds(hint)
-            if kinds:
-                _check_value(config, key, config.content[key], kinds)
+        kinds = _kinds(hint)
+        if kinds is not None and config.content.get(key) is not None:
+            _check_value(config, key, config.content[key], kinds)
 
 
-def _check_value(config: Config, key: str, value: Any, kinds: set[type]) -> None:
+class _Kinds(NamedTuple):
+    """What an annotation takes.
+
+    Attributes:
+        single: of bool, int, float, str, dict.
+        listed: the same of the entries of a list; None where it takes no list.
+    """
+
+    single: frozenset[type]
+    listed: frozenset[type] | None = None
+
+
+def _check_value(config: Config, key: str, value: Any, kinds: _Kinds) -> None:
     if isinstance(value, list):
         if len(value) > MAX_LIST:
             raise ModelError(
                 f"{key} in {config.where} must have at most {MAX_LIST} entries, got {len(value)}."
             )
         # diffusers takes the two sides of images where its annotations say one.
-        if not kinds & {tuple, list} and key != "sample_size":
+        listed = kinds.single if key == "sample_size" else kinds.listed
+        if listed is None:
             _refuse(config, key, value, kinds)
         for inner in value:
+            # Entries that are lists themselves, and null, are left to the constructor.
             if inner is not None:
-                _check_value(config, key, inner, kinds)
+                _check_value(config, key, inner, _Kinds(listed, listed))
         return
+    single = kinds.single
     if isinstance(value, dict):
-        good = dict in kinds
+        good = dict in single
     elif isinstance(value, bool | str):
-        good = type(value) in kinds
+        good = type(value) in single
     elif isinstance(value, float):
-        good = is_number(value) and (float in kinds or (int in kinds and value.is_integer()))
+        good = is_number(value) and (float in single or (int in single and value.is_integer()))
     else:
-        good = bool(kinds & {int, float}) and abs(value) <= LARGEST
+        good = bool(single & {int, float}) and abs(value) <= LARGEST
     if not good:
         _refuse(config, key, value, kinds)
-    if key in _SIZES and isinstance(value, int | float) and not 1 <= value <= _SIZES[key]:
+    least, most = _BOUNDS.get(key, (-LARGEST_FLOAT, LARGEST_FLOAT))
+    if isinstance(value, int | float) and not least <= value <= most:
         raise ModelError(
-            f"{key} in {config.where} must be from 1 to {_SIZES[key]}, got {shown(value)}."
+            f"{key} in {config.where} must be from {least} to {most}, got {shown(value)}."
         )
 
 
-def _refuse(config: Config, key: str, value: Any, kinds: set[type]) -> None:
-    words = {bool: "true or false", str: "a text", float: "a number", int: "a whole number"}
-    words |= {tuple: "a list", list: "a list", dict: "an object"}
-    shown_kinds = kinds - {int} if float in kinds else kinds
-    expected = " or ".join(
-        dict.fromkeys(word for kind, word in words.items() if kind in shown_kinds)
+def _refuse(config: Config, key: str, value: Any, kinds: _Kinds) -> NoReturn:
+    words = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
+    named = kinds.single - {int} if float in kinds.single else kinds.single
+    expected = [word for kind, word in (words | {dict: "an object"}).items() if kind in named]
+    expected += [] if kinds.listed is None or kinds.single == kinds.listed else ["a list"]
+    raise ModelError(
+        f"{key} in {config.where} must be {' or '.join(expected)}, got {shown(value)}."
     )
-    raise ModelError(f"{key} in {config.where} must be {expected}, got {shown(value)}.")
 
 
-def _kinds(hint: Any) -> set[type]:
-    """The JSON kinds that an annotation names; empty where it names others, or any."""
+def _kinds(hint: Any) -> _Kinds | None:
+    """What an annotation takes; None where it names other kinds than JSON has, or any."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         parts = [_kinds(part) for part in inner if part is not type(None)]
-        return set().union(*parts) if all(parts) else set()
+        if not parts or any(part is None for part in parts):
+            return None
+        single = frozenset().union(*(part.single for part in parts))
+        lists = [part.listed for part in parts if part.listed is not None]
+        return _Kinds(single, frozenset().union(*lists) if lists else None)
     if origin in (tuple, list):
         parts = [_kinds(part) for part in inner if part not in (Ellipsis, type(None))]
-        return {origin}.union(*parts) if all(parts) and parts else set()
+        if not parts or any(part is None for part in parts):
+            return None
+        lists = [part.listed for part in parts if part.listed is not None]
+        return _Kinds(frozenset(), frozenset().union(*(part.single for part in parts), *lists))
+    if hint in (tuple, list):
+        return _Kinds(frozenset(), frozenset({bool, int, float, str}))
     if origin is dict or hint is dict:
-        return {dict}
-    return {hint} if hint in (bool, int, float, str) else set()
+        return _Kinds(frozenset({dict}))
+    return _Kinds(frozenset({hint})) if hint in (bool, int, float, str) else None
 
 
 @contextmanager

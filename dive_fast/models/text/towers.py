@@ -233,10 +233,9 @@ def _load_tokenizer(transformers: Any, folder: Path) -> Any:
     pair = [folder / "vocab.json", folder / "merges.txt"]
     if not (folder / "tokenizer.json").exists() and not all(path.exists() for path in pair):
         raise ModelError(f"expected vocab.json and merges.txt (or tokenizer.json) in {folder}.")
-    if (folder / "tokenizer_config.json").exists():
-        config = read_config(folder / "tokenizer_config.json")
-        # transformers writes 1e30 where there is no limit.
-        config.number("model_max_length", None, at_least=MIN_LENGTH)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            _check_tokens(read_config(folder / name))
     try:
         with _quiet_transformers(transformers):
             return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -244,6 +243,18 @@ def _load_tokenizer(transformers: Any, folder: Path) -> Any:
         raise ModelError(
             f"{folder} cannot be loaded as CLIPTokenizer: {first_line(error)}"
         ) from error
+
+
+def _check_tokens(config: Config) -> None:
+    """Of what states the tokens that a tokenizer adds, and how many a prompt may have."""
+    # transformers writes 1e30 where there is no limit.
+    config.number("model_max_length", None, at_least=MIN_LENGTH)
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = config.content.get(key)
+        if isinstance(token, Mapping):
+            Config(f"{key} in {config.where}", token).text("content")
+        else:
+            config.text(key, None)
 
 
 class _Transformers(Library):
@@ -257,8 +268,9 @@ class _Transformers(Library):
             raise ModelError(f"expected the model_type clip_text_model, got {shown(kind)}.")
         for key in ("num_hidden_layers", *_SIZES):
             config.whole(key, None, at_least=int(key in _SIZES))
-        for key in ("layer_norm_eps", "initializer_range", "initializer_factor"):
+        for key in ("initializer_range", "initializer_factor"):
             config.number(key, None, at_least=0)
+        config.number("layer_norm_eps", None, at_least=0, at_most=0.1)
         config.number("attention_dropout", None, at_least=0, at_most=1)
         config.text("hidden_act", None)
         config.whole("eos_token_id", None, at_least=0)
