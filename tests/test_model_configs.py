@@ -359,6 +359,12 @@ def test_patches_that_do_not_fill_the_latents(dit_dir, tmp_path):
         load_model(directory)
 
 
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "~nobody-of-this-name/model"])
+def test_names_that_no_file_can_have(source):
+    with pytest.raises(ModelError, match="cannot be a directory: .*|unknown model '"):
+        load_model(source)
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 MEASURE = """

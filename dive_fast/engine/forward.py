@@ -217,7 +217,9 @@ class Forward:
         """A part of the network under this engine's precision and compilation."""
         if self.options.compile:
             function = _compiled(function)
-        function = _named(function, self.model.name)
+        # A model of the user's own raises what it raises.
+        if hasattr(optional(self.model, "network"), "config"):
+            function = _named(function, self.model.name)
         if self.options.autocast is None:
             return function
         dtype, kind = getattr(torch, self.options.autocast), self.model.device.type

@@ -169,7 +169,7 @@ def sample_side(network: nn.Module) -> int | None:
 
 
 def check_sizes(network: nn.Module, what: str) -> None:
-    """That latents are square, in whole patches, and predictions have their channels, or twice those.
+    """That latents are square, in whole patches, and the output has their channels, or twice.
 
     Raises:
         ModelError: they are not, or it has not.

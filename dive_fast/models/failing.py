@@ -1,4 +1,4 @@
-"""What a network raises, in one sentence that names the model.
+"""What a network of a configuration raises, in one sentence that names the model.
 
 A configuration can be such that everything is built and filled, and the first forward fails.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dive_fast.errors import some
@@ -30,7 +31,7 @@ def tell_what_is_not_applied(directory: Path, folders: Sequence[str] | None) -> 
     names = []
     for folder in ("", *folders):
         place = directory / folder
-        if place.is_dir():
+        with suppress(OSError):  # missing or unreadable: their reader will say
             names += [str(Path(folder, p.name)) for p in place.iterdir() if p.is_file()]
     tell_of(names, directory)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast import zoo
+from dive_fast.core.config import shown
 from dive_fast.errors import ModelError
 from dive_fast.models.files.beside import tell_of
 from dive_fast.models.files.reading import first_line, read_json
@@ -38,15 +39,21 @@ def find(
     """
     if source in zoo.names():
         return zoo.path(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"expected a model directory, got the file {source}.")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise ModelError(f"expected a model directory, got the file {source}.")
+    except ModelError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, nobody's home
+        raise ModelError(f"{shown(source)} cannot be a directory: {first_line(error)}") from error
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ModelError(
-            f"unknown model {source!r}: expected a model of the zoo ({', '.join(zoo.names())}), "
-            f"a directory that exists, or a hub id like facebook/DiT-XL-2-256."
+            f"unknown model {shown(source)}: expected a model of the zoo "
+            f"({', '.join(zoo.names())}), a directory that exists, or a hub id like "
+            f"facebook/DiT-XL-2-256."
         )
     return download(source, folders_of, allow_pickle, variant)
 
