@@ -138,23 +138,6 @@ class Config:
             self._refuse(key, f"a list of {count}whole numbers" + limits, value)
         return tuple(value)
 
-    def texts(self, key: str, default: Any = REQUIRED) -> tuple[str, ...]:
-        """A list of texts."""
-        value = self._stated(key, default)
-        if value is default:
-            return value
-        good = isinstance(value, list | tuple)
-        if not (good and all(isinstance(x, str) for x in value)):
-            self._refuse(key, "a list of texts", value)
-        return tuple(value)
-
-    def refuse_others(self, known: Sequence[str]) -> None:
-        """That every entry has one of these names."""
-        if unknown := sorted(str(key) for key in self.content if key not in known):
-            raise ModelError(
-                f"{self.where} may hold {', '.join(sorted(known))}, got {shown(unknown[0])}."
-            )
-
     def _stated(self, key: str, default: Any) -> Any:
         value = self.content.get(key)
         return default if value is None and default is not REQUIRED else value
