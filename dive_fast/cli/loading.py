@@ -136,14 +136,14 @@ def _found(options: argparse.Namespace) -> Source:
     from dive_fast.models import check_place, resolve
 
     check_place(options.dtype, options.device)
-    return resolve(options.model, allow_pickle=options.allow_pickle)
+    return resolve(options.model, allow_pickle=options.allow_pickle, variant=options.variant)
 
 
 def _common(
     options: argparse.Namespace, classes: Sequence[str] | None, source: Source
 ) -> dict[str, Any]:
     """What classifiers and detectors are loaded with alike."""
-    names = ("dtype", "device", "batch_size", "allow_pickle")
+    names = ("dtype", "device", "batch_size", "allow_pickle", "variant")
     names += ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
     return {
         **{name: getattr(options, name) for name in names},

@@ -168,6 +168,12 @@ def _add_model(
     )
     group.add_argument("--allow-pickle", action="store_true", help="also load pickled .bin weights")
     group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="take the weights of a variant, such as fp16, where there are such (default: full "
+        "precision, or the only variant)",
+    )
+    group.add_argument(
         "--fitted",
         metavar="DIR",
         help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",

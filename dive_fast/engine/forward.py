@@ -20,6 +20,7 @@ from dive_fast.engine.options import EngineOptions
 from dive_fast.engine.packing import Batch
 from dive_fast.engine.running import Result
 from dive_fast.errors import DiveFastError
+from dive_fast.models.failing import naming
 from dive_fast.models.protocol import Model, StagedModel, State, optional
 
 
@@ -216,6 +217,9 @@ class Forward:
         """A part of the network under this engine's precision and compilation."""
         if self.options.compile:
             function = _compiled(function)
+        # A model of the user's own raises what it raises.
+        if hasattr(optional(self.model, "network"), "config"):
+            function = _named(function, self.model.name)
         if self.options.autocast is None:
             return function
         dtype, kind = getattr(torch, self.options.autocast), self.model.device.type
@@ -259,6 +263,16 @@ def cache_level(model: Model, options: EngineOptions) -> str:
         )
     # At every gradient anew: nothing would ever be reused.
     return "exact" if options.cache == "encoder" and options.refresh == 1 else options.cache
+
+
+def _named(function: Callable[..., Any], model: str) -> Callable[..., Any]:
+    """A part whose errors name the model."""
+
+    def run(*arguments: Any) -> Any:
+        with naming(model):
+            return function(*arguments)
+
+    return run
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

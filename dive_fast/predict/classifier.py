@@ -49,6 +49,7 @@ class DiffusionClassifier(Fitting):
         classes: Classes | None = None,
         templates: Sequence[str] | None = None,
         average: str | None = None,
+        variant: str | None = None,
         **engine: Any,
     ) -> DiffusionClassifier:
         """From a model of the zoo, a diffusers directory, or a hub id.
@@ -61,12 +62,13 @@ class DiffusionClassifier(Fitting):
         """
         options = EngineOptions(**engine)
         check_place(dtype, device)
-        source = resolve(source, allow_pickle=allow_pickle)
+        source = resolve(source, allow_pickle=allow_pickle, variant=variant)
         model = load_model(
             source,
             dtype=dtype,
             device=device,
             allow_pickle=allow_pickle,
+            variant=variant,
             timestep_embedding=timestep_embedding,
             classes=classes,
             templates=templates,

@@ -79,6 +79,7 @@ class LayoutDetector(DetectorFitting):
         allow_pickle: bool = False,
         classes: Classes | None = None,
         templates: Sequence[str] | None = None,
+        variant: str | None = None,
         **engine: Any,
     ) -> LayoutDetector:
         """From a model of the zoo, a model directory, or a hub id.
@@ -100,12 +101,13 @@ class LayoutDetector(DetectorFitting):
         """
         options = EngineOptions(**engine)
         check_place(dtype, device)
-        source = resolve(source, allow_pickle=allow_pickle)
+        source = resolve(source, allow_pickle=allow_pickle, variant=variant)
         model = load_model(
             source,
             dtype=dtype,
             device=device,
             allow_pickle=allow_pickle,
+            variant=variant,
             classes=classes,
             templates=templates,
         )
