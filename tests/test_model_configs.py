@@ -147,9 +147,9 @@ def test_parts_that_are_not_there(dit_dir, layout_dir, tmp_path):
 
 VAE = [
     ({"scaling_factor": "0.1"}, "scaling_factor in .* must be a number, got '0.1'"),
-    ({"scaling_factor": 0}, "scaling_factor in .* must be a finite number above 0, got 0"),
-    ({"scaling_factor": -1}, "scaling_factor in .* must be a finite number above 0, got -1"),
-    ({"scaling_factor": None}, "scaling_factor in .* must be a finite number above 0, got None"),
+    ({"scaling_factor": 0}, "scaling_factor of the VAE must be a number above 0, got 0"),
+    ({"scaling_factor": -1}, "scaling_factor of the VAE must be a number above 0, got -1"),
+    ({"scaling_factor": None}, "scaling_factor of the VAE must be a number above 0, got None"),
     ({"scaling_factor": float("nan")}, "scaling_factor in .* must be a number, got nan"),
     ({"scaling_factor": HUGE}, "scaling_factor in .* must be a number, got 1000"),
     ({"shift_factor": True}, "shift_factor in .* must be a number, got True"),
