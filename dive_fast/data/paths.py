@@ -7,11 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dive_fast.data.formats import IMAGE_SUFFIXES
 from dive_fast.errors import ImageError
-
-IMAGE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
 
 
 def expand_inputs(arguments: Sequence[str]) -> list[tuple[str, ImageError | None]]:
