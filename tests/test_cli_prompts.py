@@ -70,7 +70,7 @@ def test_bad_options(options, message, sd, image, capsys):
 def test_bad_files_of_classes(sd, image, tmp_path, capsys):
     file = tmp_path / "names"
     for content, message in (
-        (b"", "classes must hold at least one text, got none"),
+        (b"", "expected at least one class, got an empty file"),
         (b"\xff\xfe\xfd", "cannot be read as a list of classes"),
     ):
         file.write_bytes(content)

@@ -135,7 +135,8 @@ class TestListImages:
         names, left = self.listed(folder)
         assert names == ["a.png", "inner/b.png", "more/c.png"]
         assert left == (
-            "1 linked back to a folder that contains them, 1 linked to folders that are there already"
+            "1 linked back to a folder that contains them, "
+            "1 linked to folders that are there already"
         )
 
     def test_no_file_counts_twice(self, folder: Path) -> None:
