@@ -224,6 +224,9 @@ def test_other_heads_and_names(tmp_path, capsys):
         convert_layout_checkpoint(path, NAMES, head_channels=48)
     with pytest.raises(ModelError, match="the class tokens .*none must be|none must be outside"):
         convert_layout_checkpoint(path, [str(i) for i in range(70)])
+    for name in ("", " ", ["cat"], None, 3):
+        with pytest.raises(ModelError, match="expected the name of class 1 as a text that is not"):
+            convert_layout_checkpoint(path, ["cat", name])
     out = ("--out", tmp_path / "out", "--names", tmp_path / "names.txt")
     assert_refused(call(capsys, "convert", path, *out), "names.txt: expected a file of")
     for content, message in (

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 from dive_fast.cli.options import count
-
-log = logging.getLogger(__name__)
 
 
 def add_parser(commands) -> None:
@@ -57,19 +54,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read_names(path: Path) -> list[str]:
-    """The names that a file lists, made distinct.
+    """The names that a file lists.
 
     Raises:
         DataError: it is no list of names.
     """
-    from dive_fast.core.distinct import distinct_names, renamed
     from dive_fast.data.class_lists import read_classes
     from dive_fast.errors import DataError
 
     names = read_classes(path)
     if isinstance(names, dict):
         raise DataError(f"{path}: expected names alone, got prompts as well.")
-    distinct = distinct_names(names)
-    if (changed := renamed(names, distinct)) is not None:
-        log.warning("%s: classes of the same name are told apart by their rows: %s.", path, changed)
-    return list(distinct)
+    return names

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from dive_fast.core.distinct import distinct_names, renamed
+from dive_fast.core.distinct import told_apart
 from dive_fast.core.names import comparable
 from dive_fast.errors import DataError, some
 
@@ -151,13 +151,7 @@ def checked_name(name: str, where: str) -> str:
 
 def with_prompts(names: Sequence[str], prompts: Sequence[list[str]], where: str) -> Classes:
     """A mapping of the names, which are made distinct with a warning, to their prompts."""
-    keys = distinct_names(names)
-    if (changed := renamed(names, keys)) is not None:
-        log.warning(
-            "%s: classes of the same name are told apart by their rows: %s; where their prompts "
-            "are the same, the lowest row is the answer.", where, changed,
-        )  # fmt: skip
-    return dict(zip(keys, prompts, strict=True))
+    return dict(zip(told_apart(names, where, prompts=True), prompts, strict=True))
 
 
 def tell_numbers(numbers: Sequence[int], where: str) -> None:

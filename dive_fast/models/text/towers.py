@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dive_fast.core.distinct import without_row
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import first_line, load_component, read_json
 from dive_fast.models.text.prompts import ClassPrompts
@@ -56,22 +57,23 @@ class PromptEncoder:
         """Warns of prompts that are cut.
 
         Raises:
-            ModelError: two classes have the same tokens, so that nothing can tell them apart.
+            ModelError: two classes of different names have the same tokens, so that nothing can
+                tell them apart. Of equal names ``ClassPrompts.make`` has warned.
         """
         limit, tokenizer = self.towers[0].length, self.towers[0].tokenizer
-        seen: dict[tuple, str] = {}
+        seen: dict[tuple, tuple[str, str]] = {}
         cut = []
-        for name, prompts in zip(classes.names, classes.prompts, strict=True):
+        for row, (name, prompts) in enumerate(zip(classes.names, classes.prompts, strict=True)):
             full = tokenizer(list(prompts), verbose=False).input_ids
             if max(map(len, full)) > limit:
                 cut.append(f"{name!r} ({max(map(len, full))} tokens)")
             key = tuple(tuple(ids[: limit - 1]) for ids in full)
-            if key in seen:
+            other, plain = seen.setdefault(key, (name, without_row(name, row)))
+            if plain != without_row(name, row):
                 raise ModelError(
-                    f"the classes {seen[key]!r} and {name!r} have the same prompts as the text "
+                    f"the classes {other!r} and {name!r} have the same prompts as the text "
                     f"encoder reads them (lower case, {limit} tokens)."
                 )
-            seen[key] = name
         if cut:
             listed = ", ".join(cut[:5]) + (f" and {len(cut) - 5} more" if len(cut) > 5 else "")
             warnings.warn(
