@@ -5,7 +5,7 @@ transformers is imported where it is used: only text-conditional models need it.
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,8 @@ from dive_fast.core.distinct import without_row
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import first_line, load_component, read_json
 from dive_fast.models.text.prompts import ClassPrompts
+
+log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 32  # prompts
 SUFFIXES = ("", "_2")  # of the folders tokenizer and text_encoder
@@ -76,10 +78,10 @@ class PromptEncoder:
                 )
         if cut:
             listed = ", ".join(cut[:5]) + (f" and {len(cut) - 5} more" if len(cut) > 5 else "")
-            warnings.warn(
-                f"prompts are cut to the {limit} tokens of the text encoder, for the classes "
-                f"{listed}",
-                stacklevel=2,
+            log.warning(
+                "prompts are cut to the %d tokens of the text encoder, for the classes %s.",
+                limit,
+                listed,
             )
 
     def table(self, classes: ClassPrompts, device: torch.device) -> torch.Tensor:
