@@ -35,6 +35,7 @@ LINES = {
     "windows": "tench\r\n\r\n  goldfish \r\ngreat white shark, white shark",
     "old mac": "tench\rgoldfish\rgreat white shark, white shark\r",
     "header": "classname\ntench\ngoldfish\ngreat white shark, white shark\n",
+    "one quote": "'tench'\n'goldfish'\n'great white shark, white shark'\n",
     "quoted": '"tench"\n"goldfish"\n"great white shark, white shark"\n',
     "id, name": "0,tench\n1,goldfish\n2,great white shark, white shark\n",
     "id: name": "0: tench\n1: goldfish\n2: great white shark, white shark\n",
@@ -62,7 +63,7 @@ def test_lines(form: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["2 door car\n4 door car\n", "0\n1\n2\n", "Boeing 707\nBoeing 727\n", "fox, red\nfox, grey\n",
-     "label\nname\n", "C#\n#hashtag\n", "{} dog\ncat\n".replace("{}", "x{}")],
+     "text\ntitle\nlist\n", "C#\n#hashtag\n", "{} dog\ncat\n".replace("{}", "x{}")],
 )  # fmt: skip
 def test_lines_that_are_names_as_they_stand(text: str, tmp_path: Path) -> None:
     assert read(tmp_path, "names.txt", text) == text.splitlines()
@@ -107,7 +108,7 @@ def test_tables_of_names(form: str, tmp_path: Path, caplog) -> None:
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("delimiter", ",;\t")
+@pytest.mark.parametrize("delimiter", ",;\t|")
 @pytest.mark.parametrize("name", ["a.csv", "a.txt", "a"])
 def test_prompts_as_published(delimiter: str, name: str, tmp_path: Path) -> None:
     """Several rows per class, in the order of classidx."""
@@ -172,6 +173,7 @@ TREES = {
     "categories without ids": [{"name": name} for name in NAMES],
     "classes": {"classes": NAMES},
     "names": {"names": NAMES},
+    "labels": {"Class_Names": NAMES},
     "YOLO": {"path": "data", "train": "images", "nc": 3, "names": NAMES},
     "YOLO's numbers": {"train": "images", "names": dict(enumerate(NAMES))},
 }
@@ -213,6 +215,12 @@ BAD = {
     "key": ("a.txt", "names:\ncat\n", "got ':' at the end in line 1"),
     "one line": ("a.txt", "cat,dog,fox\n", "got one line with 'cat,dog,fox'"),
     "columns in lines": ("a.txt", "cat\tfeline\ndog\tcanine\n", "several columns in line 1"),
+    "bars in a line": ("a.txt", "cat|dog|fox\n", "got one line with"),
+    "lone header": ("a.txt", "label\ncat\n", "'label' in line 1, which seems to be a header"),
+    "header of blanks": ("a.txt", "id name\n0 cat\n1 dog", "'id name' .* seems to be a header"),
+    "header of colons": ("a.txt", "index: name\n0: cat\n1: dog", "seems to be a header"),
+    "count with gaps": ("a.txt", "0 cat\n1 dog\n3 fox", "such as '3 fox'; write '3, fox'"),
+    "count behind with gaps": ("a.txt", "cat 1\ndog 5\n", "such as 'dog 5'; write '5, dog'"),
     "prompts without header": ("a.txt", "a cat,cat,0\na dog,dog,1\n", "several columns in line 1"),
     "three columns": ("a.txt", "0,cat,feline\n1,dog,canine\n", "several columns in line 1"),
     "numbers disagree": ("a.txt", "0,cat\n0,dog\n", "line 2: expected 'cat' as the name"),
@@ -262,7 +270,7 @@ BAD = {
     "numbers in quotes": ("a.json", '{"cat": "0", "dog": "1"}', "could be either"),
     "YOLO's count": ("a.yaml", "nc: 3\nnames: [cat, dog]\n", "expected nc 3 names, got 2"),
     "others beside classes": ("a.json", '{"classes": ["a"], "templates": ["{}"]}', "classes alone"),
-    "category without name": ("a.json", '[{"id": 1}]', "entry 0: .* as text, got None"),
+    "category without name": ("a.json", '[{"id": 1}]', "entry 0: expected an entry with a name"),
     "category id": ("a.json", '[{"id": "x", "name": "a"}]', "entry 0: expected an id"),
     "YAML tag": ("a.yaml", "!!python/object/apply:os.getcwd []", "cannot be read as YAML"),
     "broken YAML": ("a.yaml", "names: [cat\n", "cannot be read as YAML: .* in line 2"),

@@ -21,12 +21,16 @@ Classes: TypeAlias = "list[str] | dict[str, list[str]]"
 
 # What the columns are called, without blanks, underscores and case.
 _COLUMNS = {
-    "classname": "classname classnames class classes name names label labelname category "
-    "categoryname displayname",
+    "classname": "classname classnames class classes name names label labels labelname category "
+    "categories categoryname displayname",
     "classidx": "classidx classindex classid idx index id labelidx labelid labelindex categoryid",
     "prompt": "prompt prompts caption text",
 }
 _ROLE = {name: role for role, names in _COLUMNS.items() for name in names.split()}
+
+DELIMITERS = ",;\t|"
+# A list may begin with one of these, but a column is called so more often.
+_LONE_HEADERS = frozenset(f"{_COLUMNS['classname']} {_COLUMNS['classidx']} prompt prompts".split())
 
 _WHOLE = re.compile(r"\d+")
 _WORDNET = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
@@ -50,7 +54,7 @@ class Row(NamedTuple):
 Cells: TypeAlias = "list[tuple[int, list[str]]]"  # of each row, with the number of its line
 
 
-def read_table(text: str, where: str, delimiters: str = ",;\t") -> Classes:
+def read_table(text: str, where: str, delimiters: str = DELIMITERS) -> Classes:
     """A table of classes; see ``class_lists.read_classes``.
 
     Args:
@@ -78,13 +82,16 @@ def read_lines(text: str, where: str) -> Classes:
     lines = [(i, line.strip()) for i, line in enumerate(_split(text), start=1) if line.strip()]
     _refuse_other_languages(lines, where)
     first = lines[0][1]
-    for delimiter in ",;\t":
+    for delimiter in DELIMITERS:
         if _is_table(text, first, delimiter):
             return read_table(text, where, delimiter)
-    if _role(first) == "classname" and comparable(first) not in ("name", "label", "class"):
-        lines = lines[1:]
+    if _key(first) in ("classname", "classnames"):
+        return read_table(text, where, "\t")
+    _refuse_header(first, where)
     if all(line[0] == line[-1] == '"' and len(line) > 1 for _, line in lines):
         return read_table(text, where, ",")
+    if all(line[0] == line[-1] == "'" and len(line) > 1 for _, line in lines):
+        lines = [(i, line[1:-1]) for i, line in lines]
     lines = _without_wordnet_ids(lines)
     rows = _numbered(lines, where) or [Row(i, line) for i, line in lines]
     for row in rows:
@@ -93,7 +100,7 @@ def read_lines(text: str, where: str) -> Classes:
                 f"{where}: expected one class a line, got several columns in line {row.line}; a "
                 "table needs a header and the suffix .tsv or .csv."
             )
-    if len(rows) == 1 and re.search("[,;]", rows[0].name):
+    if len(rows) == 1 and re.search("[,;|]", rows[0].name):
         raise DataError(
             f"{where}: expected one class a line, got one line with {rows[0].name!r}; write each "
             "class into a line of its own."
@@ -177,8 +184,17 @@ def _cells(text: str, delimiter: str) -> Cells:
     return [(line, row) for line, row in rows if any(row)]
 
 
+def _key(cell: str) -> str:
+    return comparable(cell).replace(" ", "")
+
+
 def _role(cell: str) -> str | None:
-    return _ROLE.get(comparable(cell).replace(" ", ""))
+    return _ROLE.get(_key(cell))
+
+
+def means_names(key: object) -> bool:
+    """Whether a column or entry that is called so holds names of classes."""
+    return isinstance(key, str) and _role(key) == "classname"
 
 
 def _has_header(cells: Cells) -> bool:
@@ -222,7 +238,7 @@ def _is_table(text: str, first: str, delimiter: str) -> bool:
 
 def _read_cells(cells: Cells, where: str) -> Classes:
     first = cells[0][1]
-    if _has_header(cells) or (len(first) == 1 and _role(first[0]) is not None):
+    if _has_header(cells) or (len(first) == 1 and _key(first[0]) in _LONE_HEADERS):
         (_, header), *rows = cells
         columns = _columns(header, where)
     else:
@@ -311,6 +327,17 @@ def _refuse_other_languages(lines: Sequence[tuple[int, str]], where: str) -> Non
             )
 
 
+def _refuse_header(first: str, where: str) -> None:
+    """A first line that more likely names columns than a class."""
+    words = [word for word in re.split(r"[\s:]+", first) if word]
+    roles = {_role(word) for word in words}
+    if _key(first) in _LONE_HEADERS or (len(roles) > 1 and None not in roles):
+        raise DataError(
+            f"{where}: expected one class a line, got {first!r} in line 1, which seems to be a "
+            "header; take it out, or give a table with commas and the suffix .csv."
+        )
+
+
 def _without_wordnet_ids(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
     """ "n01440764 tench, Tinca tinca", as ImageNet's own lists have it, without the id."""
     found = [_WORDNET.fullmatch(line) for _, line in lines]
@@ -335,9 +362,15 @@ def _numbered(lines: Sequence[tuple[int, str]], where: str) -> list[Row] | None:
         rows = _matched(pattern, lines)
         # A name may begin or end with a number: only a count from 0 or 1 is none of its own.
         if rows is not None and len(rows) > 1:
-            numbers = [row.number.lstrip("0") or "0" for row in rows]
-            if any(numbers == [str(i + start) for i in range(len(rows))] for start in (0, 1)):
-                return rows
+            numbers = [_number(row, where) for row in rows]
+            if numbers[0] in (0, 1) and numbers == sorted(set(numbers)):
+                if numbers[-1] - numbers[0] == len(rows) - 1:
+                    return rows
+                raise DataError(
+                    f"{where}: expected one class a line, got numbers that could be the classes' "
+                    f"or belong to their names, such as {lines[-1][1]!r}; write "
+                    f"'{numbers[-1]}, {rows[-1].name}', or names alone as JSON."
+                )
     return None
 
 

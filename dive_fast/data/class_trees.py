@@ -9,7 +9,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from dive_fast.core.numbers import is_whole
-from dive_fast.data.class_tables import Classes, checked_name, tell_numbers, with_prompts
+from dive_fast.data.class_tables import (
+    Classes,
+    checked_name,
+    means_names,
+    tell_numbers,
+    with_prompts,
+)
 from dive_fast.errors import DataError
 
 _WORDNET = re.compile(r"n\d{8}")
@@ -97,25 +103,29 @@ def _inner(tree: Mapping[Any, Any], where: str) -> Any:
     if isinstance(tree.get("categories"), list):
         return tree["categories"]
     names = tree.get("names")
-    if isinstance(names, list | dict) and (len(tree) == 1 or any(key in tree for key in _YOLO)):
+    if isinstance(names, list | dict) and any(key in tree for key in _YOLO):
         if is_whole(tree.get("nc")) and tree["nc"] != len(names):
             raise DataError(f"{where}: expected nc {tree['nc']} names, got {len(names)}.")
         return names
-    if isinstance(tree.get("classes"), list | dict):
-        if len(tree) > 1:
+    for key, value in tree.items():
+        if means_names(key) and isinstance(value, list | dict) and len(tree) == 1:
+            return value
+        if key == "classes" and isinstance(value, list | dict):
             others = ", ".join(str(key) for key in tree if key != "classes")
             raise DataError(
                 f"{where}: expected the classes alone, got {reprlib.repr(others)} beside them."
             )
-        return tree["classes"]
     return tree
 
 
 def _of_categories(entries: list[Mapping[str, Any]], where: str, hint: str) -> Classes:
     """COCO's: each with a "name", and an "id" by which they are ordered."""
     places = [f"{where}: entry {i}" for i in range(len(entries))]
+    for entry, place in zip(entries, places, strict=True):
+        if "name" not in entry:
+            raise DataError(f"{place}: expected an entry with a name, got {reprlib.repr(entry)}.")
     names = [
-        _name(entry.get("name"), place, hint) for entry, place in zip(entries, places, strict=True)
+        _name(entry["name"], place, hint) for entry, place in zip(entries, places, strict=True)
     ]
     numbers = [entry.get("id") for entry in entries]
     if all(number is None for number in numbers):
