@@ -187,7 +187,8 @@ def _add_prompts(
     group.add_argument(
         "--classes",
         metavar="NAMES|FILE",
-        help="names with commas between, or a file with one per line",
+        help="names with commas between, or a file: one name a line, or a table (.csv, .tsv), JSON "
+        "or YAML, also with prompts",
     )
     group.add_argument(
         "--template",

@@ -96,6 +96,9 @@ class LayoutFormat:
         object.__setattr__(self, "names", tuple(self.names))
         if not self.names:
             _fail("names must hold at least one class", "none")
+        for name in self.names:
+            if not isinstance(name, str) or not name.strip():
+                _fail("names must be strings that are not empty", repr(name))
         if self.max_objects < 1:
             _fail("max_objects must be at least 1", self.max_objects)
         if self.grid < 2:

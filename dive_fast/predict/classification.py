@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.distinct import without_row
 from dive_fast.core.requests import Answer
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
 
 
@@ -95,6 +97,22 @@ class Classification:
             "evaluations": self.evaluations,
             "seconds": self.seconds,
         }
+
+
+def lowest_twin(answer: Answer, index: int, vocabulary: Vocabulary) -> int:
+    """The lowest row of the same name and embedding as ``index``, measured on as many probes.
+
+    Their losses are the same but for rounding, which must not decide between them.
+    """
+    names, table = vocabulary.names, vocabulary.table
+    plain = without_row(names[index], index)
+    if plain == names[index]:  # no other class was called so
+        return index
+    for row in range(index):
+        if without_row(names[row], row) == plain and answer.n_probes[row] == answer.n_probes[index]:
+            if torch.equal(table[row], table[index]):
+                return row
+    return index
 
 
 def log_posterior(

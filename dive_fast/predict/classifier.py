@@ -18,7 +18,12 @@ from dive_fast.errors import DiveFastError, ImageError, ModelError
 from dive_fast.models import Source, check_place, load_model, resolve
 from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.models.text.prompts import Classes
-from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
+from dive_fast.predict.classification import (
+    Classification,
+    log_odds_bound,
+    log_posterior,
+    lowest_twin,
+)
 from dive_fast.predict.fitting import Fitting
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
@@ -288,6 +293,9 @@ class DiffusionClassifier(Fitting):
             )
         # With a prior the class of the lowest loss need not be the most probable one.
         index = answer.index if log_prior is None else int(posterior.argmax())
+        twin = lowest_twin(answer, index, self.model.vocabulary)
+        if log_prior is None or log_prior[twin] == log_prior[index]:
+            index = twin
         return Classification(
             label=self.names[index],
             index=index,

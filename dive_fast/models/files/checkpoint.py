@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from dive_fast.core.config import Config
+from dive_fast.core.distinct import told_apart
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
 from dive_fast.models.files.blueprint import build_within, check_fits, check_values
 from dive_fast.models.files.reading import first_line, read_config, read_json
@@ -168,24 +170,33 @@ def _filled(
     return model
 
 
-def read_class_names(index: dict[str, Any], n: int) -> tuple[str, ...]:
+def read_class_names(index: dict[str, Any], n: int, *, distinct: bool = True) -> tuple[str, ...]:
     """``id2label`` of ``model_index.json`` as n names; "class 0", ... where there is none.
 
     diffusers itself drops ``id2label`` in ``save_pretrained``.
 
+    Args:
+        distinct: names that occur more than once get their row in brackets, with a warning.
+
     Raises:
-        ModelError: the ids are not exactly 0 ... n - 1.
+        ModelError: the ids are not exactly 0 ... n - 1, or a name is empty or no text.
     """
     labels = index.get("id2label")
     if not labels:
         return tuple(f"class {i}" for i in range(n))
     try:
-        by_id = {int(key): str(value) for key, value in labels.items()}
+        by_id = {int(key): value for key, value in labels.items()}
     except (AttributeError, ValueError) as error:
         raise ModelError("id2label must map class ids to names.") from error
-    if sorted(by_id) != list(range(n)):
-        raise ModelError(f"id2label must name the classes 0 to {n - 1}, got {len(by_id)} ids.")
-    return tuple(by_id[i] for i in range(n))
+    if sorted(by_id) != list(range(n)) or len(labels) != n:
+        raise ModelError(f"id2label must name the classes 0 to {n - 1}, got {len(labels)} ids.")
+    names = [str(by_id[i]) if is_whole(by_id[i]) else by_id[i] for i in range(n)]
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ModelError(
+                f"id2label must name the class {i} by a text that is not empty, got {name!r}."
+            )
+    return told_apart(names, "id2label") if distinct else tuple(names)
 
 
 def fingerprint(module: torch.nn.Module) -> str:

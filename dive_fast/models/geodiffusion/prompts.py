@@ -157,8 +157,8 @@ def read_size(directory: Path) -> int | None:
 def _phrases(classes: Classes) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names and phrases."""
     if not isinstance(classes, Mapping):
-        names = ClassPrompts.make(classes).names
-        return names, tuple(name.replace("-", " ") for name in names)
+        made = ClassPrompts.make(classes, ["{}"])
+        return made.names, tuple(name.replace("-", " ") for (name,) in made.prompts)
     made = ClassPrompts.make(classes)
     for name, prompts in zip(made.names, made.prompts, strict=True):
         if len(prompts) != 1:

@@ -5,7 +5,7 @@ transformers is imported where it is used: only text-conditional models need it.
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -16,12 +16,15 @@ import torch
 from tqdm import tqdm
 
 from dive_fast.core.config import Config, shown
+from dive_fast.core.distinct import without_row
 from dive_fast.core.memory import available_bytes
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import Library, load_component
 from dive_fast.models.files.reading import first_line, read_config
 from dive_fast.models.files.tensors import Entry
 from dive_fast.models.text.prompts import ClassPrompts
+
+log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 32  # prompts
 TOKEN_BATCH = 4096  # prompts; the tokenizer takes many at once as fast as a few
@@ -73,27 +76,30 @@ class PromptEncoder:
         """Warns of prompts that are cut.
 
         Raises:
-            ModelError: two classes have the same tokens, so that nothing can tell them apart.
+            ModelError: two classes of different names have the same tokens, so that nothing can
+                tell them apart. Of equal names ``ClassPrompts.make`` has warned.
         """
         limit = self.towers[0].length
-        seen: dict[tuple, str] = {}
+        seen: dict[tuple, tuple[str, str]] = {}
         cut = []
-        for name, full in zip(classes.names, self._token_ids(classes), strict=True):
+        for row, (name, full) in enumerate(
+            zip(classes.names, self._token_ids(classes), strict=True)
+        ):
             if max(map(len, full)) > limit:
                 cut.append(f"{name!r} ({max(map(len, full))} tokens)")
             key = tuple(tuple(ids[: limit - 1]) for ids in full)
-            if key in seen:
+            other, plain = seen.setdefault(key, (name, without_row(name, row)))
+            if plain != without_row(name, row):
                 raise ModelError(
-                    f"the classes {seen[key]!r} and {name!r} have the same prompts as the text "
+                    f"the classes {other!r} and {name!r} have the same prompts as the text "
                     f"encoder reads them (lower case, {limit} tokens)."
                 )
-            seen[key] = name
         if cut:
             listed = ", ".join(cut[:5]) + (f" and {len(cut) - 5} more" if len(cut) > 5 else "")
-            warnings.warn(
-                f"prompts are cut to the {limit} tokens of the text encoder, for the classes "
-                f"{listed}",
-                stacklevel=2,
+            log.warning(
+                "prompts are cut to the %d tokens of the text encoder, for the classes %s.",
+                limit,
+                listed,
             )
 
     def _token_ids(self, classes: ClassPrompts) -> Iterator[list[list[int]]]:
