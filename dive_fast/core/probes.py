@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import qmc
 
+from dive_fast.core.numbers import whole, whole_seed
 from dive_fast.errors import DiveFastError
+
+# Their noises are all in memory.
+MOST_PROBES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def low_discrepancy_probes(
         shape: of a latent, (C, h, w).
         seed: of the noises.
     """
-    _check_count(k)
+    k, seed = check_count(k), whole_seed(seed)
     # Index 0 would be t = 0, where every condition explains the noise equally badly.
     timesteps = [int(u * n_timesteps) for u in van_der_corput(k)]
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +119,7 @@ def published_probes(
     Raises:
         DiveFastError: K does not divide T, or exceeds the number of noises.
     """
-    _check_count(k)
+    k, seed = check_count(k), whole_seed(seed)
     if n_timesteps % k or k > n_noises:
         raise DiveFastError(
             f"the published probe list needs a number of probes that divides {n_timesteps} "
@@ -127,9 +131,13 @@ def published_probes(
     return ProbeList(torch.arange(interval // 2, n_timesteps, interval), noise)
 
 
-def _check_count(k: int) -> None:
-    if k < 1:
-        raise DiveFastError(f"the number of probes must be at least 1, got {k}.")
+def check_count(k: object) -> int:
+    """A number of probes.
+
+    Raises:
+        DiveFastError: it is none, or out of range.
+    """
+    return whole("the number of probes", k, 1, MOST_PROBES)
 
 
 def van_der_corput(k: int) -> list[float]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from dive_fast.core.numbers import is_number, is_whole
-from dive_fast.errors import RunError
+from dive_fast.errors import RunError, shown
 
 Kind = Literal["classification", "detection"]
 Record = Mapping[str, Any]
@@ -19,14 +18,6 @@ _ROUNDING = 1e-3
 # By these a record is known where a run does not say its kind.
 _OF_DETECTIONS = {"boxes", "labels", "indices", "confidences", "class_probabilities"}
 _OF_CLASSIFICATIONS = {"index", "probability", "top", "losses", "log_posterior"}
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 200
-
-
-def shown(value: object) -> str:
-    """A value of a file for a sentence, however long or deep it is."""
-    return _short.repr(value)
 
 
 @dataclass(frozen=True)

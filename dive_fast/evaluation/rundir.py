@@ -18,8 +18,8 @@ from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
 from dive_fast.core.files import leftovers
-from dive_fast.errors import RunError
-from dive_fast.evaluation.records import Form, shown
+from dive_fast.errors import RunError, shown
+from dive_fast.evaluation.records import Form
 from dive_fast.evaluation.runfiles import (
     RESULTS,
     RUN,

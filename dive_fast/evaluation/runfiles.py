@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dive_fast.core.files import leftovers, replacing
 from dive_fast.core.numbers import is_whole
-from dive_fast.errors import RunError
-from dive_fast.evaluation.records import Form, shown
+from dive_fast.errors import RunError, shown
+from dive_fast.evaluation.records import Form
 
 # Of the records' form. Another number, and no run of the old form is gone on with or misread.
 SCHEMA = 1

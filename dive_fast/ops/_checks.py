@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,14 +90,6 @@ def check_code(op: str, name: str, code: int, choices: Sequence[str]) -> None:
 def is_int(value: object) -> bool:
     """Whether it is an int, and neither True nor False."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def shown(value: object) -> str:
-    """A wrong value for a message, however large it is."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an int of more digits than Python writes
-        return type(value).__name__
 
 
 def check_same_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:

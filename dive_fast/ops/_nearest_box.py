@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 from dive_fast.ops._checks import (
     FLOAT_DTYPES,
     check_matrix,
@@ -13,7 +13,6 @@ from dive_fast.ops._checks import (
     check_same_device,
     check_square_maps,
     is_int,
-    shown,
 )
 from dive_fast.ops._library import define
 
