@@ -125,7 +125,7 @@ class Wrapped(ToyModel):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: SimpleNamespace(sample=p), "return a tensor, .* SimpleNamespace: return its 'sample'"),
+        (lambda p: SimpleNamespace(sample=p), "return .* got SimpleNamespace: return its 'sample'"),
         (lambda p: (p,), "return a tensor, got tuple"),
         (lambda p: None, "return a tensor, got NoneType"),
         (lambda p: p.numpy(), "return a tensor, got ndarray"),

@@ -7,8 +7,7 @@ from numbers import Integral
 
 from dive_fast.errors import DiveFastError, shown
 
-# What every generator of random numbers takes.
-MOST_SEED = 2**63 - 1
+MOST = 2**63 - 1  # of torch's whole numbers
 
 
 def is_whole(value: object, at_least: float = -math.inf) -> bool:
@@ -26,7 +25,7 @@ def is_number(value: object, at_least: float = -math.inf) -> bool:
         return False
 
 
-def whole(name: str, value: object, at_least: int, at_most: int | None = None) -> int:
+def whole(name: str, value: object, at_least: int, at_most: int = MOST) -> int:
     """The whole number that an argument is; numpy's count, True and 2.0 do not.
 
     Raises:
@@ -38,15 +37,15 @@ def whole(name: str, value: object, at_least: int, at_most: int | None = None) -
         )
     if value < at_least:
         raise DiveFastError(f"{name} must be at least {at_least}, got {shown(value)}.")
-    if at_most is not None and value > at_most:
+    if value > at_most:
         raise DiveFastError(f"{name} must be at most {at_most}, got {shown(value)}.")
     return int(value)
 
 
 def whole_seed(value: object) -> int:
-    """A seed that every generator takes, from 0 to 2^63 - 1.
+    """A seed that every generator of random numbers takes, from 0 to 2^63 - 1.
 
     Raises:
         DiveFastError: it is none.
     """
-    return whole("seed", value, 0, MOST_SEED)
+    return whole("seed", value, 0)
