@@ -12,6 +12,7 @@ from toy_layout import SCENE, PictureModel
 from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, LayoutDetector, ModelError, sample
+from dive_fast.core.schedule import Schedule
 from dive_fast.engine import EngineOptions
 from dive_fast.models.protocol import Model
 
@@ -83,6 +84,11 @@ def test_no_model_at_all(model: object) -> None:
         ({"inverse_temperature": None}, "'inverse_temperature' of toy to be a number above 0"),
         ({"inverse_temperature": -1.0}, "'inverse_temperature' of toy to be a number above 0"),
         ({"inverse_temperature": math.nan}, "'inverse_temperature' of toy to be a number above 0"),
+        ({"device": torch.device("cuda:99")}, "the device of toy to be .* got cuda:99"),
+        ({"device": torch.device("meta")}, "the device of toy to be .* got meta"),
+        ({"schedule": Schedule(torch.ones(3), torch.ones(3), "noise")}, "a target of .* 'noise'"),
+        ({"default_cache": "all"}, "'default_cache' of toy to be off, exact or encoder, got 'all'"),
+        ({"shortlist": [1]}, "'shortlist' of toy to be a Shortlist or None"),
         ({"network": "unet"}, "'network' of toy to be a torch.nn.Module or None, got 'unet'"),
         ({"timesteps": [1.0]}, "'timesteps' of toy to be a TimestepWeights or None"),
         ({"layout_format": {}}, "'layout_format' of toy to be a LayoutFormat or None"),

@@ -17,6 +17,7 @@ from dive_fast import (
     ImageError,
     LayoutDetector,
     ModelError,
+    ProbeList,
     sample,
 )
 from dive_fast.errors import shown
@@ -305,6 +306,25 @@ def test_numbers_that_need_not_be_whole(clf, value: object) -> None:
 @pytest.mark.parametrize("prior", ["auto", 3, {}, torch.ones(3)], ids=str)
 def test_a_detector_s_prior(prior: object) -> None:
     refused(lambda: LayoutDetector(PictureModel(), prior), "expected a LayoutPrior or None")
+
+
+@pytest.mark.parametrize("data", [None, "scenes", [], {}], ids=str)
+def test_data_of_a_detector(data: object) -> None:
+    refused(lambda: LayoutDetector(PictureModel()).calibrate(data), "expected a CocoDataset")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("timesteps", "ten"), ("timesteps", [1.5]), ("timesteps", [True]), ("timesteps", [[1]]),
+        ("timesteps", [2**70]), ("noise", "white"), ("noise", [[1.0], [1.0, 2.0]]),
+        ("noise", X0.to(torch.complex64)), ("noise", X0.to_sparse()), ("noise_index", [0.5]),
+        ("noise_index", ["0"]), ("weights", ["1"]), ("weights", {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lists_of_probes(name: str, value: object) -> None:
+    refused(lambda: ProbeList(**{"timesteps": [1], "noise": X0, name: value}), name)
 
 
 @pytest.mark.parametrize("directory", [3, True, [], {}, b"here"], ids=str)

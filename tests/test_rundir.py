@@ -105,6 +105,19 @@ class TestOpen:
         with pytest.raises(RunError, match="Permission denied"):
             RunDirectory.open(tmp_path / "run", CONFIG)
 
+    @pytest.mark.parametrize("path", [None, 3, ["run"], b"run"])
+    def test_no_path(self, path: object) -> None:
+        with pytest.raises(RunError, match="expected a run directory, got"):
+            RunDirectory.open(path, CONFIG)
+        with pytest.raises(RunError, match="expected a run directory, got"):
+            read_records(path)
+
+    def test_config_that_is_no_dictionary(self, tmp_path: Path) -> None:
+        for arguments in (([1],), (CONFIG, [1])):
+            with pytest.raises(RunError, match="expected config and environment as dictionaries"):
+                RunDirectory.open(tmp_path / "run", *arguments)
+        assert not (tmp_path / "run").exists()
+
     def test_config_that_is_not_json(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="for JSON, got set"):
             RunDirectory.open(tmp_path / "run", {"seeds": {1, 2}})

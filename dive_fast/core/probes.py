@@ -12,7 +12,7 @@ import torch
 from scipy.stats import qmc
 
 from dive_fast.core.numbers import whole, whole_seed
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 
 # Their noises are all in memory.
 MOST_PROBES = 1_000_000
@@ -35,14 +35,17 @@ class ProbeList:
     weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        t, noise = torch.as_tensor(self.timesteps), torch.as_tensor(self.noise)
-        if t.ndim != 1 or len(t) == 0 or t.is_floating_point():
+        t, noise = _tensor("timesteps", self.timesteps), _tensor("noise", self.noise)
+        if t.ndim != 1 or len(t) == 0 or not _is_whole(t):
             raise DiveFastError(
                 f"timesteps must be whole numbers of shape [K] with K >= 1, "
                 f"got {t.dtype} of shape {list(t.shape)}."
             )
         index = torch.arange(len(t)) if self.noise_index is None else self.noise_index
-        index = torch.as_tensor(index).long()
+        index = _tensor("noise_index", index)
+        if not _is_whole(index):
+            raise DiveFastError(f"noise_index must be whole numbers, got {index.dtype}.")
+        index = index.long()
         if index.shape != t.shape:
             raise DiveFastError(
                 f"noise_index must have the shape of timesteps, {list(t.shape)}, "
@@ -56,7 +59,7 @@ class ProbeList:
         if not torch.isfinite(noise).all():
             raise DiveFastError("noise must be finite, got NaN or infinity.")
         if self.weights is not None:
-            weights = torch.as_tensor(self.weights).float().cpu()
+            weights = _tensor("weights", self.weights).float().cpu()
             if weights.shape != t.shape:
                 raise DiveFastError(
                     f"weights must have the shape of timesteps, {list(t.shape)}, "
@@ -84,6 +87,22 @@ class ProbeList:
             raise DiveFastError(
                 f"timesteps must lie in [0, {n_timesteps}), got values from {low} to {high}."
             )
+
+
+def _tensor(name: str, values: object) -> torch.Tensor:
+    """A dense tensor of real numbers."""
+    try:
+        tensor = torch.as_tensor(values)
+    # Whatever torch meets in texts, objects, ragged lists and numbers beyond its own.
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DiveFastError(f"{name} must hold numbers, got {shown(values)}.") from error
+    if tensor.layout != torch.strided or tensor.is_complex():
+        raise DiveFastError(f"{name} must be a dense tensor of real numbers, got {tensor.dtype}.")
+    return tensor
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.dtype != torch.bool
 
 
 def low_discrepancy_probes(

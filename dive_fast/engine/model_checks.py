@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from dive_fast import ops
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.core.schedule import Schedule
+from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine.cache import is_out_of_memory
@@ -37,6 +39,7 @@ _KINDS = {
 _OPTIONAL_KINDS = {
     "network": (nn.Module, "a torch.nn.Module"),
     "timesteps": (TimestepWeights, "a TimestepWeights"),
+    "shortlist": (Shortlist, "a Shortlist"),
     "layout_format": (LayoutFormat, "a LayoutFormat"),
 }
 # The ops' dtypes, but fp64: the engine computes beside float32.
@@ -75,6 +78,14 @@ def check_model(model: Any) -> None:
         _fail(f"'image_shape' of {name} to be square, got {_got(model.image_shape)}")
     if not model.dtype.is_floating_point:
         _fail(f"'dtype' of {name} to be one of floats, got {_got(model.dtype)}")
+    if not isinstance(model.schedule.target, str) or model.schedule.target not in ops.TARGETS:
+        _fail(
+            f"the schedule of {name} to have a target of {', '.join(ops.TARGETS)}, got "
+            f"{_got(model.schedule.target)}"
+        )
+    if (level := optional(model, "default_cache")) not in ("off", "exact", "encoder"):
+        _fail(f"'default_cache' of {name} to be off, exact or encoder, got {_got(level)}")
+    _check_device(model)
     beta = model.inverse_temperature
     if not is_number(beta) or beta <= 0:
         _fail(f"'inverse_temperature' of {name} to be a number above 0, got {_got(beta)}")
@@ -84,6 +95,21 @@ def check_model(model: Any) -> None:
                 f"{name} to be frozen, got it in training mode, where {type(module).__name__} "
                 "draws at random or depends on the batch: call eval() on its network"
             )
+
+
+def _check_device(model: Any) -> None:
+    """That something can be computed where the model says that it is."""
+    try:
+        torch.zeros(1, device=model.device).item()
+    # torch asserts where it was built without the device, and raises whatever the driver says.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"expected the device of {_name(model)} to be one of this machine, got {model.device} "
+            f"({reason.rstrip('.')})."
+        ) from error
 
 
 class FirstBatch:

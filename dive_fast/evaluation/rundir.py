@@ -88,8 +88,10 @@ class RunDirectory:
                 records of another form or something else, is being written by another process, is
                 damaged, or cannot be written.
         """
-        path = Path(path)
+        path = _as_path(path)
         config, environment = for_json(config), for_json(environment or {})
+        if not (isinstance(config, dict) and isinstance(environment, dict)):
+            raise RunError(f"{path}: expected config and environment as dictionaries, got others.")
         config = {"schema": SCHEMA, **config}
         run = cls(path, _lock_directory(path), form)
         try:
@@ -217,12 +219,18 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, dict]:
     Raises:
         RunError: there is no run, its records have another schema, or it is damaged.
     """
-    path = Path(path)
+    path = _as_path(path)
     try:
         kind = read_run(path).get("records")
         return read_results(path / RESULTS, Form(kind))[0]
     except OSError as error:
         raise cannot("read", Path(error.filename or path), error) from error
+
+
+def _as_path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise RunError(f"expected a run directory, got {shown(path)}.")
+    return Path(path)
 
 
 def _lock_directory(path: Path) -> BinaryIO | None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dive_fast.data.coco import CocoDataset, CocoImage, class_categories
 from dive_fast.data.images import to_mode
-from dive_fast.errors import DiveFastError, ImageError
+from dive_fast.errors import DiveFastError, ImageError, shown
 from dive_fast.predict.calibration import Calibration, calibrate
 from dive_fast.predict.matching import match
 from dive_fast.predict.predictor import Predictor
@@ -53,6 +53,8 @@ class DetectorFitting(Predictor):
             DataError: the detector knows none of the classes.
             DiveFastError: no objects were found, or bad input as in ``LayoutDetector``.
         """
+        if not isinstance(data, CocoDataset):
+            raise DiveFastError(f"expected a CocoDataset to calibrate on, got {shown(data)}.")
         categories = class_categories(data, self.names)
         class_of = {number: c for c, number in enumerate(categories) if number is not None}
         renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
