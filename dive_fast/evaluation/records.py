@@ -135,7 +135,7 @@ def _require_answer(record: Record, names: Sequence[str] | None) -> None:
 
 
 def _require_objects(record: Record, names: Sequence[str] | None) -> None:
-    _require_each(record, "boxes", _is_box, "of [left < right, top < bottom] boxes of four numbers")
+    _require_each(record, "boxes", _is_box, "of boxes [left, top, right, bottom] of some size")
     n = len(record["boxes"])
     _require_each(record, "labels", _is_text, "of texts")
     rows = "of whole numbers of at least 0" if names is None else f"of rows in [0, {len(names)})"
