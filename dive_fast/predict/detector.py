@@ -63,10 +63,11 @@ class LayoutDetector(DetectorFitting):
         super().__init__(model, batch_size=batch_size, options=options)
         self.prior = prior
         self.prior_weight = _checked_weight(model, prior, prior_weight)
-        self.prior_probes = whole("prior_probes", prior_probes, 1, MOST_PROBES)
+        self.prior_probes = prior_probes
         if prior is not None:
             prior.to(model.device)
             self._penalty(seed=0)  # says what is wrong with the number of probes
+        self.prior_probes = whole("prior_probes", prior_probes, 1, MOST_PROBES)
 
     @classmethod
     def from_pretrained(
