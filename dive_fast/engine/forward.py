@@ -15,6 +15,7 @@ import torch
 from dive_fast.core.requests import ErrorMaps, Gradients, Losses, Request
 from dive_fast.engine.cache import ActivationCache, Key, merge, take
 from dive_fast.engine.classes import ClassTable
+from dive_fast.engine.model_checks import FirstBatch, check_finite, gradient, told
 from dive_fast.engine.objective import DeviceProbes, Objective
 from dive_fast.engine.options import EngineOptions
 from dive_fast.engine.packing import Batch
@@ -50,7 +51,8 @@ class Forward:
         if options.channels_last:
             model.network.to(memory_format=torch.channels_last)
         parts = ("predict",) if self.cache is None else ("prefix", "project", "encoder", "decoder")
-        self._run = {part: self._prepared(getattr(model, part)) for part in parts}
+        self._first = FirstBatch(model)
+        self._run = {part: self._looked_at(part) for part in parts}
 
     def run(self, kind: type[Request], batch: Batch) -> Result:
         """What the requests of one kind, packed into a batch, have asked for."""
@@ -61,12 +63,13 @@ class Forward:
         """The losses, exact at every cache level."""
         with torch.no_grad():
             losses = self._compare(batch, self._predicted(batch), self.objective.compare)
-        return Result(losses.cpu())
+        return Result(check_finite(self.model, "losses", losses.cpu()))
 
     def error_maps(self, batch: Batch) -> Result:
         """Losses, and the weighted sum of every condition's error maps."""
         with torch.no_grad():
-            maps = self._compare(batch, self._predicted(batch), self.objective.error_map).cpu()
+            maps = self._compare(batch, self._predicted(batch), self.objective.error_map)
+        maps = check_finite(self.model, "losses", maps.cpu())
         sums = maps.new_zeros(len(batch.classes), *maps.shape[1:])
         sums.index_add_(0, batch.condition_index, maps * batch.weight[:, None, None])
         return Result(maps.mean(dim=(1, 2)), sums)
@@ -87,9 +90,10 @@ class Forward:
                 prediction = self._run["decoder"](encoded, projected)
             losses = self._compare(batch, prediction, self.objective.compare)
             # Every condition owns its rows, so one backward serves all images.
-            weighted = (losses * batch.weight.to(losses.device)).sum()
-            (gradients,) = torch.autograd.grad(weighted, conditions)
-        return Result(losses.detach().cpu(), gradients.cpu(), exact)
+            weighted = losses * batch.weight.to(losses.device)
+            gradients = gradient(self.model, weighted, conditions)
+        losses = check_finite(self.model, "losses", losses.detach().cpu())
+        return Result(losses, check_finite(self.model, "gradients", gradients.cpu()), exact)
 
     def forget(self, image: int) -> None:
         """Drops what was kept for a finished image."""
@@ -212,6 +216,17 @@ class Forward:
         device = prediction.device
         index = (batch.image_index.to(device), self.probes, batch.probe_index.to(device))
         return compare(self.model, prediction, batch.x0, *index)
+
+    def _looked_at(self, part: str) -> Callable[..., Any]:
+        """A part of the network, with its errors told and its first result looked at."""
+        function = self._prepared(getattr(self.model, part))
+        look = self._first.prediction if part in ("predict", "decoder") else self._first.state
+
+        def run(first: torch.Tensor | State, *rest: Any) -> Any:
+            rows = len(first) if isinstance(first, torch.Tensor) else len(first[0])
+            return look(part, rows, told(self.model, part, function, first, *rest))
+
+        return run
 
     def _prepared(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A part of the network under this engine's precision and compilation."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dive_fast.core.distinct import without_row
+from dive_fast.core.numbers import whole
 from dive_fast.core.requests import Answer
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
@@ -66,7 +67,11 @@ class Classification:
         Returns:
             ``[{"label": ..., "index": ..., "score": ...}, ...]``, the answer first; ``index`` is
             the class's row in the vocabulary.
+
+        Raises:
+            DiveFastError: k is no whole number of at least 0.
         """
+        k = whole("top", k, 0)
         order = self.log_posterior.argsort(descending=True, stable=True).tolist()
         # A strategy's answer need not be the class of the lowest mean it happened to see.
         order = [self.index, *(i for i in order if i != self.index)]
