@@ -29,7 +29,8 @@ constexpr int64_t kDepthBlock = 1024;  // elements of D at a time
 constexpr double kMultiplicationsPerTask = 1 << 18;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// The best row so far. Lower keys win, and among equal keys lower rows; NaN and infinity never do.
+// The best row so far. Lower keys win, and among equal keys lower rows. Only finite keys are
+// offered: NaN is no distance, and what is too large for a sum is infinitely far.
 struct Best {
   double key = kInfinity;
   int64_t row = -1;
@@ -201,9 +202,7 @@ class Search {
           search_panel(
               active, block_end, std::min(kernels_.tile_rows, count - panel),
               [&](int64_t j) { return extra[static_cast<size_t>(panel + j)]; },
-              [&](int64_t n, int64_t row, double key) {
-                if (best[n].row >= 0 || key < kInfinity) best[n].offer(key, row);
-              });
+              [&](int64_t n, int64_t row, double key) { best[n].offer(key, row); });
         }
       }
     });
@@ -240,7 +239,10 @@ class Search {
       for (int64_t i = 0; i < tile_queries; ++i, score += tile_rows) {
         if (tile + i >= queries_end) continue;
         const int64_t n = order_[static_cast<size_t>(tile + i)];
-        for (int64_t j = 0; j < count; ++j) offer(n, row_of(j), score[j] * row_scale[j]);
+        for (int64_t j = 0; j < count; ++j) {
+          const double key = score[j] * row_scale[j];
+          if (std::isfinite(key)) offer(n, row_of(j), key);
+        }
       }
     }
   }
@@ -249,6 +251,7 @@ class Search {
   double key_scale(const void* row) const {
     if (metric_ == cpu::Metric::l2) return 1.0;
     const double norm = std::sqrt(square(row));
+    if (!std::isfinite(norm)) return std::numeric_limits<double>::quiet_NaN();
     return norm == 0 ? 0.0 : -1.0 / norm;
   }
 

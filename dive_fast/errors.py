@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
 
 
 class DiveFastError(ValueError):
@@ -33,3 +37,11 @@ def some(names: Sequence[str], at_most: int = 5) -> str:
     listed = ", ".join(repr(name) for name in names[:at_most])
     more = len(names) - at_most
     return f"{listed} and {more} more" if more > 0 else listed
+
+
+def shown(value: object) -> str:
+    """What was got, for a sentence: on one line, however large or deep it is."""
+    try:
+        return " ".join(_short.repr(value).split())
+    except ValueError:  # an int of more digits than Python writes
+        return type(value).__name__

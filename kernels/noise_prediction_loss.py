@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dive_fast.errors import DiveFastError
 from dive_fast.kernels._rows import OPTIONS, accumulator, as_rows, block_size
 
 # Codes as in dive_fast/ops/_noise_prediction_loss.py (TARGETS, NORMS).
@@ -156,9 +157,9 @@ def noise_prediction_loss_backward(
     grad: Tensor, prediction: Tensor, *inputs: Tensor | int | None
 ) -> Tensor:
     """The gradient to the prediction, of its shape and dtype, contiguous; grad is [M]."""
+    pointers, sizes, constants = shared(prediction, *inputs)
     result = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     if len(result) > 0:
-        pointers, sizes, constants = shared(prediction, *inputs)
         n_result = result.shape[1:].numel()
         block = block_size(n_result)
         blocks = triton.cdiv(n_result, block)
@@ -189,9 +190,15 @@ def shared(
 ) -> tuple[list[Tensor], list[int], dict[str, Any]]:
     """What both kernels take, `p_prediction` to `x0_stride` in their order, and constants.
 
-    Arguments as `dive_fast.ops.noise_prediction_loss`, which checks them. The channels that are
-    read stay in place where their rows are contiguous.
+    Arguments as `dive_fast.ops.noise_prediction_loss`, which checks them; the codes are checked
+    here, for an unknown one would take the last branch of the kernels. The channels that are read
+    stay in place where their rows are contiguous.
     """
+    for name, code, count in (("target", target, 4), ("norm", norm, 3)):
+        if not 0 <= code < count:
+            raise DiveFastError(
+                f"noise_prediction_loss: {name} must be in [0, {count}), but got {code}"
+            )
     read = as_rows(prediction[:, : noise.shape[1]])
     noise, x0 = as_rows(noise), as_rows(x0)
     vectors = [x.contiguous() for x in (a, s, a if weight is None else weight)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +131,30 @@ def search_inputs(
         table = images(1, 1, rows + 1, dim, dtype, layout, seed=2)[0, 0, 1:]
     bounds = torch.stack([index(queries, rows, seed=3), index(queries, rows, seed=4) + 1], dim=1)
     return v, table, bounds.sort(dim=1).values, index(3, rows, seed=5)
+
+
+def special_values(*size: int, generator: torch.Generator, share: float) -> Tensor:
+    """Small integers, fp64; a share of them NaN, infinite or a zero of either sign."""
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=torch.float64)
+    chosen = special[torch.randint(0, len(special), size, generator=generator)]
+    usual = torch.randint(-2, 3, size, generator=generator).double()
+    return torch.where(torch.rand(size, generator=generator) < share, chosen, usual)
+
+
+def special_searches(cases: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """v, table, allowed, extra with numbers that are none; small, so that all sums are exact."""
+    generator = torch.Generator().manual_seed(0)
+    for case in range(cases):
+        n, rows, dim = (int(x) for x in torch.randint(1, 20, (3,), generator=generator))
+        dim, dtype = min(dim, 1 + case % 6), FLOAT_DTYPES[case % 4]
+        share = (0.02, 0.1, 0.3, 0.9)[case // 4 % 4]
+        v, table = (
+            special_values(count, dim, generator=generator, share=share).to(dtype)
+            for count in (n, rows)
+        )
+        allowed = torch.randint(0, rows + 1, (n, 2), generator=generator).sort(dim=1).values
+        extra = torch.randint(0, rows, (1 + case % 3,), generator=generator)
+        yield (v, table, allowed, extra) if case % 5 else (v, table, None, None)
 
 
 def assert_as_accurate_as(

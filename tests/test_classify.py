@@ -192,7 +192,7 @@ def test_bad_input(classifier, toy_classifier):
     for arguments, kind, message in bad:
         with pytest.raises(kind, match=message):
             classifier(**arguments)
-    with pytest.raises(DiveFastError, match=r"rows in \[0, 10\), got \[10\]"):
+    with pytest.raises(DiveFastError, match=r"classes must lie in \[0, 10\), got \[10\]"):
         classifier.losses(latents=good, classes=[10])
     with pytest.raises(DiveFastError, match="batch_size must be at least 1, got 0"):
         DiffusionClassifier.from_pretrained("digits", batch_size=0)

@@ -50,13 +50,36 @@ def test_a_file_of_classes(sd, image, tmp_path, capsys):
     assert {entry["label"] for entry in found["top"]} == {"cat", "fox, red", "dog"}
 
 
+def test_a_table_of_prompts(sd, image, tmp_path, capsys):
+    """As the published Diffusion Classifier has it; two classes of one name stay two."""
+    (tmp_path / "prompts.csv").write_text(
+        "prompt,classname,classidx\na dog,dog,1\na crane,crane,0\nmy dog,dog,1\na crane,crane,2\n"
+    )
+    said = call(
+        capsys, "classify", image, "--model", sd, "--strategy", "enumerate", "--probes", 4,
+        "--json", "--classes", tmp_path / "prompts.csv", "--top", 3,
+    )  # fmt: skip
+    (record,) = json.loads(said.out)
+    assert said.code == 0 and "'crane (0)', 'crane (2)'" in said.err
+    assert len(said.err.splitlines()) == 1
+    found = {(entry["index"], entry["label"]) for entry in record["top"]}
+    assert found == {(0, "crane (0)"), (1, "dog"), (2, "crane (2)")}
+    expected = DiffusionClassifier.from_pretrained(sd, classes={"dog": ["a dog", "my dog"]})
+    losses = expected(image, strategy="enumerate", probes=4)[0].losses
+    assert record["losses"][1] == pytest.approx(losses[0].item(), rel=1e-4)
+    said = call(
+        capsys, "classify", image, "--model", sd, "--classes", tmp_path / "prompts.csv",
+        "--template", "a {}",
+    )  # fmt: skip
+    assert said.code == 2 and "templates, or classes with their prompts, got both" in said.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "needs classes: .* or --classes cat,dog on the command line"),
         (["--classes", ""], "classes must hold texts that are not empty, got ''"),
         (["--classes", "cat,,dog"], "classes must hold texts that are not empty, got ''"),
-        (["--classes", "cat,dog,cat"], "expected different classes, got 'cat' more than once"),
         (["--classes", "names.txt"], "classes with commas .* or a file of them, got 'names.txt'"),
         (["--classes", "a/names"], "classes with commas .* or a file of them, got 'a/names'"),
         (["--classes", "cat,dog", "--template", "x"], "a template needs {} where .* got 'x'"),
@@ -70,7 +93,7 @@ def test_bad_options(options, message, sd, image, capsys):
 def test_bad_files_of_classes(sd, image, tmp_path, capsys):
     file = tmp_path / "names"
     for content, message in (
-        (b"", "classes must hold at least one text, got none"),
+        (b"", "expected at least one class, got an empty file"),
         (b"\xff\xfe\xfd", "cannot be read as a list of classes"),
     ):
         file.write_bytes(content)

@@ -145,7 +145,7 @@ def test_a_network_that_needs_more_than_text() -> None:
 def test_errors_that_are_not_finite(mode) -> None:
     unet = make_unet("sd2")
     unet.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(DiveFastError, match="expected finite errors from the given unet"):
+    with pytest.raises(DiveFastError, match="expected finite losses from the given unet"):
         eval_prob_adaptive(unet, LATENT, TEXT, make_scheduler(), make_args(), SIZE, mode=mode)
 
 

@@ -242,10 +242,30 @@ def test_other_heads_and_names(tmp_path, capsys):
         convert_layout_checkpoint(path, NAMES, head_channels=48)
     with pytest.raises(ModelError, match="the class tokens .*none must be|none must be outside"):
         convert_layout_checkpoint(path, [str(i) for i in range(70)])
+    for name in ("", " ", ["cat"], None, 3):
+        with pytest.raises(ModelError, match="expected the name of class 1 as a text that is not"):
+            convert_layout_checkpoint(path, ["cat", name])
     out = ("--out", tmp_path / "out", "--names", tmp_path / "names.txt")
-    assert_refused(call(capsys, "convert", path, *out), "names.txt cannot be read")
-    (tmp_path / "names.txt").write_text("\n")
-    assert_refused(call(capsys, "convert", path, *out), "expected one name a line in .*found none")
+    assert_refused(call(capsys, "convert", path, *out), "names.txt: expected a file of")
+    for content, message in (
+        ("\n", "at least one class, got an empty file"),
+        ("prompt,classname\na cat,cat\n", "expected names alone, got prompts as well"),
+    ):
+        (tmp_path / "names.txt").write_text(content)
+        assert_refused(call(capsys, "convert", path, *out), message)
+
+
+def test_names_of_a_table(tmp_path, capsys):
+    """By their numbers; equal ones get their rows."""
+    torch.save(make_state(SMALL), tmp_path / "model.ckpt")
+    (tmp_path / "names.csv").write_text("classidx,classname\n1,cat\n0,crane\n2,crane\n")
+    said = call(
+        capsys, "convert", tmp_path / "model.ckpt", "--names", tmp_path / "names.csv",
+        "--latent-size", 8, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert said.code == 0 and "'crane (0)', 'crane (2)'" in said.err
+    model = load_model(tmp_path / "out")
+    assert model.layout_format.names == ("crane (0)", "cat", "crane (2)")
 
 
 def test_files_that_are_no_checkpoint(tmp_path, capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dive_fast.data import DataSet, open_dataset, select
+from dive_fast.data import DataSet, folder_classes, open_dataset, select
 from dive_fast.data.digits import NAMES, load_digits
 from dive_fast.data.images import as_images
 from dive_fast.errors import DataError, ImageError
@@ -101,6 +102,87 @@ class TestFolder:
         for example in (bad, dangling):
             with pytest.raises(ImageError, match=example.id):
                 example.load()
+
+    @pytest.mark.parametrize(
+        "name",
+        ["traffic_light", "Traffic-Light", "traffic light", "TRAFFIC  LIGHT", "stop_light"],
+    )
+    def test_underscores_hyphens_and_blanks_are_alike(self, tmp_path: Path, name: str) -> None:
+        names = ("cat", "traffic light, stop light", "light")
+        (example,) = open_dataset(save_folder(tmp_path, {name: 1}), names).examples
+        assert example.label == 1
+
+    @pytest.mark.parametrize(
+        "name, label", [("a-b", 1), ("a b", 0), ("A B", 0), ("A-B", 1), ("-", 2), ("_", 3)]
+    )
+    def test_the_closest_spelling_decides(self, tmp_path: Path, name: str, label: int) -> None:
+        (example,) = open_dataset(
+            save_folder(tmp_path, {name: 1}), ("a b", "a-b", "-", "_")
+        ).examples
+        assert example.label == label
+
+    def test_several_spellings_are_ambiguous(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="'a_b' could be any of the model's classes 0, 1: name"):
+            open_dataset(save_folder(tmp_path, {"a_b": 1}), ("a b", "a-b"))
+
+    @pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
+    def test_letters_with_accents_in_either_form(self, tmp_path: Path, forms) -> None:
+        """macOS takes them apart in file names."""
+        folder, asked = (unicodedata.normalize(form, "café") for form in forms)
+        assert folder != asked
+        save_folder(tmp_path, {folder: 1})
+        (example,) = open_dataset(tmp_path, ("thé", asked)).examples
+        assert example.label == 1
+        assert folder_classes(tmp_path) == [unicodedata.normalize("NFC", asked)]
+
+    def test_a_name_that_two_classes_share(self, tmp_path: Path) -> None:
+        names = ("crane (0)", "cat", "crane (2)")
+        with pytest.raises(
+            DataError, match="'crane' could be any of .* 0, 2: name it by its index"
+        ):
+            open_dataset(save_folder(tmp_path / "a", {"crane": 1}), names)
+        save_folder(tmp_path / "b", {"crane (2)": 1, "0": 1})
+        assert [e.label for e in open_dataset(tmp_path / "b", names).examples] == [0, 2]
+
+    def test_service_folders_are_no_classes(self, tmp_path: Path, caplog) -> None:
+        save_folder(tmp_path, {"tench": 1, "__MACOSX": 1, ".ipynb_checkpoints": 1, "@eaDir": 1})
+        (tmp_path / "README.md").touch()
+        (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+        (tmp_path / "tench" / "labels.csv").touch()
+        dataset = open_dataset(tmp_path, CLASSES)
+        assert [e.id for e in dataset.examples] == ["tench/0.png"]
+        assert folder_classes(tmp_path) == ["tench"]
+        (line,) = caplog.messages
+        for part in (
+            "1 without an image's suffix (.csv)",
+            "2 the system's own",
+            "1 hidden",
+            "1 beside the",
+        ):
+            assert part in line
+        assert "1 linked to nothing" in line
+
+    def test_a_class_without_images_is_told(self, tmp_path: Path, caplog) -> None:
+        open_dataset(save_folder(tmp_path, {"tench": 1, "goldfish": 0}), CLASSES)
+        (line,) = caplog.messages
+        assert line == f"{tmp_path}: no images in the folders of the classes 'goldfish'."
+
+    def test_linked_folders_count_once_in_a_class(self, tmp_path: Path, caplog) -> None:
+        save_folder(tmp_path, {"more": 2, "data/tench": 1})
+        data = tmp_path / "data"
+        (data / "tench" / "linked").symlink_to(tmp_path / "more")
+        (data / "tench" / "loop").symlink_to(data)
+        (data / "0").symlink_to(data / "tench")  # the same class by its index
+        (data / "goldfish").symlink_to(tmp_path / "more")
+        examples = open_dataset(data, CLASSES).examples
+        assert sorted(Path(e.id).name for e in examples if e.label == 0) == [
+            "0.png",
+            "0.png",
+            "1.png",
+        ]
+        assert [e.id for e in examples if e.label == 1] == ["goldfish/0.png", "goldfish/1.png"]
+        assert "3 linked to files that are there already" in caplog.text
+        assert "2 files stand in several classes by links" in caplog.text
 
     @pytest.mark.parametrize(
         "counts, message",

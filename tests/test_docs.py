@@ -89,7 +89,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-@pytest.mark.filterwarnings("ignore:prompts are cut")  # of the tiny text encoder
 @pytest.mark.parametrize("code", snippets())
 def test_code_runs(code, tmp_path, monkeypatch, hub):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -101,6 +100,7 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
     held_out = load_digits("test")
     Image.fromarray(held_out.images[0]).save("three.png")
     Image.effect_noise((30, 20), 80).save("photo.png")
+    Path("prompts.csv").write_text("prompt,classname,classidx\na cat.,cat,0\na dog.,dog,1\n")
     clf = DiffusionClassifier.from_pretrained("digits")
     names = {
         "clf": clf,

@@ -11,7 +11,7 @@ from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.strategies import (
     AdaptiveEnumerate,
     Auto,
@@ -175,7 +175,8 @@ def test_another_error_of_the_network_is_not_taken_for_memory(monkeypatch):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(model, "predict", broken)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    message = "'predict' of toy failed with RuntimeError: shapes do not match"
+    with pytest.raises(ModelError, match=message):
         run(model, "enumerate", torch.randn(1, *model.latent_shape), 4)
 
 

@@ -227,6 +227,16 @@ def test_what_a_published_directory_states(tmp_path) -> None:
     assert written.identity() != model.identity()
 
 
+def test_equal_names_have_one_phrase(tmp_path, caplog) -> None:
+    """They are told apart by their rows, which no prompt shows."""
+    path = write_geodiffusion(tmp_path / "geo")
+    model = load_model(path, device="cpu", classes=["cat", "dog", "cat"])
+    assert model.layout_format.names == ("cat (0)", "dog", "cat (2)")
+    one, two = (model.prompt(Layout(BOXES[:1], torch.tensor([row]))) for row in (0, 2))
+    assert one == two and " cat <" in one and "(" not in one
+    assert "'cat (0)', 'cat (2)'" in caplog.text
+
+
 def test_a_plain_pipeline_stays_a_classifier(tmp_path) -> None:
     model = load_model(write_sd(tmp_path / "sd"), device="cpu", classes=CLASSES)
     assert isinstance(model, StableDiffusion)

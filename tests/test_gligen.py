@@ -285,7 +285,7 @@ def test_bad_statements(directory, tmp_path, stated, message):
     [
         ({}, "is a text-conditional model and needs classes"),
         ({"classes": []}, "classes must hold at least one text"),
-        ({"classes": ["cat", "cat"]}, "expected different classes, got 'cat' more than once"),
+        ({"classes": ["cat", ""]}, "classes must hold texts that are not empty, got ''"),
         ({"classes": ["cat", "Cat"]}, "have the same prompts as the text encoder reads them"),
         ({"classes": ["cat"], "average": "loss"}, "expected average='embedding' for a layout"),
         ({"classes": ["cat"], "templates": ["a"]}, "a template needs {}"),

@@ -20,7 +20,7 @@ from dive_fast import DiffusionClassifier, LayoutDetector, ModelError
 from dive_fast.cli.loading import load_classifier
 from dive_fast.cli.options import add_classifier_options
 from dive_fast.models import load_model, resolve
-from dive_fast.models.files.hub import download, patterns, pickle_patterns
+from dive_fast.models.files.hub import download, patterns, wanted
 from dive_fast.models.source import FAMILIES
 
 # As published: stable-diffusion-v1-5, with every variant that lies beside.
@@ -52,11 +52,23 @@ def folders(pipeline_class: str) -> tuple[str, ...]:
     return FAMILIES[pipeline_class].folders
 
 
+def fetched(files, pipeline_class, variant=None, allow_pickle=False) -> list[str]:
+    """What is fetched of a repository of these files."""
+    read = None if pipeline_class is None else folders(pipeline_class)
+    return sorted(wanted(files, read, variant, allow_pickle, "someone/model"))
+
+
 def test_stable_diffusion():
     files = SD_WANTED + SD_UNWANTED + SD_PICKLES
-    read = folders("StableDiffusionPipeline")
-    assert sorted(filter_repo_objects(files, allow_patterns=patterns(read))) == sorted(SD_WANTED)
-    assert list(filter_repo_objects(files, allow_patterns=pickle_patterns(read))) == SD_PICKLES
+    for allow_pickle in (False, True):  # where there are safetensors, pickles are not fetched
+        assert fetched(files, "StableDiffusionPipeline", None, allow_pickle) == sorted(SD_WANTED)
+    pickled = [name for name in files if not name.endswith(".safetensors")]
+    texts = [name for name in SD_WANTED if not name.endswith(".safetensors")]
+    assert fetched(pickled, "StableDiffusionPipeline") == sorted(texts)
+    found = fetched(pickled, "StableDiffusionPipeline", None, True)
+    assert found == sorted(texts + SD_PICKLES)
+    found = fetched(pickled, "StableDiffusionPipeline", "fp16", True)
+    assert found == sorted(texts + [name.replace(".bin", ".fp16.bin") for name in SD_PICKLES])
 
 
 def test_sdxl_and_shards():
@@ -67,23 +79,59 @@ def test_sdxl_and_shards():
     unet/diffusion_pytorch_model-00002-of-00002.safetensors
     unet/diffusion_pytorch_model.safetensors.index.json
     """.split()
+    variant = """
+    text_encoder_2/model.fp16.safetensors
+    unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+    unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors
+    unet/diffusion_pytorch_model.safetensors.index.fp16.json
+    """.split()
     unwanted = """
     sd_xl_base_1.0.safetensors sd_xl_offset_example-lora_1.0.safetensors 01.png LICENSE.md
     text_encoder/flax_model.msgpack text_encoder/model.onnx text_encoder/openvino_model.bin
-    text_encoder_2/model.fp16.safetensors vae_1_0/diffusion_pytorch_model.safetensors
-    unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors
-    unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+    vae_1_0/diffusion_pytorch_model.safetensors
+    unet/diffusion_pytorch_model.bin.index.json
     vae_decoder/config.json unet/model.onnx_data
     """.split()
-    read = folders("StableDiffusionXLPipeline")
-    found = filter_repo_objects(wanted + unwanted, allow_patterns=patterns(read))
-    assert list(found) == wanted
+    sdxl = "StableDiffusionXLPipeline"
+    assert fetched(wanted + variant + unwanted, sdxl) == sorted(wanted)
+    texts = [f for f in wanted if "model.safetensors" not in f and "-of-" not in f]
+    assert fetched(wanted + variant + unwanted, sdxl, "fp16") == sorted(texts + variant)
+    # The only variant of a folder is fetched unasked.
+    assert fetched(texts + variant, sdxl) == sorted(texts + variant)
+
+
+def test_a_variant_that_the_hub_lacks():
+    files = SD_WANTED + SD_UNWANTED
+    with pytest.raises(ModelError, match="'bf16' in someone/model, got 'fp16', 'non_ema' and full"):
+        fetched(files, "StableDiffusionPipeline", "bf16")
+    with pytest.raises(ModelError, match="'bf16' in someone/model, got full precision only"):
+        fetched(SD_WANTED, "StableDiffusionPipeline", "bf16")
 
 
 def test_a_family_from_outside_gets_all_folders():
     files = ["model_index.json", "prior/config.json", "prior/diffusion_pytorch_model.safetensors"]
-    files += ["single.safetensors", "prior/diffusion_pytorch_model.fp16.safetensors"]
-    assert list(filter_repo_objects(files, allow_patterns=patterns(None))) == files[:3]
+    more = ["single.safetensors", "prior/diffusion_pytorch_model.fp16.safetensors"]
+    assert fetched(files + more, None) == files
+
+
+def test_adapters_on_the_hub_are_told_of_and_not_fetched(caplog):
+    more = ["pytorch_lora_weights.safetensors", "unet/adapter_config.json", "lora/config.json"]
+    assert fetched(SD_WANTED + more, "StableDiffusionPipeline") == sorted(SD_WANTED)
+    (record,) = caplog.records
+    said = "'pytorch_lora_weights.safetensors', 'unet/adapter_config.json' in someone/model: LoRA"
+    assert record.getMessage().startswith(said)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_patterns_where_nobody_could_list_the_files(variant):
+    """They let through what would be read, and no file of another kind."""
+    files = SD_WANTED + SD_UNWANTED + SD_PICKLES
+    read = folders("StableDiffusionPipeline")
+    found = set(filter_repo_objects(files, allow_patterns=patterns(read, variant)))
+    assert found >= set(fetched(files, "StableDiffusionPipeline", variant))
+    assert not any(name.endswith((".bin", ".ckpt")) or "safety" in name for name in found)
+    found = set(filter_repo_objects(files, allow_patterns=patterns(read, variant, True)))
+    assert found >= set(SD_PICKLES)
 
 
 @pytest.fixture
@@ -100,12 +148,12 @@ def test_a_hub_id_loads(hub):
     assert model.identity() == load_model(hub, device="cpu", classes=["cat", "dog"]).identity()
 
 
-ONCE = {"hf_hub_download": 1, "snapshot_download": 1}
+ONCE = {"hf_hub_download": 1, "list_repo_files": 1, "snapshot_download": 1}
 
 
 @pytest.fixture
 def asked(hub, monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often ``huggingface_hub`` was asked for one file, and for a snapshot."""
+    """How often ``huggingface_hub`` was asked for one file, for the list, and for a snapshot."""
     counts: Counter = Counter()
 
     def counted(name: str, original, *args, **options):

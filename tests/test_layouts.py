@@ -200,6 +200,7 @@ def test_tokens_that_are_no_layout(tokens, message):
         ({"none": 11}, r"none must be in \[0, 11\)"),
         ({"names": "ab"}, "names must be given as a list"),
         ({"names": [1]}, "names must be strings"),
+        ({"names": ["cat", " "]}, "names must be strings that are not empty, but got ' '"),
         ({"crop": 1}, "crop must be given as bool"),
         ({"grid": True}, "grid must be given as int"),
         ({"grids": 3}, "the entries must be among .*, but got grids"),

@@ -22,6 +22,7 @@ from dive_fast.models import load_model, register_model_family
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED = "diffusion_pytorch_model.bin"
 TRANSFORMER = f"transformer/{WEIGHTS}"
+LABELS = {"0": "circle", "1": "square", "2": "cross", "3": "star"}
 
 Change = Callable[[Path], object]
 
@@ -100,6 +101,17 @@ PIXELS: dict[str, tuple[Change, str]] = {
         "must name the classes 0 to 3, got 1",
     ),
     "labels a list": (change_json("model_index.json", id2label=["a"]), "map class ids to names"),
+    **{
+        f"a label {label!r}": (
+            change_json("model_index.json", id2label={**LABELS, "1": label}),
+            "must name the class 1 by a text that is not empty",
+        )
+        for label in ("", " ", None, True, 1.5, ["square"])
+    },
+    "a label twice": (
+        change_json("model_index.json", id2label={**LABELS, "01": "oval"}),
+        "must name the classes 0 to 3, got 5 ids",
+    ),
     "no transformer": (remove("transformer"), "expected the folder transformer in"),
     "no config": (remove("transformer/config.json"), "expected config.json in"),
     "config broken": (write("transformer/config.json", b"{"), "config.json cannot be read as JSON"),

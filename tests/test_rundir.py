@@ -1,41 +1,18 @@
+"""A run directory: what is created, what is gone on with, and what is appended."""
+
 from __future__ import annotations
 
 import json
 import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rundir_inputs import CONFIG, lines, record
 
 from dive_fast.errors import RunError
 from dive_fast.evaluation.rundir import RunDirectory, read_records
-
-CONFIG = {"model": "digits", "seed": 0, "invert": {"lr": 0.01, "stages": (1, 2)}}
-
-
-def record(i: int, **values: object) -> dict:
-    return {"id": f"image-{i}", "label": i} | values
-
-
-def lines(path: Path) -> list[dict]:
-    content = (path / "results.jsonl").read_bytes()
-    assert content == b"" or content.endswith(b"\n")
-    return [json.loads(line) for line in content.splitlines()]
-
-
-def python(script: str, path: Path, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Run a script in a process of its own: for failures that a process does not survive."""
-    command = [*prefix, sys.executable, "-c", textwrap.dedent(script), str(path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    search = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(command, text=True, env=os.environ | {"PYTHONPATH": search}, **pipes)
 
 
 class TestOpen:
@@ -109,12 +86,6 @@ class TestOpen:
             run.append(record(0))
         assert not list(tmp_path.glob("*.tmp"))
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}', "\udcff"])
-    def test_damaged_run_json(self, tmp_path: Path, content: str) -> None:
-        (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
-        with pytest.raises(RunError, match="'config', got a damaged file"):
-            RunDirectory.open(tmp_path, CONFIG)
-
     def test_path_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(RunError, match="expected a directory, got a file"):
@@ -134,17 +105,83 @@ class TestOpen:
         with pytest.raises(RunError, match="Permission denied"):
             RunDirectory.open(tmp_path / "run", CONFIG)
 
-    def test_results_are_a_device(self, tmp_path: Path) -> None:
-        RunDirectory.open(tmp_path, CONFIG).close()
-        (tmp_path / "results.jsonl").unlink()
-        (tmp_path / "results.jsonl").symlink_to(os.devnull)
-        with pytest.raises(RunError, match="expected a regular file"):
-            RunDirectory.open(tmp_path, CONFIG)
+    @pytest.mark.parametrize("path", [None, 3, ["run"], b"run"])
+    def test_no_path(self, path: object) -> None:
+        with pytest.raises(RunError, match="expected a run directory, got"):
+            RunDirectory.open(path, CONFIG)
+        with pytest.raises(RunError, match="expected a run directory, got"):
+            read_records(path)
+
+    def test_config_that_is_no_dictionary(self, tmp_path: Path) -> None:
+        for arguments in (([1],), (CONFIG, [1])):
+            with pytest.raises(RunError, match="expected config and environment as dictionaries"):
+                RunDirectory.open(tmp_path / "run", *arguments)
+        assert not (tmp_path / "run").exists()
 
     def test_config_that_is_not_json(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="for JSON, got set"):
             RunDirectory.open(tmp_path / "run", {"seeds": {1, 2}})
         assert not (tmp_path / "run").exists()
+
+
+class TestOtherVersions:
+    """A run goes on under other versions, says so, and remembers it."""
+
+    def begin(self, path: Path, environment: object) -> None:
+        RunDirectory.open(path, CONFIG, {}).close()
+        content = json.loads((path / "run.json").read_text()) | {"environment": environment}
+        (path / "run.json").write_text(json.dumps(content))
+
+    def resume(self, path: Path, **environment: object) -> dict:
+        RunDirectory.open(path, CONFIG, environment).close()
+        return json.loads((path / "run.json").read_text())
+
+    def test_warned_of(self, tmp_path: Path, caplog) -> None:
+        begun = {"dive_fast": "0.1", "torch": "2.12.0", "python": "3.11"}
+        self.begin(tmp_path, begun)
+        here = {"dive_fast": "0.1", "torch": "2.13.0", "python": "3.12", "pillow": "11"}
+        content = self.resume(tmp_path, **here)
+        sentence = (
+            f"{tmp_path} was begun with torch 2.12.0 and is gone on with torch 2.13.0: answers "
+            "may differ."
+        )
+        assert caplog.messages == [sentence]
+        assert content["environment"] == begun and content["resumed"] == [here]
+        assert content["config"] == {"schema": 1, **json.loads(json.dumps(CONFIG))}
+        # The same once more: warned of, and not recorded twice.
+        assert self.resume(tmp_path, **here) == content
+        assert caplog.messages == [sentence] * 2
+
+    def test_several(self, tmp_path: Path, caplog) -> None:
+        self.begin(tmp_path, {"dive_fast": "1", "torch": "2", "diffusers": "3"})
+        self.resume(tmp_path, dive_fast="2", torch="2", diffusers="4")
+        message = "begun with dive_fast 1 and diffusers 3 and is gone on with dive_fast 2 and diff"
+        assert len(caplog.messages) == 1 and message in caplog.messages[0]
+
+    def test_back_again(self, tmp_path: Path, caplog) -> None:
+        """Some of the records are of the other version."""
+        self.begin(tmp_path, {"torch": "2"})
+        self.resume(tmp_path, torch="3")
+        content = self.resume(tmp_path, torch="2")
+        assert content["resumed"] == [{"torch": "3"}, {"torch": "2"}]
+        assert "gone on with torch 3 and is gone on with torch 2" in caplog.messages[1]
+
+    def test_what_changes_no_answer(self, tmp_path: Path, caplog) -> None:
+        self.begin(tmp_path, {"torch": "2", "commit": "a", "threads": 2})
+        content = self.resume(tmp_path, torch="2", commit="b", threads=1)
+        assert caplog.messages == []
+        assert content["resumed"] == [{"torch": "2", "commit": "b", "threads": 1}]
+
+    @pytest.mark.parametrize(
+        "environment", [None, [], "torch", 3, {}, {"torch": 2}, {"torch": None}, {"torch": ["2"]}]
+    )
+    def test_damaged(self, tmp_path: Path, environment: object, caplog) -> None:
+        self.begin(tmp_path, environment)
+        content = json.loads((tmp_path / "run.json").read_text()) | {"resumed": "often"}
+        (tmp_path / "run.json").write_text(json.dumps(content))
+        content = self.resume(tmp_path, torch="2")
+        assert caplog.messages == [] and content["resumed"] == [{"torch": "2"}]
+        assert content["environment"] == environment
 
 
 class TestAppend:
@@ -228,53 +265,6 @@ class TestAppend:
             assert lines(tmp_path) == [record(0)]
 
 
-class TestDamagedResults:
-    def prepare(self, path: Path, content: bytes) -> None:
-        RunDirectory.open(path, CONFIG).close()
-        (path / "results.jsonl").write_bytes(content)
-
-    @pytest.mark.parametrize(
-        "tail",
-        [
-            b"{",
-            b'{"id": "image-1", "la',
-            b'{"id": "image-1", "label": 1}',
-            b'{"id": "image-1", \n',
-            b'{"label": 1}\n',
-            b"\0" * 100,
-            b"\xff\xfe\n",
-            b"\n",
-        ],
-    )
-    def test_torn_last_line(self, tmp_path: Path, tail: bytes) -> None:
-        whole = json.dumps(record(0)).encode() + b"\n"
-        self.prepare(tmp_path, whole + tail)
-        with RunDirectory.open(tmp_path, CONFIG) as run:
-            assert dict(run.done()) == {"image-0": record(0)}
-            assert (tmp_path / "results.jsonl").read_bytes() == whole
-            run.append(record(1))
-        assert lines(tmp_path) == [record(0), record(1)]
-
-    def test_only_a_torn_line(self, tmp_path: Path) -> None:
-        self.prepare(tmp_path, b'{"id": "im')
-        with RunDirectory.open(tmp_path, CONFIG) as run:
-            assert not run.done()
-        assert lines(tmp_path) == []
-
-    @pytest.mark.parametrize("bad", [b"{", b"[]", b'{"label": 1}', b"", b"\xff"])
-    def test_damage_in_the_middle(self, tmp_path: Path, bad: bytes) -> None:
-        content = b'{"id": "a"}\n' + bad + b'\n{"id": "b"}\n'
-        self.prepare(tmp_path, content)
-        with pytest.raises(RunError, match=r"results\.jsonl.*damaged line 2"):
-            RunDirectory.open(tmp_path, CONFIG)
-        assert (tmp_path / "results.jsonl").read_bytes() == content
-
-    def test_first_of_duplicates_counts(self, tmp_path: Path) -> None:
-        self.prepare(tmp_path, b'{"id": "a", "n": 1}\n{"id": "a", "n": 2}\n')
-        with RunDirectory.open(tmp_path, CONFIG) as run:
-            assert dict(run.done()) == {"a": {"id": "a", "n": 1}}
-
-
 class TestLock:
     def test_second_writer_is_refused(self, tmp_path: Path) -> None:
         pytest.importorskip("fcntl")
@@ -284,133 +274,3 @@ class TestLock:
             run.append(record(0))
         with RunDirectory.open(tmp_path, CONFIG) as run:
             assert list(run.done()) == ["image-0"]
-
-
-class TestKilled:
-    def test_resumes_after_kill_9(self, tmp_path: Path) -> None:
-        writer = python(
-            """
-            import sys
-            from dive_fast.evaluation.rundir import RunDirectory
-            run = RunDirectory.open(sys.argv[1], {"seed": 0})
-            for i in range(10**9):
-                run.append({"id": str(i), "losses": [0.5] * 2000})
-                if i == 50:
-                    print("go", flush=True)
-            """,
-            tmp_path,
-        )
-        assert writer.stdout.readline() == "go\n"
-        with pytest.raises(RunError, match="another process is writing"):
-            RunDirectory.open(tmp_path, {"seed": 0})
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        with RunDirectory.open(tmp_path, {"seed": 0}) as run:
-            n = len(run.done())
-            assert n > 50 and list(run.done()) == [str(i) for i in range(n)]
-            run.append({"id": str(n)})
-        assert [r["id"] for r in lines(tmp_path)] == [str(i) for i in range(n + 1)]
-
-    def test_resumes_when_killed_in_the_middle_of_a_line(self, tmp_path: Path) -> None:
-        """The file-size limit lets through half a line, and its signal kills there and then."""
-        writer = python(
-            """
-            import resource, signal, sys
-            from dive_fast.evaluation.rundir import RunDirectory
-            run = RunDirectory.open(sys.argv[1], {"seed": 0})
-            run.append({"id": "0"})
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            run.append({"id": "1", "text": "x" * 5000})
-            """,
-            tmp_path,
-        )
-        writer.communicate()
-        assert writer.returncode == -signal.SIGXFSZ
-        assert (tmp_path / "results.jsonl").stat().st_size == 1000
-        with RunDirectory.open(tmp_path, {"seed": 0}) as run:
-            assert list(run.done()) == ["0"]
-        assert lines(tmp_path) == [{"id": "0"}]
-
-
-class TestFullDisk:
-    def test_half_a_line_is_cut_off_again(self, tmp_path: Path) -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with RunDirectory.open(tmp_path, CONFIG) as run:
-            run.append(record(0))
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-                with pytest.raises(RunError, match=r"results\.jsonl: cannot be written \(File too"):
-                    run.append(record(1, text="x" * 5000))
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            assert lines(tmp_path) == [record(0)] and list(run.done()) == ["image-0"]
-            run.append(record(1))
-        assert lines(tmp_path) == [record(0), record(1)]
-
-    def test_no_room_for_run_json(self, tmp_path: Path) -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-            with pytest.raises(RunError, match="cannot be written"):
-                RunDirectory.open(tmp_path, CONFIG)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
-        with RunDirectory.open(tmp_path, CONFIG) as run:
-            run.append(record(0))
-
-    @pytest.mark.skipif(
-        not (os.path.exists("/dev/full") and os.path.isdir("/proc/self/fd")),
-        reason="needs /dev/full and /proc",
-    )
-    def test_results_that_can_neither_grow_nor_be_cut(self, tmp_path: Path) -> None:
-        run = RunDirectory.open(tmp_path, CONFIG)
-        run.append(record(0))
-        (number,) = [
-            int(fd)
-            for fd in os.listdir("/proc/self/fd")
-            if os.path.realpath(f"/proc/self/fd/{fd}") == str(tmp_path / "results.jsonl")
-        ]
-        full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, number)
-        os.close(full)
-        with pytest.raises(RunError, match="No space left on device"):
-            run.append(record(1))
-        with pytest.raises(RunError, match="closed"):
-            run.append(record(1))
-        assert lines(tmp_path) == [record(0)]
-
-    def test_small_file_system(self, tmp_path: Path) -> None:
-        """A real one of 64 KiB, in a mount namespace of its own."""
-        if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"]).returncode:
-            pytest.skip("this system lets no user make a mount namespace")
-        writer = python(
-            """
-            import subprocess, sys
-            from dive_fast.errors import RunError
-            from dive_fast.evaluation.rundir import RunDirectory
-            path = sys.argv[1]
-            if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", path]).returncode:
-                sys.exit(3)
-            with RunDirectory.open(path, {"seed": 0}) as run:
-                try:
-                    for i in range(1000):
-                        run.append({"id": str(i), "text": "x" * 1000})
-                except RunError as error:
-                    print(error)
-            with RunDirectory.open(path, {"seed": 0}) as run:
-                print(*run.done())
-            """,
-            tmp_path,
-            prefix=("unshare", "-rm"),
-        )
-        output, errors = writer.communicate()
-        if writer.returncode == 3:
-            pytest.skip("this system lets no user mount a file system")
-        assert writer.returncode == 0, errors
-        reason, kept = output.splitlines()
-        assert reason.endswith("results.jsonl: cannot be written (No space left on device).")
-        ids = kept.split()
-        assert len(ids) > 30 and ids == [str(i) for i in range(len(ids))]

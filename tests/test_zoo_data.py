@@ -113,6 +113,9 @@ def test_bad_mnist(changes: dict, message: str, tmp_path: Path) -> None:
         ({"drawer": None}, "expected the arrays x, y, drawer and classes, got"),
         ({"drawer": np.arange(3)}, "expected a drawer per image, got 3"),
         ({"classes": np.array(["one"])}, "expected labels below 1, got 1"),
+        ({"classes": np.array(["one", " "])}, "a name of every class, got an empty one of 1"),
+        ({"classes": np.arange(2)}, r"expected classes as texts \[C\], got int64 \[2\]"),
+        ({"classes": np.array([["one", "two"]])}, r"classes as texts \[C\], got <U3 \[1, 2\]"),
     ],
 )
 def test_bad_omniglot(changes: dict, message: str, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ struct Problem {
   __device__ int64_t stop(int64_t n) const { return allowed ? allowed[2 * n + 1] : rows; }
 };
 
-// The best row so far: lower keys win, and among equal keys lower rows. A NaN key never does.
+// The best row so far: lower keys win, and among equal keys lower rows. Only finite keys are
+// offered: NaN is no distance, and what is too large for a sum is infinitely far.
 struct Best {
   double key;
   int64_t row;
@@ -132,11 +133,13 @@ __device__ void search_tile(const Problem& p, int64_t first_query, const RowOf& 
     double scale = 1;
     if constexpr (metric == cpu::Metric::cosine) {
       const double norm = sqrt(static_cast<double>(square_total[j] + square[j]));
+      if (!isfinite(norm)) continue;
       scale = norm == 0 ? 0.0 : -1.0 / norm;  // |q| is common to all rows and left out
     }
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      offer(i, row, static_cast<double>(total[i][j] + sum[i][j]) * scale);
+      const double key = static_cast<double>(total[i][j] + sum[i][j]) * scale;
+      if (isfinite(key)) offer(i, row, key);
     }
   }
 }

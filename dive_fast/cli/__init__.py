@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -70,13 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after bad input, or 130 after an interrupt."""
-    options = build_parser().parse_args(arguments)
-    _hush()
+    with _every_text_printable():
+        options = build_parser().parse_args(arguments)
+        _hush()
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         with _told():
             code = options.run(options)
         # What is still buffered is written here, where a failure can be told.
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no stdout
         return code
     except DiveFastError as error:
         print(f"dive-fast: {error}", file=sys.stderr)
@@ -101,6 +107,26 @@ class _Teller(logging.Handler):
         from tqdm import tqdm
 
         tqdm.write(f"dive-fast: {record.getMessage()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _every_text_printable() -> Iterator[None]:
+    """What a stream's encoding lacks is printed as an escape: file names may be any bytes.
+
+    Names that are not UTF-8 would otherwise end a command when they are printed, and so would any
+    letter but ASCII where the locale is C.
+    """
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [(stream, stream.errors) for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            # It writes what is still buffered, and whoever reads may have left.
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors=errors)
 
 
 @contextlib.contextmanager
@@ -131,7 +157,7 @@ def _hush() -> None:
 def _flush_or_discard() -> None:
     """Writes what is still buffered, or throws it away: python would fail on it again at exit."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         with contextlib.suppress(OSError):  # a stdout that is no file needs nothing more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,7 +18,9 @@ def add_parser(commands) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="the .ckpt, .pt or .safetensors file")
     parser.add_argument("--out", required=True, metavar="DIR", help="the model directory")
     parser.add_argument(
-        "--names", metavar="FILE", help="the classes' names, one a line, in their tokens' order"
+        "--names",
+        metavar="FILE",
+        help="the classes' names in their tokens' order: one a line, or a table, JSON or YAML",
     )
     parser.add_argument(
         "--latent-size", type=count, default=64, metavar="N", help="side of the latents (64)"
@@ -52,13 +54,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read_names(path: Path) -> list[str]:
+    """The names that a file lists.
+
+    Raises:
+        DataError: it is no list of names.
+    """
+    from dive_fast.data.class_lists import read_classes
     from dive_fast.errors import DataError
 
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"the names in {path} cannot be read: {error}.") from error
-    names = [name for name in names if name]
-    if not names:
-        raise DataError(f"expected one name a line in {path}, found none.")
+    names = read_classes(path)
+    if isinstance(names, dict):
+        raise DataError(f"{path}: expected names alone, got prompts as well.")
     return names

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from dive_fast.data.paths import expand_inputs
     from dive_fast.evaluation import RunDirectory
     from dive_fast.evaluation.machine import environment
+    from dive_fast.evaluation.records import Form
     from dive_fast.evaluation.run import Source, run_over
 
     # A misspelt name should not wait for a large model to load.
@@ -54,7 +55,10 @@ def run(options: argparse.Namespace) -> int:
         return to_mode(read_image(path), 3)
 
     with RunDirectory.open(
-        options.out, detector.identity(**chosen), environment(detector)
+        options.out,
+        detector.identity(**chosen),
+        environment(detector),
+        Form("detection", detector.names),
     ) as results:
         run_over(
             [Source(path, partial(image, path), name=path) for path in errors],

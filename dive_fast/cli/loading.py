@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dive_fast.models import Source
+    from dive_fast.models.text.prompts import Classes
 
 log = logging.getLogger(__name__)
 
@@ -64,21 +65,23 @@ def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def class_names(text: str) -> list[str]:
-    """The names that ``--classes`` gives: a file's lines, or what stands between commas.
+def class_names(text: str) -> Classes:
+    """The classes that ``--classes`` gives: what a file lists, or what stands between commas.
 
     Raises:
-        ModelError: the file cannot be read.
+        DataError: the file is no list of classes.
+        ModelError: there is no such file.
     """
+    from dive_fast.data.class_lists import read_classes
     from dive_fast.errors import ModelError
 
     path = Path(text)
     try:
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [line.strip() for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{text} cannot be read as a list of classes: {error}.") from error
+        is_file = path.is_file()
+    except (OSError, ValueError):  # many names may be longer than any path
+        is_file = False
+    if is_file:
+        return read_classes(path)
     if "," not in text and (path.suffix or path.name != text):
         raise ModelError(f"expected classes with commas between or a file of them, got {text!r}.")
     return [name.strip() for name in text.split(",")]
@@ -136,14 +139,14 @@ def _found(options: argparse.Namespace) -> Source:
     from dive_fast.models import check_place, resolve
 
     check_place(options.dtype, options.device)
-    return resolve(options.model, allow_pickle=options.allow_pickle)
+    return resolve(options.model, allow_pickle=options.allow_pickle, variant=options.variant)
 
 
 def _common(
     options: argparse.Namespace, classes: Sequence[str] | None, source: Source
 ) -> dict[str, Any]:
     """What classifiers and detectors are loaded with alike."""
-    names = ("dtype", "device", "batch_size", "allow_pickle")
+    names = ("dtype", "device", "batch_size", "allow_pickle", "variant")
     names += ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
     return {
         **{name: getattr(options, name) for name in names},
@@ -154,7 +157,7 @@ def _common(
 
 def _chosen_classes(
     options: argparse.Namespace, classes: Sequence[str] | None, source: Source
-) -> Sequence[str] | None:
+) -> Classes | None:
     """What ``--classes`` says; else ``classes``, if the model cannot do without."""
     if options.classes is not None:
         return class_names(options.classes)

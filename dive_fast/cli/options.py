@@ -168,6 +168,12 @@ def _add_model(
     )
     group.add_argument("--allow-pickle", action="store_true", help="also load pickled .bin weights")
     group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="take the weights of a variant, such as fp16, where there are such (default: full "
+        "precision, or the only variant)",
+    )
+    group.add_argument(
         "--fitted",
         metavar="DIR",
         help="the directory that 'dive-fast fit --out' wrote (default: the model's own)",
@@ -181,7 +187,8 @@ def _add_prompts(
     group.add_argument(
         "--classes",
         metavar="NAMES|FILE",
-        help="names with commas between, or a file with one per line",
+        help="names with commas between, or a file: one name a line, or a table (.csv, .tsv), JSON "
+        "or YAML, also with prompts",
     )
     group.add_argument(
         "--template",

@@ -115,7 +115,7 @@ def eval_prob_adaptive(
     search = strategy.search(Task(model.vocabulary, probes))
     job = Job(0, _x0(latent), search)
     (finished,) = _run(model, [job], probes, settings.loss, settings.batch_size)
-    return finished.answer.index, _measured(finished, probes, model)
+    return finished.answer.index, _measured(finished, probes)
 
 
 @torch.inference_mode(False)
@@ -214,17 +214,10 @@ def _run(
     return list(Engine(model, batch_size).run(jobs, probes, Objective(loss)))
 
 
-def _measured(
-    finished: Finished, probes: ProbeList, model: GivenUNet
-) -> dict[int, dict[str, torch.Tensor]]:
+def _measured(finished: Finished, probes: ProbeList) -> dict[int, dict[str, torch.Tensor]]:
     """What the published function calls data: timesteps and errors of every prompt."""
     losses = finished.answer.trace["losses"]
     seen = losses.isfinite()
-    # Every row that was computed must have left a number.
-    if int(seen.sum()) != finished.evaluations:
-        raise DiveFastError(
-            f"expected finite errors from {model.name} in {model.dtype}, got NaN or infinity."
-        )
     return {
         i: {"t": probes.timesteps[seen[i]], "pred_errors": losses[i][seen[i]]}
         for i in range(len(losses))

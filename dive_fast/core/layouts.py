@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dive_fast.core.config import LARGEST, shown
 from dive_fast.core.projection import SLOTS_PER_OBJECT, DiscreteProjection
 from dive_fast.errors import DiveFastError
 
@@ -95,6 +96,9 @@ class LayoutFormat:
         object.__setattr__(self, "names", tuple(self.names))
         if not self.names:
             _fail("names must hold at least one class", "none")
+        for name in self.names:
+            if not isinstance(name, str) or not name.strip():
+                _fail("names must be strings that are not empty", repr(name))
         if self.max_objects < 1:
             _fail("max_objects must be at least 1", self.max_objects)
         if self.grid < 2:
@@ -311,7 +315,7 @@ class LayoutFormat:
             DiveFastError: an entry is missing, unknown, of another type, or out of range.
         """
         if not isinstance(content, Mapping):
-            _fail("a layout format must be a JSON object", repr(content))
+            _fail("a layout format must be a JSON object", shown(content))
         kinds = {"names": list | tuple, "crop": bool}
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(content) - known):
@@ -320,9 +324,11 @@ class LayoutFormat:
             kind, value = kinds.get(name, int), content.get(name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 what = "a list" if name == "names" else kind.__name__
-                _fail(f"{name} must be given as {what}", repr(value))
+                _fail(f"{name} must be given as {what}", shown(value))
+            if kind is int and not 0 <= value <= LARGEST:
+                _fail(f"{name} must be from 0 to {LARGEST}", shown(value))
         if not all(isinstance(name, str) for name in content["names"]):
-            _fail("names must be strings", content["names"])
+            _fail("names must be strings", shown(content["names"]))
         return cls(**content)
 
     def _steps(self, boxes: Tensor) -> Tensor:

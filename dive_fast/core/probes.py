@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import qmc
 
-from dive_fast.errors import DiveFastError
+from dive_fast.core.numbers import whole, whole_seed
+from dive_fast.errors import DiveFastError, shown
+
+# Their noises are all in memory.
+MOST_PROBES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,17 @@ class ProbeList:
     weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        t, noise = torch.as_tensor(self.timesteps), torch.as_tensor(self.noise)
-        if t.ndim != 1 or len(t) == 0 or t.is_floating_point():
+        t, noise = _tensor("timesteps", self.timesteps), _tensor("noise", self.noise)
+        if t.ndim != 1 or len(t) == 0 or not _is_whole(t):
             raise DiveFastError(
                 f"timesteps must be whole numbers of shape [K] with K >= 1, "
                 f"got {t.dtype} of shape {list(t.shape)}."
             )
         index = torch.arange(len(t)) if self.noise_index is None else self.noise_index
-        index = torch.as_tensor(index).long()
+        index = _tensor("noise_index", index)
+        if not _is_whole(index):
+            raise DiveFastError(f"noise_index must be whole numbers, got {index.dtype}.")
+        index = index.long()
         if index.shape != t.shape:
             raise DiveFastError(
                 f"noise_index must have the shape of timesteps, {list(t.shape)}, "
@@ -52,7 +59,7 @@ class ProbeList:
         if not torch.isfinite(noise).all():
             raise DiveFastError("noise must be finite, got NaN or infinity.")
         if self.weights is not None:
-            weights = torch.as_tensor(self.weights).float().cpu()
+            weights = _tensor("weights", self.weights).float().cpu()
             if weights.shape != t.shape:
                 raise DiveFastError(
                     f"weights must have the shape of timesteps, {list(t.shape)}, "
@@ -82,6 +89,22 @@ class ProbeList:
             )
 
 
+def _tensor(name: str, values: object) -> torch.Tensor:
+    """A dense tensor of real numbers."""
+    try:
+        tensor = torch.as_tensor(values)
+    # Whatever torch meets in texts, objects, ragged lists and numbers beyond its own.
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DiveFastError(f"{name} must hold numbers, got {shown(values)}.") from error
+    if tensor.layout != torch.strided or tensor.is_complex():
+        raise DiveFastError(f"{name} must be a dense tensor of real numbers, got {tensor.dtype}.")
+    return tensor
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.dtype != torch.bool
+
+
 def low_discrepancy_probes(
     k: int, n_timesteps: int, shape: tuple[int, ...], seed: int = 0
 ) -> ProbeList:
@@ -96,7 +119,7 @@ def low_discrepancy_probes(
         shape: of a latent, (C, h, w).
         seed: of the noises.
     """
-    _check_count(k)
+    k, seed = check_count(k), whole_seed(seed)
     # Index 0 would be t = 0, where every condition explains the noise equally badly.
     timesteps = [int(u * n_timesteps) for u in van_der_corput(k)]
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +138,7 @@ def published_probes(
     Raises:
         DiveFastError: K does not divide T, or exceeds the number of noises.
     """
-    _check_count(k)
+    k, seed = check_count(k), whole_seed(seed)
     if n_timesteps % k or k > n_noises:
         raise DiveFastError(
             f"the published probe list needs a number of probes that divides {n_timesteps} "
@@ -127,9 +150,13 @@ def published_probes(
     return ProbeList(torch.arange(interval // 2, n_timesteps, interval), noise)
 
 
-def _check_count(k: int) -> None:
-    if k < 1:
-        raise DiveFastError(f"the number of probes must be at least 1, got {k}.")
+def check_count(k: object) -> int:
+    """A number of probes.
+
+    Raises:
+        DiveFastError: it is none, or out of range.
+    """
+    return whole("the number of probes", k, 1, MOST_PROBES)
 
 
 def van_der_corput(k: int) -> list[float]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.config import LARGEST_FLOAT, shown
 from dive_fast.core.numbers import is_number
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
@@ -45,10 +46,16 @@ class Shortlist:
     def __post_init__(self) -> None:
         values = self.curvature
         good = isinstance(values, list | tuple) and all(map(is_number, values)) and len(values) > 0
-        if not good or not is_number(self.slope) or not self.slope > 0:
+        # Both meet float32.
+        good = good and all(abs(x) <= LARGEST_FLOAT for x in values)
+        if not good or not is_number(self.slope) or not 0 < self.slope <= LARGEST_FLOAT:
             raise DiveFastError(
                 "a shortlist needs a slope above 0 and a finite curvature for every class, "
-                f"got a slope of {self.slope!r}."
+                f"got a slope of {shown(self.slope)} and a curvature of {shown(values)}."
+            )
+        if not isinstance(self.classes, str):
+            raise DiveFastError(
+                f"a shortlist needs the digest of its classes, got {shown(self.classes)}."
             )
         object.__setattr__(self, "curvature", tuple(map(float, values)))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.config import LARGEST, LARGEST_FLOAT, shown
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes, van_der_corput
 from dive_fast.errors import DiveFastError
@@ -43,13 +44,15 @@ class TimestepWeights:
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not is_whole(self.n_timesteps, 1):
+        if not is_whole(self.n_timesteps, 1) or self.n_timesteps > LARGEST:
             raise DiveFastError(
-                f"n_timesteps must be a whole number of at least 1, got {self.n_timesteps!r}."
+                f"n_timesteps must be a whole number of at least 1, got {shown(self.n_timesteps)}."
             )
         for name in ("density", "weights"):
             values = getattr(self, name)
-            if not isinstance(values, list | tuple) or not all(is_number(x, 0) for x in values):
+            good = isinstance(values, list | tuple) and all(is_number(x, 0) for x in values)
+            # Beyond that their products leave float64.
+            if not good or not all(x <= LARGEST_FLOAT for x in values):
                 raise DiveFastError(f"{name} must be a list of finite numbers of at least 0.")
             object.__setattr__(self, name, tuple(map(float, values)))
         if len(self.density) != len(self.weights) or not self.density:
@@ -101,7 +104,7 @@ class TimestepWeights:
         if not isinstance(values, Mapping) or set(values) != set(_FIELDS):
             raise DiveFastError(
                 f"timesteps must hold exactly {', '.join(_FIELDS)}, "
-                f"got {', '.join(map(str, values)) if isinstance(values, Mapping) else values!r}."
+                f"got {shown(list(values) if isinstance(values, Mapping) else values)}."
             )
         return cls(**values)
 

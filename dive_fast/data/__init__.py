@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dive_fast.data.class_lists import read_classes
 from dive_fast.data.labelled import (
     DataSet,
     Example,
@@ -11,4 +12,12 @@ from dive_fast.data.labelled import (
     select,
 )
 
-__all__ = ["DataSet", "Example", "folder_classes", "load_all", "open_dataset", "select"]
+__all__ = [
+    "DataSet",
+    "Example",
+    "folder_classes",
+    "load_all",
+    "open_dataset",
+    "read_classes",
+    "select",
+]

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
+from dive_fast.data.formats import FORMATS, HEAD, other_kind, readable_formats
 from dive_fast.errors import ImageError
 
 T = TypeVar("T")
@@ -39,23 +40,23 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read and decode one image file, turned upright by its EXIF orientation.
 
     The whole file is decoded here, so that a truncated one fails here and not later. Of an
-    animation the first frame is read.
+    animation the first frame is read. The content says which of ``formats.FORMATS`` it is,
+    whatever the file is called.
 
     Raises:
-        ImageError: the file is missing, a directory, empty, truncated, no image, or has more
-            than ``MAX_PIXELS`` pixels.
+        ImageError: the file is missing, a directory, empty, truncated, no image, of a format that
+            is not read, or has more than ``MAX_PIXELS`` pixels.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     _check_file(path)
     try:
         with warnings.catch_warnings():
             # _decode refuses by our own limit, which does not depend on Pillow's global one.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path, formats=readable_formats())
     except Image.UnidentifiedImageError as error:
-        raise ImageError(
-            f"{path}: expected an image, got a file of no known image format."
-        ) from error
+        found = other_kind(_head(path)) or "a file of no known image format"
+        raise ImageError(f"{path}: expected an image, got {found}.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got more.") from error
     except Exception as error:  # decoders meet damaged headers with whatever they trip over
@@ -72,8 +73,10 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 
     Raises:
         ImageError: ``channels`` is neither 1 nor 3, the values of an ``I`` or ``F`` image leave
-            their range, or Pillow cannot convert the mode.
+            their range, Pillow cannot convert the mode, or the image is a file not decoded yet
+            of a format that is not read.
     """
+    _check_opened(image)
     if channels not in (1, 3):
         raise ImageError(
             f"images can be made for models of 1 or 3 channels, got {channels}: "
@@ -151,6 +154,7 @@ def as_image(image: object) -> Image.Image:
         ImageError: anything else, NaN or infinity, or values outside the range.
     """
     if isinstance(image, Image.Image):
+        _check_opened(image)
         return _decode(image, f"the PIL image of {_by(image.size)}")
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
@@ -217,6 +221,28 @@ def _check_file(path: str) -> None:
         raise ImageError(f"{path}: expected an image file, got a device, pipe or socket.")
     if status.st_size == 0:
         raise ImageError(f"{path}: expected an image file, got an empty one (0 bytes).")
+
+
+def _head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD)
+    except OSError:  # it was there a moment ago
+        return b""
+
+
+def _check_opened(image: Image.Image) -> None:
+    """A file that somebody opened is decoded only now: not in a format that ``read_image`` refuses.
+
+    Pixels that are there already may come from anywhere.
+    """
+    decoded = any(image.__dict__.get(slot) is not None for slot in ("_im", "im"))
+    if isinstance(image, ImageFile.ImageFile) and not decoded and image.format not in FORMATS:
+        raise ImageError(
+            f"the PIL image of {_by(image.size)}: expected one of the formats "
+            f"{', '.join(FORMATS)}, got {image.format} that is not decoded yet; decode it yourself "
+            "(image.load()), or convert it to JPEG or PNG."
+        )
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import operator
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,9 +22,12 @@ from PIL import Image
 
 from dive_fast.data import digits, omniglot
 from dive_fast.data.images import read_image
+from dive_fast.data.matching import ClassMatcher
 from dive_fast.data.npz import read_npz
-from dive_fast.data.paths import list_images
+from dive_fast.data.paths import LeftOut, list_images, once, real_paths
 from dive_fast.errors import DataError, ImageError, some
+
+log = logging.getLogger(__name__)
 
 _NPZ_PAIRS = {
     "test": (("images", "labels"), ("x_test", "y_test")),
@@ -88,8 +93,10 @@ def open_dataset(
             ``y``, ``drawer``, ``classes``) only the held-out drawers. A folder *named* digits is
             given as ``./digits``.
         class_names: the model's classes in order. Sub-folders are matched to a whole name or to
-            one of its comma-separated synonyms (``"tench, Tinca tinca"``), without regard to
-            case; an integer that no class is called is the class of that index.
+            one of its comma-separated synonyms (``"tench, Tinca tinca"``): to the letter, or else
+            without regard to case, or else with underscores, hyphens and blanks alike; an integer
+            that no class is called is the class of that index. ``data.paths`` says which files of
+            the sub-folders count; what does not is told in a line.
         part: ``"train"`` takes the 1,400 digits for training, and ``x_train`` and ``y_train``.
 
     Raises:
@@ -117,7 +124,9 @@ def folder_classes(spec: str | os.PathLike[str]) -> list[str] | None:
     folder = Path(spec)
     if os.fspath(spec) == "digits" or not folder.is_dir():
         return None
-    return [path.name for path in _subfolders(folder)] or None
+    names = [path.name for path in _subfolders(folder, LeftOut())]
+    # macOS takes letters with accents apart; nobody writes prompts so.
+    return [unicodedata.normalize("NFC", name) for name in names] or None
 
 
 def select(dataset: DataSet, limit: int | None, seed: int) -> DataSet:
@@ -149,9 +158,9 @@ def load_all(dataset: DataSet) -> tuple[list[Image.Image | np.ndarray], np.ndarr
 
 
 def _open_digits(class_names: Sequence[str], part: str) -> DataSet:
-    index_of = _class_index(class_names)
+    matcher = ClassMatcher(class_names)
     # Models of digits call them by word or by figure; an index alone would let any model pass.
-    found = [index_of.get(n) or index_of.get(str(i)) for i, n in enumerate(digits.NAMES)]
+    found = [matcher.named(n) or matcher.named(str(i)) for i, n in enumerate(digits.NAMES)]
     unknown = [name for name, indices in zip(digits.NAMES, found, strict=True) if not indices]
     if unknown:
         raise DataError(f"digits: the model does not know the classes {some(unknown)}.")
@@ -165,18 +174,20 @@ def _open_digits(class_names: Sequence[str], part: str) -> DataSet:
 
 
 def _open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
+    left = LeftOut()
     try:
-        subfolders = _subfolders(folder)
+        subfolders = _subfolders(folder, left)
         if not subfolders:
             raise DataError(f"{folder}: expected a sub-folder for each class, got none.")
         labels = _folder_labels(folder, [p.name for p in subfolders], class_names)
-        paths = [list_images(p, recursive=True) for p in subfolders]
-        labelled = [(p, label) for ps, label in zip(paths, labels, strict=True) for p in ps]
+        labelled = _labelled_paths(folder, subfolders, labels, left)
         sizes = [_size(path) for path, _ in labelled]
     except (OSError, ImageError) as error:
         raise DataError(f"{folder}: cannot be read ({error}).") from error
     if not labelled:
-        raise DataError(f"{folder}: expected images in its sub-folders, got none.")
+        without = f" ({left} left out)" if str(left) else ""
+        raise DataError(f"{folder}: expected images in its sub-folders, got none{without}.")
+    left.warn(folder)
     ids = [path.relative_to(folder).as_posix() for path, _ in labelled]
     content = json.dumps(list(zip(ids, sizes, strict=True)))
     return DataSet(
@@ -190,8 +201,50 @@ def _open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
     )
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+def _subfolders(folder: Path, left: LeftOut) -> list[Path]:
+    """The folders of the classes, links to folders among them."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if left.hides(path.name):
+            continue
+        if path.is_dir():
+            found.append(path)
+        elif path.is_symlink() and not path.exists():
+            left.reasons["linked to nothing"] += 1
+        else:
+            left.reasons["beside the folders of the classes"] += 1
+    return found
+
+
+def _labelled_paths(
+    folder: Path, subfolders: list[Path], labels: list[int], left: LeftOut
+) -> list[tuple[Path, int]]:
+    """The images of all classes, each once in its class; two lines tell what is odd."""
+    paths = [list_images(path, recursive=True, left=left) for path in subfolders]
+    empty = [path.name for path, found in zip(subfolders, paths, strict=True) if not found]
+    if empty and len(empty) < len(subfolders):
+        log.warning("%s: no images in the folders of the classes %s.", folder, some(empty))
+    of_class: dict[int, list[Path]] = {}
+    for label, found in zip(labels, paths, strict=True):
+        of_class.setdefault(label, []).extend(found)
+    label_of = {path: c for c, found in of_class.items() for path in once(found, left)}
+    _tell_contradictions(folder, label_of)
+    return [(path, label_of[path]) for found in paths for path in found if path in label_of]
+
+
+def _tell_contradictions(folder: Path, label_of: dict[Path, int]) -> None:
+    """Warns of files that stand in several classes, by links."""
+    first: dict[str, Path] = {}
+    twice = []
+    for path, real in zip(label_of, real_paths(list(label_of)), strict=True):
+        if (other := first.setdefault(real, path)) is not path:
+            twice.append((other, path))
+    if twice:
+        one, two = (path.relative_to(folder).as_posix() for path in twice[0])
+        log.warning(
+            "%s: %d files stand in several classes by links, the first as %r and %r; they count in "
+            "each.", folder, len(twice), one, two,
+        )  # fmt: skip
 
 
 def _open_npz(path: Path, class_names: Sequence[str], part: str) -> DataSet:
@@ -240,8 +293,8 @@ def _check_arrays(path: Path, images: np.ndarray, labels: np.ndarray, n_classes:
 
 def _folder_labels(folder: Path, found: list[str], class_names: Sequence[str]) -> list[int]:
     """The class index of each sub-folder."""
-    index_of = _class_index(class_names)
-    indices = [_match(name, index_of, len(class_names)) for name in found]
+    matcher = ClassMatcher(class_names)
+    indices = [matcher.meant(name) for name in found]
     unknown = [name for name, matches in zip(found, indices, strict=True) if not matches]
     if unknown:
         raise DataError(
@@ -255,24 +308,6 @@ def _folder_labels(folder: Path, found: list[str], class_names: Sequence[str]) -
                 f"{', '.join(map(str, matches))}: name it by its index."
             )
     return [matches[0] for matches in indices]
-
-
-def _match(name: str, index_of: dict[str, list[int]], n_classes: int) -> list[int]:
-    matches = index_of.get(name.casefold(), [])
-    if not matches and name.isascii() and name.isdigit() and int(name) < n_classes:
-        return [int(name)]
-    return matches
-
-
-def _class_index(class_names: Sequence[str]) -> dict[str, list[int]]:
-    """Case-folded name to the classes it can mean; a whole name goes before a synonym."""
-    whole: dict[str, list[int]] = {}
-    synonyms: dict[str, list[int]] = {}
-    for index, name in enumerate(class_names):
-        whole.setdefault(name.casefold().strip(), []).append(index)
-        for synonym in {part.strip() for part in name.casefold().split(",")}:
-            synonyms.setdefault(synonym, []).append(index)
-    return synonyms | whole
 
 
 def _array_examples(images: np.ndarray, labels: np.ndarray) -> list[Example]:

@@ -68,6 +68,22 @@ def read_npz(path: str | Path, *choices: Sequence[str]) -> dict[str, np.ndarray]
         raise DataError(f"{path}: expected the arrays {expected}, got {got}.")
 
 
+def checked_names(path: str | Path, name: str, array: np.ndarray) -> tuple[str, ...]:
+    """An array of the classes' names [C] as texts.
+
+    Raises:
+        DataError: it holds something else, or an empty name.
+    """
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise DataError(
+            f"{path}: expected {name} as texts [C], got {array.dtype} {list(array.shape)}."
+        )
+    names = tuple(map(str, array))
+    if empty := [i for i, text in enumerate(names) if not text.strip()]:
+        raise DataError(f"{path}: expected a name of every class, got an empty one of {empty[0]}.")
+    return names
+
+
 def read_arrays(
     path: str | Path, names: tuple[str, ...], size: tuple[int, int]
 ) -> tuple[np.ndarray, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dive_fast.data.npz import LabelledImages, read_arrays
+from dive_fast.data.npz import LabelledImages, checked_names, read_arrays
 from dive_fast.errors import DataError
 
 LAST_TRAIN_DRAWER = 15
@@ -28,8 +28,8 @@ def load_omniglot(path: str | Path, part: str) -> LabelledImages:
     images, labels, drawers, classes = read_arrays(path, ARRAYS, (32, 32))
     if len(drawers) != len(images):
         raise DataError(f"{path}: expected a drawer per image, got {len(drawers)}.")
+    names = checked_names(path, "classes", classes)
     if len(labels) and int(labels.max()) >= len(classes):
         raise DataError(f"{path}: expected labels below {len(classes)}, got {labels.max()}.")
     chosen = (drawers <= LAST_TRAIN_DRAWER) == (part == "train")
-    names = tuple(str(name) for name in classes)
     return LabelledImages(images[chosen], labels[chosen].astype(np.int64), names)

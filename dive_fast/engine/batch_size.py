@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dive_fast.errors import DiveFastError
+from dive_fast.core.numbers import whole
 from dive_fast.models.protocol import Model, optional
 
 DEFAULT_ROWS = 256
@@ -22,12 +22,10 @@ def rows_per_batch(model: Model, batch_size: int | None = None) -> int:
         batch_size: rows per forward at most, at least 1; it wins where it is given.
 
     Raises:
-        DiveFastError: a batch size below 1.
+        DiveFastError: a batch size that is no whole number, or below 1.
     """
     if batch_size is not None:
-        if batch_size < 1:
-            raise DiveFastError(f"batch_size must be at least 1, got {batch_size}.")
-        return batch_size
+        return whole("batch_size", batch_size, 1)
     rows, network = DEFAULT_ROWS, optional(model, "network")
     if network is None or model.device.type != "cpu":
         return rows

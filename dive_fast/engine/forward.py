@@ -15,11 +15,13 @@ import torch
 from dive_fast.core.requests import ErrorMaps, Gradients, Losses, Request
 from dive_fast.engine.cache import ActivationCache, Key, merge, take
 from dive_fast.engine.classes import ClassTable
+from dive_fast.engine.model_checks import FirstBatch, check_finite, gradient, told
 from dive_fast.engine.objective import DeviceProbes, Objective
 from dive_fast.engine.options import EngineOptions
 from dive_fast.engine.packing import Batch
 from dive_fast.engine.running import Result
 from dive_fast.errors import DiveFastError
+from dive_fast.models.failing import naming
 from dive_fast.models.protocol import Model, StagedModel, State, optional
 
 
@@ -49,7 +51,8 @@ class Forward:
         if options.channels_last:
             model.network.to(memory_format=torch.channels_last)
         parts = ("predict",) if self.cache is None else ("prefix", "project", "encoder", "decoder")
-        self._run = {part: self._prepared(getattr(model, part)) for part in parts}
+        self._first = FirstBatch(model)
+        self._run = {part: self._looked_at(part) for part in parts}
 
     def run(self, kind: type[Request], batch: Batch) -> Result:
         """What the requests of one kind, packed into a batch, have asked for."""
@@ -60,12 +63,13 @@ class Forward:
         """The losses, exact at every cache level."""
         with torch.no_grad():
             losses = self._compare(batch, self._predicted(batch), self.objective.compare)
-        return Result(losses.cpu())
+        return Result(check_finite(self.model, "losses", losses.cpu()))
 
     def error_maps(self, batch: Batch) -> Result:
         """Losses, and the weighted sum of every condition's error maps."""
         with torch.no_grad():
-            maps = self._compare(batch, self._predicted(batch), self.objective.error_map).cpu()
+            maps = self._compare(batch, self._predicted(batch), self.objective.error_map)
+        maps = check_finite(self.model, "losses", maps.cpu())
         sums = maps.new_zeros(len(batch.classes), *maps.shape[1:])
         sums.index_add_(0, batch.condition_index, maps * batch.weight[:, None, None])
         return Result(maps.mean(dim=(1, 2)), sums)
@@ -86,9 +90,10 @@ class Forward:
                 prediction = self._run["decoder"](encoded, projected)
             losses = self._compare(batch, prediction, self.objective.compare)
             # Every condition owns its rows, so one backward serves all images.
-            weighted = (losses * batch.weight.to(losses.device)).sum()
-            (gradients,) = torch.autograd.grad(weighted, conditions)
-        return Result(losses.detach().cpu(), gradients.cpu(), exact)
+            weighted = losses * batch.weight.to(losses.device)
+            gradients = gradient(self.model, weighted, conditions)
+        losses = check_finite(self.model, "losses", losses.detach().cpu())
+        return Result(losses, check_finite(self.model, "gradients", gradients.cpu()), exact)
 
     def forget(self, image: int) -> None:
         """Drops what was kept for a finished image."""
@@ -212,10 +217,24 @@ class Forward:
         index = (batch.image_index.to(device), self.probes, batch.probe_index.to(device))
         return compare(self.model, prediction, batch.x0, *index)
 
+    def _looked_at(self, part: str) -> Callable[..., Any]:
+        """A part of the network, with its errors told and its first result looked at."""
+        function = self._prepared(getattr(self.model, part))
+        look = self._first.prediction if part in ("predict", "decoder") else self._first.state
+
+        def run(first: torch.Tensor | State, *rest: Any) -> Any:
+            rows = len(first) if isinstance(first, torch.Tensor) else len(first[0])
+            return look(part, rows, told(self.model, part, function, first, *rest))
+
+        return run
+
     def _prepared(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A part of the network under this engine's precision and compilation."""
         if self.options.compile:
             function = _compiled(function)
+        # A model of the user's own raises what it raises.
+        if hasattr(optional(self.model, "network"), "config"):
+            function = _named(function, self.model.name)
         if self.options.autocast is None:
             return function
         dtype, kind = getattr(torch, self.options.autocast), self.model.device.type
@@ -259,6 +278,16 @@ def cache_level(model: Model, options: EngineOptions) -> str:
         )
     # At every gradient anew: nothing would ever be reused.
     return "exact" if options.cache == "encoder" and options.refresh == 1 else options.cache
+
+
+def _named(function: Callable[..., Any], model: str) -> Callable[..., Any]:
+    """A part whose errors name the model."""
+
+    def run(*arguments: Any) -> Any:
+        with naming(model):
+            return function(*arguments)
+
+    return run
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import torch
 
 from dive_fast import ops
 from dive_fast.core.probes import ProbeList
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 from dive_fast.models.protocol import Model
 
 NORMS = ("l2", "l1", "huber")
@@ -37,8 +37,8 @@ class Objective:
     norm: str = "l2"
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise DiveFastError(f"expected a loss of {', '.join(NORMS)}, got {self.norm!r}.")
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
+            raise DiveFastError(f"expected a loss of {', '.join(NORMS)}, got {shown(self.norm)}.")
 
     def place(self, model: Model, probes: ProbeList) -> DeviceProbes:
         """Moves the probes to the model's device once per run."""

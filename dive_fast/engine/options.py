@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dive_fast.errors import DiveFastError
+from dive_fast.core.numbers import whole
+from dive_fast.errors import DiveFastError, shown
 
 CACHE_LEVELS = ("auto", "off", "exact", "encoder")
 AUTOCAST = (None, "bfloat16")
@@ -37,16 +38,19 @@ class EngineOptions:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.cache not in CACHE_LEVELS:
+        if not isinstance(self.cache, str) or self.cache not in CACHE_LEVELS:
             raise DiveFastError(
-                f"expected a cache of {', '.join(CACHE_LEVELS)}, got {self.cache!r}."
+                f"expected a cache of {', '.join(CACHE_LEVELS)}, got {shown(self.cache)}."
             )
-        if self.cache_bytes < 0:
-            raise DiveFastError(f"cache_bytes must be at least 0, got {self.cache_bytes}.")
-        if self.refresh < 1:
-            raise DiveFastError(f"refresh must be at least 1, got {self.refresh}.")
-        if self.autocast not in AUTOCAST:
-            raise DiveFastError(f"expected an autocast of bfloat16 or None, got {self.autocast!r}.")
+        for name, least in (("cache_bytes", 0), ("refresh", 1)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        if not isinstance(self.autocast, str | None) or self.autocast not in AUTOCAST:
+            raise DiveFastError(
+                f"expected an autocast of bfloat16 or None, got {shown(self.autocast)}."
+            )
+        for name in ("compile", "channels_last"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise DiveFastError(f"{name} must be True or False, got {shown(value)}.")
 
     def identity(self) -> dict[str, Any]:
         """The settings that change answers by more than rounding; a run is resumed on the same."""

@@ -15,6 +15,7 @@ import torch
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.evaluation.machine import environment
+from dive_fast.evaluation.records import Form, check_figures
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.predict.calibration import expected_calibration_error
@@ -71,7 +72,7 @@ def evaluate(
     the rest go on.
 
     Raises:
-        RunError: ``out`` holds another run, or cannot be written.
+        RunError: ``out`` holds another run or a damaged one, or cannot be written.
         DiveFastError: an unknown strategy, preset or number of probes.
     """
     chosen = resolve_strategy(strategy, preset, {})
@@ -85,10 +86,12 @@ def evaluate(
         for e in data.examples
     ]
 
+    form = Form("classification", classifier.names, {e.id: e.label for e in data.examples})
+
     def stream(latents: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
         return classifier.stream(latents=latents, **asked)
 
-    with RunDirectory.open(out, config, environment(classifier)) as run:
+    with RunDirectory.open(out, config, environment(classifier), form) as run:
         run_over(sources, stream, run, progress=progress)
         done = run.done()
         summary = summarise([done[e.id] for e in data.examples if e.id in done])
@@ -100,7 +103,13 @@ def _latent(classifier: DiffusionClassifier, example: Example) -> torch.Tensor:
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> Summary:
-    """The figures over records of ``results.jsonl``."""
+    """The figures over records of ``results.jsonl``.
+
+    Raises:
+        RunError: a record lacks what the figures are made of, such as its ``truth``.
+    """
+    for record in records:
+        check_figures(record)
     good = [record for record in records if "error" not in record]
     failed = len(records) - len(good)
     if not good:
@@ -122,9 +131,3 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> Summary:
         evaluations_per_image=sum(record["evaluations"] for record in good) / n,
         seconds_per_image=sum(record["seconds"] for record in good) / n,
     )
-
-
-def _settings(strategy: Any) -> dict[str, Any]:
-    """A strategy's settings as JSON; tensors cannot be given on the command line."""
-    values = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else {}
-    return {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}

@@ -22,6 +22,7 @@ from dive_fast.data.coco import (
 from dive_fast.data.images import to_mode
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.evaluation.machine import machine
+from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.predict.detections import Detections
@@ -114,12 +115,12 @@ def evaluate_detections(
         config: what decides the detector's answers, for JSON: model, settings, seed; of a
             ``LayoutDetector`` its ``identity`` if None. A run of another configuration is not
             resumed.
-        environment: what else is worth recording; never compared.
+        environment: what else is worth recording; other versions are warned of.
         progress: show a bar.
         **search: for the detector's ``stream``: strategy, probes, seed.
 
     Raises:
-        RunError: ``out`` holds another run, or cannot be written.
+        RunError: ``out`` holds another run or a damaged one, or cannot be written.
         DataError: the detector knows none of the classes, nothing is annotated, or all images have
             another size than annotated.
         DiveFastError: pycocotools is not installed.
@@ -139,7 +140,8 @@ def evaluate_detections(
         Source(str(i.id), partial(_read, i), name=None if i.path is None else str(i.path))
         for i in dataset.images
     ]
-    with RunDirectory.open(out, config, {**machine(), **(environment or {})}) as run:
+    form = Form("detection", detector.names)
+    with RunDirectory.open(out, config, {**machine(), **(environment or {})}, form) as run:
         run_over(sources, partial(detector.stream, **search), run, progress=progress)
         return summarise_detections(run.done(), dataset, detector.names)
 
@@ -163,9 +165,12 @@ def summarise_detections(
 
     Raises:
         DataError: the detector knows none of the data set's classes.
+        RunError: a record is not of a detection by these classes.
     """
     categories = class_categories(dataset, names)
     there = [(i.id, records[str(i.id)]) for i in dataset.images if str(i.id) in records]
+    for _, record in there:
+        check_detection(record, names)
     good = [(image_id, record) for image_id, record in there if "error" not in record]
     n, failed = len(good), len(there) - len(good)
     if not good:

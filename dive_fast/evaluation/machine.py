@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -24,6 +25,8 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "torch": str(torch.__version__),  # its own class cannot be loaded weights-only
         "diffusers": diffusers.__version__,
+        "transformers": _version("transformers"),
+        "pillow": _version("pillow"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -39,6 +42,13 @@ def environment(predictor: DiffusionClassifier | LayoutDetector) -> dict[str, An
         "batch_size": predictor.batch_size,
         "engine": dataclasses.asdict(predictor.options),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

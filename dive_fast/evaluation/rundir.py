@@ -10,30 +10,41 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
-from dive_fast.core.files import leftovers, replacing
-from dive_fast.errors import RunError
+from dive_fast.core.files import leftovers
+from dive_fast.errors import RunError, shown
+from dive_fast.evaluation.records import Form
+from dive_fast.evaluation.runfiles import (
+    RESULTS,
+    RUN,
+    SCHEMA,
+    cannot,
+    for_json,
+    is_finished,
+    is_record,
+    read_results,
+    read_run,
+    refuse_special,
+    write_run,
+)
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: runs are not locked there
     fcntl = None
 
-# Of the records' form. Another number, and no run of the old form is gone on with or misread.
-SCHEMA = 1
+log = logging.getLogger(__name__)
 
-_RUN, _RESULTS, _LOCK = "run.json", "results.jsonl", ".lock"
-
-
-def is_finished(records: Mapping[str, Mapping], record_id: str) -> bool:
-    """Whether there is a record of that id without an "error"."""
-    return record_id in records and "error" not in records[record_id]
+_LOCK = ".lock"
+# Of an environment: what can change answers. The commit is not among them: a checkout may hold
+# changes without one, and a package may lie in somebody else's.
+_VERSIONS = ("dive_fast", "torch", "diffusers", "transformers", "pillow")
 
 
 class RunDirectory:
@@ -43,44 +54,59 @@ class RunDirectory:
         path: the directory.
     """
 
-    def __init__(self, path: Path, lock: BinaryIO | None) -> None:
+    def __init__(self, path: Path, lock: BinaryIO | None, form: Form | None = None) -> None:
         self.path = path
         self._lock = lock
+        self._form = form
         self._file: BinaryIO | None = None
         self._end = 0  # bytes of results.jsonl that hold whole records
         self._done: dict[str, dict] = {}
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], config: Mapping, environment: Mapping | None = None
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping,
+        environment: Mapping | None = None,
+        form: Form | None = None,
     ) -> RunDirectory:
         """Create a run, or resume one of the same configuration.
+
+        A run that was begun with other versions is gone on with, and warned of.
 
         Args:
             path: the directory; created with its parents if missing.
             config: what decides the results, for JSON; compared when the run is resumed. It is
                 stored with ``"schema"``, the number of the records' form.
             environment: versions, platform, commit and the like, for JSON; stored when the run is
-                created, never compared.
+                created, and again when it is resumed in another one.
+            form: what the records must be, those in the directory and those appended; if None
+                they need an ``id`` and nothing more.
 
         Raises:
-            RunError: the directory holds a run of another configuration, of another schema or
-                something else, is being written by another process, is damaged, or cannot be
-                written.
+            RunError: the directory holds a run of another configuration, of another schema, of
+                records of another form or something else, is being written by another process, is
+                damaged, or cannot be written.
         """
-        path = Path(path)
-        config, environment = _for_json(config), _for_json(environment or {})
+        path = _as_path(path)
+        config, environment = for_json(config), for_json(environment or {})
+        if not (isinstance(config, dict) and isinstance(environment, dict)):
+            raise RunError(f"{path}: expected config and environment as dictionaries, got others.")
         config = {"schema": SCHEMA, **config}
-        run = cls(path, _lock_directory(path))
+        run = cls(path, _lock_directory(path), form)
         try:
-            if (path / _RUN).exists():
-                _compare(path, _read_config(path / _RUN), config)
+            if os.path.lexists(path / RUN):
+                content = read_run(path)
+                _compare(path, content, config, form)
+                run._open_results()
+                _resume(path, content, environment)
             else:
-                _write_config(path / _RUN, {"config": config, "environment": environment})
-            run._open_results()
+                kind = {} if form is None else {"records": form.kind}
+                write_run(path, {"config": config, "environment": environment, **kind})
+                run._open_results()
         except OSError as error:
             run.close()
-            raise _cannot("written", path, error) from error
+            raise cannot("written", path, error) from error
         except BaseException:
             run.close()
             raise
@@ -107,12 +133,16 @@ class RunDirectory:
                 ``"error"``; the same error again is not written twice.
 
         Raises:
-            RunError: the record cannot be written. Whatever was written of it is cut off again,
-                so the file stays valid.
+            RunError: the record is not of the run's form, or cannot be written. Whatever was
+                written of it is cut off again, so the file stays valid.
         """
-        record = _for_json(record)
-        if not _is_record(record):
-            raise RunError(f"{self.path}: expected a record with a string 'id', got {record!r}.")
+        record = for_json(record)
+        if not is_record(record):
+            raise RunError(
+                f"{self.path}: expected a record with a string 'id', got {shown(record)}."
+            )
+        if self._form is not None and (wrong := self._form.wrong(record)) is not None:
+            raise RunError(f"{self.path}: the record {shown(record['id'])}: {wrong}.")
         if self.finished(record["id"]):
             raise RunError(f"{self.path}: the record {record['id']!r} is already there.")
         if self._file is None:
@@ -125,7 +155,7 @@ class RunDirectory:
         except BaseException as error:  # an interrupt, too, may leave half a line
             self._cut_torn_line()
             if isinstance(error, OSError):
-                raise _cannot("written", self.path / _RESULTS, error) from error
+                raise cannot("written", self.path / RESULTS, error) from error
             raise
         self._end += len(line)
         self._done[record["id"]] = record
@@ -145,7 +175,7 @@ class RunDirectory:
         except OSError as error:
             # Some file systems have no fsync: that is not a failed write.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise _cannot("written", self.path / _RESULTS, error) from error
+                raise cannot("written", self.path / RESULTS, error) from error
         finally:
             if lock is not None:
                 lock.close()
@@ -162,12 +192,11 @@ class RunDirectory:
         self.close()
 
     def _open_results(self) -> None:
-        path = self.path / _RESULTS
-        if path.exists() and not path.is_file():
-            raise RunError(f"{path}: expected a regular file, got something else.")
+        path = self.path / RESULTS
+        refuse_special(path)
         # Unbuffered, so that a record is written or refused when append returns.
         self._file = open(path, "a+b", buffering=0)
-        self._done, self._end = _read_results(path)
+        self._done, self._end = read_results(path, self._form)
         self._file.truncate(self._end)
 
     def _cut_torn_line(self) -> None:
@@ -183,17 +212,25 @@ class RunDirectory:
 def read_records(path: str | os.PathLike[str]) -> dict[str, dict]:
     """The records of a run directory by id; a torn last line is left out.
 
-    Of records with the same id the first one without an "error" counts, else the last.
+    Of records with the same id the first one without an "error" counts, else the last. What the
+    run says that its records are, they must be; where it says nothing, as of older runs, what
+    their fields say.
 
     Raises:
         RunError: there is no run, its records have another schema, or it is damaged.
     """
-    path = Path(path)
+    path = _as_path(path)
     try:
-        _check_schema(path, _read_config(path / _RUN))
-        return _read_results(path / _RESULTS)[0]
+        kind = read_run(path).get("records")
+        return read_results(path / RESULTS, Form(kind))[0]
     except OSError as error:
-        raise _cannot("read", Path(error.filename or path), error) from error
+        raise cannot("read", Path(error.filename or path), error) from error
+
+
+def _as_path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise RunError(f"expected a run directory, got {shown(path)}.")
+    return Path(path)
 
 
 def _lock_directory(path: Path) -> BinaryIO | None:
@@ -207,15 +244,15 @@ def _lock_directory(path: Path) -> BinaryIO | None:
     except FileExistsError as error:
         raise RunError(f"{path}: expected a directory, got a file.") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _cannot("opened", path, error) from error
+        raise cannot("opened", path, error) from error
 
 
 def _refuse_foreign_content(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
-    foreign = sorted(names - {_LOCK} - {left.name for left in leftovers(path / _RUN)})
-    if foreign and _RUN not in names:
+    foreign = sorted(names - {_LOCK} - {left.name for left in leftovers(path / RUN)})
+    if foreign and RUN not in names:
         raise RunError(
-            f"{path}: expected an empty directory or one with a {_RUN}, got one with "
+            f"{path}: expected an empty directory or one with a {RUN}, got one with "
             f"{foreign[0]!r}; choose another --out."
         )
 
@@ -224,6 +261,7 @@ def _acquire_lock(path: Path) -> BinaryIO | None:
     """An exclusive lock that the operating system releases even if the process is killed."""
     if fcntl is None:
         return None
+    refuse_special(path / _LOCK)
     lock = open(path / _LOCK, "ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,35 +274,42 @@ def _acquire_lock(path: Path) -> BinaryIO | None:
     return lock
 
 
-def _read_config(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError):
-        content = None
-    config = content.get("config") if isinstance(content, dict) else None
-    if not isinstance(config, dict):
-        raise RunError(
-            f"{path}: expected a JSON object with a 'config', got a damaged file; choose another "
-            "--out."
-        )
-    return config
-
-
-def _check_schema(path: Path, config: dict) -> None:
-    if (there := config.get("schema")) != SCHEMA:
-        raise RunError(
-            f"{path}: expected a run with records of schema {SCHEMA}, got schema {there}; compute "
-            "it anew in another directory."
-        )
-
-
-def _compare(path: Path, there: dict, here: dict) -> None:
-    _check_schema(path, there)
-    difference = _first_difference(there, here, "")
+def _compare(path: Path, content: dict, config: dict, form: Form | None) -> None:
+    difference = _first_difference(content["config"], config, "")
+    kind = content.get("records")
+    if difference is None and form is not None and kind not in (None, form.kind):
+        difference = f"its records are of a {kind} there and of a {form.kind} here"
     if difference:
         raise RunError(
             f"{path} holds a run of another configuration: {difference}; choose another --out."
         )
+
+
+def _resume(path: Path, content: dict, here: dict) -> None:
+    """Warns of other versions than before, and adds this environment to ``run.json``."""
+    begun, resumed = content.get("environment"), content.get("resumed")
+    resumed = resumed if isinstance(resumed, list) else []
+    before = [past for past in (begun, *resumed) if isinstance(past, dict)]
+    for past in before:
+        if there := [name for name in _VERSIONS if _differs(past.get(name), here.get(name))]:
+            verb = "begun" if past is begun else "gone on"
+            log.warning(
+                f"{path} was {verb} with {_listed(there, past)} and is gone on with "
+                f"{_listed(there, here)}: answers may differ."
+            )
+            break
+    # The same one again adds nothing.
+    if here and (not before or before[-1] != here):
+        write_run(path, {**content, "resumed": [*resumed, here]})
+
+
+def _differs(there: object, here: object) -> bool:
+    """Whether both are versions, and not the same one."""
+    return isinstance(there, str) and isinstance(here, str) and there != here
+
+
+def _listed(names: list[str], versions: dict) -> str:
+    return " and ".join(f"{name} {shown(versions[name])[1:-1]}" for name in names)
 
 
 def _first_difference(there: object, here: object, key: str) -> str | None:
@@ -272,83 +317,19 @@ def _first_difference(there: object, here: object, key: str) -> str | None:
     if not (isinstance(there, dict) and isinstance(here, dict)):
         # 1 == True in Python, but not as a setting.
         same = there == here and isinstance(there, bool) == isinstance(here, bool)
-        return None if same else f"{key} is {there!r} there and {here!r} here"
+        return None if same else f"{key} is {shown(there)} there and {shown(here)} here"
     for name in [*here, *(name for name in there if name not in here)]:
         inner = f"{key}.{name}" if key else name
         if name not in there:
-            return f"{inner} is not set there and {here[name]!r} here"
+            return f"{inner} is not set there and {shown(here[name])} here"
         if name not in here:
-            return f"{inner} is {there[name]!r} there and not set here"
+            return f"{inner} is {shown(there[name])} there and not set here"
         if difference := _first_difference(there[name], here[name], inner):
             return difference
     return None
-
-
-def _write_config(path: Path, content: dict) -> None:
-    for left in leftovers(path):  # the directory is locked: their writers were killed
-        left.unlink()
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
-
-
-def _read_results(path: Path) -> tuple[dict[str, dict], int]:
-    """Records by id, and the number of bytes up to the end of the last whole one."""
-    done: dict[str, dict] = {}
-    end = 0
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            record = _parse(line)
-            if record is None:
-                if end + len(line) == size:
-                    break  # torn: the process died while it was written
-                raise RunError(
-                    f"{path}: expected one JSON record with an 'id' per line, got a damaged line "
-                    f"{number}."
-                )
-            if not is_finished(done, record["id"]):
-                done[record["id"]] = record
-            end += len(line)
-    return done, end
-
-
-def _parse(line: bytes) -> dict | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    return record if _is_record(record) else None
-
-
-def _is_record(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("id"), str)
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
     rest = memoryview(data)
     while rest:  # an unbuffered write may be short
         rest = rest[file.write(rest) :]
-
-
-def _for_json(value: object) -> object:
-    """Strict JSON's types: non-finite floats become null, tuples and arrays lists."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _for_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_for_json(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy and torch
-        return _for_json(value.tolist())
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    raise RunError(f"expected values for JSON, got {type(value).__name__}.")
-
-
-def _cannot(done: str, path: Path, error: Exception) -> RunError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return RunError(f"{path}: cannot be {done} ({reason}).")

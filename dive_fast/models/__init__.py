@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import first_line
+from dive_fast.models.failing import naming
+from dive_fast.models.files.beside import tell_what_is_not_applied
+from dive_fast.models.files.reading import first_line
 from dive_fast.models.files.sidecar import apply_fitted, read_fitted
+from dive_fast.models.files.weights import check_variant
 from dive_fast.models.protocol import Model
 from dive_fast.models.source import Source, register_model_family, resolve
 from dive_fast.models.text.prompts import Classes
@@ -30,6 +33,7 @@ def load_model(
     classes: Classes | None = None,
     templates: Sequence[str] | None = None,
     average: str | None = None,
+    variant: str | None = None,
 ) -> Model:
     """A model of the zoo, of a diffusers directory, or of the hub, frozen and in place.
 
@@ -46,13 +50,17 @@ def load_model(
         templates: what makes a prompt of a name, with "{}" in its place; "a photo of a {}." if
             None. Of a model with location tokens one, with "{bbox}" in the place of the objects.
         average: of several prompts per class, "embedding" (the default) or "loss".
+        variant: of the weights, such as "fp16"; parts that lack it are read in full precision, as
+            all are if None. A part that has one variant only is read as that. Computed with is
+            ``dtype``, whatever the variant.
 
     Raises:
         ModelError: the source is unknown, broken, or of a family that is not supported; a
-            text-conditional model without classes, or classes for another one.
+            text-conditional model without classes, or classes for another one; no part has the
+            variant.
     """
     dtype, device = check_place(dtype, device)
-    source = resolve(source, allow_pickle=allow_pickle)
+    source = resolve(source, allow_pickle=allow_pickle, variant=variant)
     options: dict[str, Any] = {
         "allow_pickle": allow_pickle,
         "timestep_embedding": timestep_embedding,
@@ -64,8 +72,13 @@ def load_model(
         raise ModelError(
             f"{source} has classes of its own: {given[0]} is for text-conditional models."
         )
-    loaded = source.family.loader(source.directory, name=source.text, **options)
-    model = loaded.to(device, dtype)
+    if variant is not None:
+        check_variant(source.directory, source.family.folders, variant)
+        options["variant"] = variant
+    tell_what_is_not_applied(source.directory, source.family.folders)
+    with naming(source.text):
+        loaded = source.family.loader(source.directory, name=source.text, **options)
+        model = loaded.to(device, dtype)
     apply_fitted(model, read_fitted(source.directory))
     return model
 

@@ -28,6 +28,7 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import Autoencoder, encode_latents, image_shape
+from dive_fast.models.failing import naming
 from dive_fast.models.files.checkpoint import fingerprint
 
 
@@ -105,7 +106,8 @@ class LatentModel(ABC):
         """x0 as ``autoencoder`` has it; the images themselves without a VAE."""
         if self.vae is None:
             return images.float().to(self.device)
-        return encode_latents(self.vae, images, self.device)
+        with naming(self.name):
+            return encode_latents(self.vae, images, self.device)
 
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -167,7 +169,7 @@ def sample_side(network: nn.Module) -> int | None:
 
 
 def check_sizes(network: nn.Module, what: str) -> None:
-    """That the latents are square and the prediction has their channels, or twice as many.
+    """That latents are square, in whole patches, and the output has their channels, or twice.
 
     Raises:
         ModelError: they are not, or it has not.
@@ -177,6 +179,12 @@ def check_sizes(network: nn.Module, what: str) -> None:
         raise ModelError(
             f"expected the {what} to state one sample_size for both sides, "
             f"got {config.sample_size!r}."
+        )
+    patch = getattr(config, "patch_size", None) or 1
+    if sample_side(network) % patch:
+        raise ModelError(
+            f"expected a sample_size of the {what} that its patch_size {patch} divides, "
+            f"got {config.sample_size}."
         )
     if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
         raise ModelError(

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import GatedSelfAttentionDense
 
+from dive_fast.core.config import shown
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.numbers import is_whole
 from dive_fast.core.projection import SLOTS_PER_OBJECT
@@ -46,6 +47,7 @@ from dive_fast.models.unet.staged import StagedUNet, WholeUNet
 ENCODERS = ("CLIPTextModel",)
 MAX_OBJECTS = 30  # grounding tokens in training, absent ones included
 GRID = 33
+MAX_GRID = 1024  # a token for each of its G x G corners
 
 
 class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
@@ -131,12 +133,16 @@ class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
         """The format and the table that follow from the classes and these numbers."""
         for what, value, least in (("grid", grid, 2), ("max_objects", max_objects, 1)):
             if not is_whole(value, least):
-                raise ModelError(f"{what} must be a number of at least {least}, got {value!r}.")
+                raise ModelError(
+                    f"{what} must be a number of at least {least}, got {shown(value)}."
+                )
         if max_objects > MAX_OBJECTS:
             raise ModelError(
                 f"expected max_objects of at most {MAX_OBJECTS}, with which GLIGEN was trained, "
-                f"got {max_objects}."
+                f"got {shown(max_objects)}."
             )
+        if grid > MAX_GRID:
+            raise ModelError(f"expected a grid of at most {MAX_GRID}, got {shown(grid)}.")
         self._sizes = (grid, max_objects)
         n = len(self.classes.names)
         self.layout_format = LayoutFormat.compact(self.classes.names, max_objects, grid)
@@ -228,7 +234,7 @@ def load(directory: Path, **asked: Any) -> Gligen:
     prompts = pipeline.prompts(Gligen.templates)
     caption = pipeline.extra.get("caption", "")
     if not isinstance(caption, str):
-        raise ModelError(f"expected a text as caption in {directory}, got {caption!r}.")
+        raise ModelError(f"expected a text as caption in {directory}, got {shown(caption)}.")
     schedule, text = pipeline.discrete_schedule(), pipeline.text(ENCODERS)
     unet = pipeline.component(UNet2DConditionModel, "unet")
     check_grounding(unet, text, directory)
@@ -256,7 +262,8 @@ def is_gligen(directory: Path) -> bool:
         ModelError: its configuration cannot be read.
     """
     path = directory / "unet" / "config.json"
-    return path.exists() and str(read_json(path).get("attention_type")).startswith("gated")
+    kind = read_json(path).get("attention_type") if path.exists() else None
+    return isinstance(kind, str) and kind.startswith("gated")
 
 
 def check_grounding(unet: UNet2DConditionModel, text: PromptEncoder, where: str | Path) -> None:

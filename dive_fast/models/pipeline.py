@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.config import Config, shown
 from dive_fast.core.convention import Convention
 from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
@@ -19,8 +20,9 @@ from dive_fast.models.autoencoder import (
     latent_channels,
     normalisation,
 )
-from dive_fast.models.files.checkpoint import load_component, read_json
-from dive_fast.models.files.sidecar import read_extra
+from dive_fast.models.files.checkpoint import load_component
+from dive_fast.models.files.reading import read_json
+from dive_fast.models.files.sidecar import FILE, read_extra
 from dive_fast.models.text.prompts import (
     DEFAULT_TEMPLATES,
     Classes,
@@ -41,6 +43,7 @@ class Pipeline:
         directory: with ``model_index.json`` and a folder for each part.
         name: what the user called it.
         allow_pickle: also take ``.bin`` weights.
+        variant: of the weights, see ``files.weights.find_weights``.
         classes, templates, average: as ``load_model`` got them.
         device: where prompts are encoded.
 
@@ -56,6 +59,7 @@ class Pipeline:
     templates: Sequence[str] | None = None
     average: str | None = None
     device: torch.device | str = "cpu"
+    variant: str | None = None
 
     def __post_init__(self, timestep_embedding: str) -> None:
         if timestep_embedding != "auto":
@@ -69,17 +73,42 @@ class Pipeline:
         """``model_index.json``."""
         return read_json(self.directory / "model_index.json")
 
+    @property
+    def stated(self) -> Config:
+        """``model_index.json`` for those who read values of it."""
+        return Config(self.directory / "model_index.json", self.index)
+
     @cached_property
     def extra(self) -> dict[str, Any]:
         """``dive_fast.json``; empty where there is none."""
         return read_extra(self.directory)
 
+    @property
+    def stated_extra(self) -> Config:
+        """``dive_fast.json`` for those who read values of it."""
+        return Config(self.directory / FILE, self.extra)
+
+    def part(self, name: str) -> str | None:
+        """The class of a part in ``model_index.json``; None where it is null or not stated.
+
+        Raises:
+            ModelError: the entry is neither null nor [library, class].
+        """
+        entry = self.index.get(name)
+        if entry is None or entry == [None, None]:
+            return None
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise ModelError(
+                f"expected {name} in {self.directory / 'model_index.json'} to be [library, class] "
+                f"or null, got {shown(entry)}."
+            )
+        return entry[1]
+
     def check_parts(self, expected: Mapping[str, str | Sequence[str]]) -> None:
         """That the parts of these names are of these classes; of several, of one of them."""
         for part, names in expected.items():
             names = [names] if isinstance(names, str) else names
-            entry = self.index.get(part)
-            found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+            found = self.part(part)
             if found not in names:
                 raise ModelError(
                     f"expected {part} in {self.directory / 'model_index.json'} to be a "
@@ -93,6 +122,7 @@ class Pipeline:
 
     def schedule(self) -> Schedule:
         """See ``scheduler_config``."""
+        self.part("scheduler")
         return Schedule.from_config(self.scheduler_config)
 
     def discrete_schedule(self) -> Schedule:
@@ -114,7 +144,10 @@ class Pipeline:
 
     def component(self, model_class: type, folder: str) -> torch.nn.Module:
         """A part of diffusers, complete, finite and frozen, in float32."""
-        return load_component(model_class, self.directory / folder, self.allow_pickle)
+        self.part(folder)  # says what is wrong with its entry
+        return load_component(
+            model_class, self.directory / folder, self.allow_pickle, variant=self.variant
+        )
 
     def vae(
         self, channels: int, class_name: str = "AutoencoderKL", folder: str = "vae"
@@ -134,8 +167,10 @@ class Pipeline:
 
     def text(self, class_names: Sequence[str]) -> PromptEncoder:
         """All tokenizers and text encoders, which are of these classes."""
+        for suffix, _ in zip(SUFFIXES, class_names, strict=False):
+            self.part(f"tokenizer{suffix}")
         towers = [
-            load_tower(self.directory, suffix, class_name, self.allow_pickle)
+            load_tower(self.directory, suffix, class_name, self.allow_pickle, self.variant)
             for suffix, class_name in zip(SUFFIXES, class_names, strict=False)
         ]
         if len({tower.length for tower in towers}) > 1:

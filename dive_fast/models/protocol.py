@@ -37,6 +37,9 @@ def optional(model: Any, name: str) -> Any:
 class Model(Protocol):
     """A frozen conditional diffusion model; ``optional`` lists what it may have beside this.
 
+    ``engine.model_checks`` holds a model to it: its attributes when a predictor is made, what its
+    methods return at the first batch.
+
     Attributes:
         name: what the user called it.
         schedule: the noise schedule it was trained with.
@@ -68,7 +71,8 @@ class Model(Protocol):
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """The network: x_t [M, C, h, w], t int64 [M], condition [M, D] to [M, C or 2C, h, w].
 
-        Differentiable in ``condition``.
+        A tensor of float32, bfloat16 or float16 on ``device``, differentiable in ``condition``.
+        Dropout is off.
         """
         ...
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast import zoo
+from dive_fast.core.config import shown
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import read_json
 from dive_fast.models.files.hub import find
+from dive_fast.models.files.reading import read_json
+from dive_fast.models.files.weights import check_variant_name
 from dive_fast.models.protocol import Model
 from dive_fast.models.text.prompts import stored_classes
 
@@ -72,20 +74,25 @@ class Source:
         return self.family.text and stored_classes(self.directory) is None
 
 
-def resolve(source: str | Path | Source, *, allow_pickle: bool = False) -> Source:
+def resolve(
+    source: str | Path | Source, *, allow_pickle: bool = False, variant: str | None = None
+) -> Source:
     """Finds a model, and fetches it if it is a hub id; a ``Source`` is handed back.
 
     Args:
         source: a zoo name ("digits"), a directory, or a hub id ("facebook/DiT-XL-2-256").
         allow_pickle: of the hub, also fetch pickled weights where there are no others.
+        variant: of the hub, fetch the weights of this variant where there are such.
 
     Raises:
-        ModelError: the source is unknown, or of a family that is not supported.
+        ModelError: the source is unknown, or of a family that is not supported, or the hub has no
+            such variant of it.
     """
+    check_variant_name(variant)
     if isinstance(source, Source):
         return source
     text = str(source)
-    directory = find(text, lambda index: _family(index, text).folders, allow_pickle)
+    directory = find(text, lambda index: _family(index, text).folders, allow_pickle, variant)
     index = directory / "model_index.json"
     own = text not in zoo.names() and Path(text).expanduser().is_dir()
     return Source(text, directory, _family(read_json(index), index), own)
@@ -97,7 +104,7 @@ def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = F
     Args:
         pipeline_class: the ``_class_name`` in ``model_index.json`` that picks it.
         loader: called as ``loader(directory, name=..., allow_pickle=..., timestep_embedding=...)``,
-            returns a ``Model``.
+            returns a ``Model``. Where a variant of the weights is asked for, also with ``variant``.
         text: the classes are prompts; the loader is then also called with ``classes``,
             ``templates`` and ``average`` as ``load_model`` got them, and the ``device`` on which
             to encode them.
@@ -109,7 +116,7 @@ def _family(index: dict[str, Any], where: str | Path) -> Family:
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ModelError(
-            f"the _class_name in {where} is {name!r}, which is not supported; supported are "
+            f"the _class_name in {where} is {shown(name)}, which is not supported; supported are "
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[name]

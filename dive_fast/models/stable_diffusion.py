@@ -85,7 +85,7 @@ def load(directory: Path, **asked: Any) -> StableDiffusion:
         prompts,
         name=pipeline.name,
         device=pipeline.device,
-        zero_unconditional=bool(pipeline.index.get("force_zeros_for_empty_prompt", False)),
+        zero_unconditional=pipeline.stated.flag("force_zeros_for_empty_prompt", False),
     )
 
 

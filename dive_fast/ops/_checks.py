@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,9 +74,22 @@ def check_vector(
 
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> int:
     """The position of `value` in `choices`."""
-    if value not in choices:
-        raise DiveFastError(f"{op}: {name} must be one of {', '.join(choices)}, but got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise DiveFastError(
+            f"{op}: {name} must be one of {', '.join(choices)}, but got {shown(value)}"
+        )
     return choices.index(value)
+
+
+def check_code(op: str, name: str, code: int, choices: Sequence[str]) -> None:
+    """`code` must be a position in `choices`; for direct calls of the ops, which take codes."""
+    if not 0 <= code < len(choices):
+        raise DiveFastError(f"{op}: {name} must be in [0, {len(choices)}), but got {code}")
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an int, and neither True nor False."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_same_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
@@ -127,6 +140,12 @@ def coefficient_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 def _check_is_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise DiveFastError(f"{op}: {name} must be a tensor, but got {type(value).__name__}")
+    # The kernels read plain memory; torch's own errors on these name neither op nor argument.
+    if isinstance(value, torch.masked.MaskedTensor):
+        raise DiveFastError(f"{op}: {name} must be a plain tensor, but got a MaskedTensor")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise DiveFastError(f"{op}: {name} must be a dense tensor, but got a {kind} one")
 
 
 def _check_dtype(op: str, name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:

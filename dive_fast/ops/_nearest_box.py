@@ -5,23 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 from dive_fast.ops._checks import (
     FLOAT_DTYPES,
     check_matrix,
     check_no_gradient,
     check_same_device,
     check_square_maps,
+    is_int,
 )
 from dive_fast.ops._library import define
 
 COST_DTYPES = (torch.float32, torch.float64)
+# Of snap_boxes: beyond, halves of steps would soon be no numbers of their own in fp64.
+MOST_GRID = 1 << 31
+# Unit intervals from the grid; what lies further out is taken for it. Its steps can be added up.
+FAR = 1e290
 
 
 def _reference(
     cost_tl: Tensor, cost_br: Tensor, min_height: int, min_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, grid = cost_tl.shape[:2]
+    _check_sizes(grid, min_height, min_width)
     if n == 0:
         empty = cost_tl.new_empty(0, dtype=torch.int64)
         return empty, empty.clone(), cost_tl.new_empty(0)
@@ -44,6 +50,14 @@ def _reference(
     return y * grid + x, br, cost.to(cost_tl.dtype)
 
 
+def _check_sizes(grid: int, min_height: int, min_width: int) -> None:
+    """For direct calls of the op; the public function says it of what it was given."""
+    if not (0 <= min_height < grid and 0 <= min_width < grid):
+        raise DiveFastError(
+            f"nearest_box: min_size must be in [0, {grid}), but got ({min_height}, {min_width})"
+        )
+
+
 def _as_costs(costs: Tensor) -> Tensor:
     return torch.where(costs.isnan(), torch.inf, costs)
 
@@ -52,6 +66,7 @@ def _fake(
     cost_tl: Tensor, cost_br: Tensor, min_height: int, min_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = cost_tl.shape[0]
+    _check_sizes(cost_tl.shape[1], min_height, min_width)
     tokens = (cost_tl.new_empty(n, dtype=torch.int64) for _ in range(2))
     return (*tokens, cost_tl.new_empty(n))
 
@@ -74,8 +89,8 @@ def nearest_box(
 
     The two corners chosen one by one may form an inverted box; this cannot. Sums are taken in
     fp64. Among equally cheap boxes the lowest top-left token wins, and for it the cheapest, then
-    lowest, bottom-right token. NaN and infinity forbid a corner; if no valid box is left, the cost
-    is infinite.
+    lowest, bottom-right token. NaN and +infinity forbid a corner, and a corner at -infinity is the
+    cheapest; if no valid box is left, the cost is infinite.
 
     Args:
         cost_tl: cost of every grid point as the top-left corner, [N, G, G] by row y and column x;
@@ -132,12 +147,13 @@ def snap_boxes(boxes: Tensor, grid: int, min_size: int | tuple[int, int] = 1) ->
     Args:
         boxes: relaxed boxes (x1, y1, x2, y2), [N, 4], unit interval unless they stray; fp64, fp32,
             bf16 or fp16.
-        grid: G, the number of grid lines per axis, at least 2.
+        grid: G, the number of grid lines per axis, from 2 to 2^31.
         min_size: the least height and width, in grid steps, each in [0, G); one number for both.
 
     Returns:
         [N, 4] boxes on the grid, in the unit interval and the dtype of `boxes`; differentiable.
-        A coordinate that is NaN makes its axis NaN.
+        A coordinate that is NaN makes its axis NaN; one that is infinite goes to the border, and
+        gets no gradient.
 
     Raises:
         DiveFastError: an argument has the wrong shape, dtype or range.
@@ -152,14 +168,18 @@ def snap_boxes(boxes: Tensor, grid: int, min_size: int | tuple[int, int] = 1) ->
     check_matrix(op, "boxes", boxes, FLOAT_DTYPES, "[N, 4]")
     if boxes.shape[1] != 4:
         raise DiveFastError(f"{op}: boxes must have shape [N, 4], but got {list(boxes.shape)}")
-    if not isinstance(grid, int) or grid < 2:
-        raise DiveFastError(f"{op}: grid must be an int of at least 2, but got {grid!r}")
+    if not is_int(grid) or grid < 2:
+        raise DiveFastError(f"{op}: grid must be an int of at least 2, but got {shown(grid)}")
+    if grid > MOST_GRID:
+        raise DiveFastError(f"{op}: grid must be at most {MOST_GRID}, but got {shown(grid)}")
     height, width = _min_sizes(op, min_size, grid)
-    steps = boxes.detach().double() * (grid - 1)
+    # Opposite infinities would make NaN of their sum; whatever is outside ends at the border.
+    steps = boxes.detach().double().clamp(-FAR, FAR) * (grid - 1)
     x1, x2 = _snap_axis(steps[:, 0], steps[:, 2], grid - 1, width)
     y1, y2 = _snap_axis(steps[:, 1], steps[:, 3], grid - 1, height)
     snapped = (torch.stack([x1, y1, x2, y2], dim=1) / (grid - 1)).to(boxes.dtype)
-    return snapped + (boxes - boxes.detach())
+    # Where it is infinite the difference would be NaN.
+    return snapped + torch.where(boxes.isinf(), 0, boxes - boxes.detach())
 
 
 def _snap_axis(start: Tensor, stop: Tensor, last: int, least: int) -> tuple[Tensor, Tensor]:
@@ -178,10 +198,10 @@ def _round_half_down(u: Tensor) -> Tensor:
 
 def _min_sizes(op: str, min_size: int | tuple[int, int], grid: int) -> tuple[int, int]:
     """(height, width), each in [0, grid)."""
-    sizes = (min_size, min_size) if isinstance(min_size, int) else min_size
+    sizes = (min_size, min_size) if is_int(min_size) else min_size
     ok = isinstance(sizes, tuple) and len(sizes) == 2
-    if not ok or not all(isinstance(size, int) and 0 <= size < grid for size in sizes):
+    if not ok or not all(is_int(size) and 0 <= size < grid for size in sizes):
         raise DiveFastError(
-            f"{op}: min_size must be one or two ints in [0, {grid}), but got {min_size!r}"
+            f"{op}: min_size must be one or two ints in [0, {grid}), but got {shown(min_size)}"
         )
     return sizes

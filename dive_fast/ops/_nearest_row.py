@@ -10,6 +10,7 @@ from dive_fast.ops._checks import (
     FLOAT_DTYPES,
     accumulation_dtype,
     check_choice,
+    check_code,
     check_index,
     check_index_range,
     check_matrix,
@@ -23,17 +24,23 @@ METRICS = ("l2", "cosine")
 L2, COSINE = range(2)
 
 
-def _distances(v: Tensor, table: Tensor, metric: int) -> Tensor:
-    """Every distance, [N, V], in the accumulation dtype; NaN, which is no distance, as infinity."""
+def _keys(v: Tensor, table: Tensor, metric: int) -> Tensor:
+    """What orders the rows for each query, [N, V], lower for nearer; infinite where no number is.
+
+    Distances, or the cosine without |v|, which is common to all rows. NaN, which is no distance,
+    and what is too large for the sum are infinitely far.
+    """
     dtype = accumulation_dtype(v.dtype)
     v, table = v.to(dtype), table.to(dtype)
     if metric == L2:
         # The form with a matrix product cancels digits when rows lie close together.
-        distance = torch.cdist(v, table, compute_mode="donot_use_mm_for_euclid_dist")
+        keys = torch.cdist(v, table, compute_mode="donot_use_mm_for_euclid_dist")
     else:
-        lengths = v.norm(dim=1)[:, None] * table.norm(dim=1)
-        distance = 1 - torch.where(lengths == 0, 0, (v @ table.T) / lengths)
-    return torch.where(distance.isnan(), torch.inf, distance)
+        lengths = table.double().norm(dim=1)
+        dots = (v @ table.T).double()
+        keys = torch.where(lengths == 0, 0 * dots, -dots / lengths)
+        keys = torch.where(lengths.isfinite(), keys, torch.inf)
+    return torch.where(keys.isfinite(), keys, torch.inf)
 
 
 def _allowed_mask(
@@ -74,14 +81,15 @@ def _check_values(rows: int, allowed: Tensor | None, extra: Tensor | None) -> No
 def _reference(
     v: Tensor, table: Tensor, allowed: Tensor | None, extra: Tensor | None, metric: int
 ) -> tuple[Tensor, Tensor]:
+    check_code("nearest_row", "metric", metric, METRICS)
     rows = table.shape[0]
     _check_values(rows, allowed, extra)
     if v.shape[0] == 0:
         return v.new_empty(0, dtype=torch.int64), v.new_empty(0, dtype=accumulation_dtype(v.dtype))
-    distance = _distances(v, table, metric)
+    keys = _keys(v, table, metric)
     mask = _allowed_mask(v.shape[0], rows, allowed, extra, v.device)
-    best = distance.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
-    index = (mask & (distance == best)).to(torch.uint8).argmax(dim=1)  # the first of equal ones
+    best = keys.masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
+    index = (mask & (keys == best)).to(torch.uint8).argmax(dim=1)  # the first of equal ones
     return index, _distance_of_pairs(v, table[index], metric)
 
 
@@ -99,6 +107,7 @@ def _distance_of_pairs(v: Tensor, rows: Tensor, metric: int) -> Tensor:
 def _fake(
     v: Tensor, table: Tensor, allowed: Tensor | None, extra: Tensor | None, metric: int
 ) -> tuple[Tensor, Tensor]:
+    check_code("nearest_row", "metric", metric, METRICS)
     n = v.shape[0]
     distance = v.new_empty(n, dtype=accumulation_dtype(v.dtype))
     return v.new_empty(n, dtype=torch.int64), distance
@@ -125,7 +134,8 @@ def nearest_row(
     `index[n] = argmin over allowed r of distance(v[n], table[r])`; among equally near rows the
     lowest index. Distances are summed from differences in fp32 (fp64 for fp64), so rows that lie
     close together keep their digits; only rows nearer to each other than that rounding may be
-    swapped. A row at a NaN distance is taken for infinitely far.
+    swapped. A row at a NaN distance, or at one too large for that sum, is taken for infinitely far;
+    where all are, the lowest allowed row is the answer, and its distance says so.
 
     Args:
         v: queries, [N, D]; fp64, fp32, bf16 or fp16; any strides.

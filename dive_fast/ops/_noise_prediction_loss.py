@@ -17,6 +17,7 @@ from dive_fast.ops._checks import (
     FLOAT_DTYPES,
     accumulation_dtype,
     check_choice,
+    check_code,
     check_images,
     check_index,
     check_index_range,
@@ -54,9 +55,16 @@ class _Inputs(NamedTuple):
     norm: str | int
 
 
+def _check_codes(inputs: _Inputs) -> None:
+    """For direct calls of the ops."""
+    check_code("noise_prediction_loss", "target", inputs.target, TARGETS)
+    check_code("noise_prediction_loss", "norm", inputs.norm, NORMS)
+
+
 def _residual(inputs: _Inputs) -> Tensor:
     """target - prediction[:, :C], [M, C, h, w], in the accumulation dtype."""
     prediction, noise, noise_index, x0, image_index, a, s, _, target, _ = inputs
+    _check_codes(inputs)
     check_index_range("noise_prediction_loss", "noise_index", noise_index, noise.shape[0])
     check_index_range("noise_prediction_loss", "image_index", image_index, x0.shape[0])
     dtype = accumulation_dtype(prediction.dtype)
@@ -99,7 +107,8 @@ def _loss_reference(*arguments) -> Tensor:
     return loss if inputs.weight is None else loss * inputs.weight.to(loss.dtype)
 
 
-def _loss_fake(prediction: Tensor, *_arguments) -> Tensor:
+def _loss_fake(prediction: Tensor, *arguments) -> Tensor:
+    _check_codes(_Inputs(prediction, *arguments))
     return prediction.new_empty(prediction.shape[0], dtype=accumulation_dtype(prediction.dtype))
 
 
@@ -115,7 +124,8 @@ def _backward_reference(grad: Tensor, *arguments) -> Tensor:
     return result
 
 
-def _backward_fake(grad: Tensor, prediction: Tensor, *_arguments) -> Tensor:
+def _backward_fake(grad: Tensor, prediction: Tensor, *arguments) -> Tensor:
+    _check_codes(_Inputs(prediction, *arguments))
     return prediction.new_empty(prediction.shape)
 
 
@@ -127,7 +137,8 @@ def _error_map_reference(*arguments) -> Tensor:
     return error.contiguous()
 
 
-def _error_map_fake(prediction: Tensor, *_arguments) -> Tensor:
+def _error_map_fake(prediction: Tensor, *arguments) -> Tensor:
+    _check_codes(_Inputs(prediction, *arguments))
     return prediction.new_empty(
         (prediction.shape[0], *prediction.shape[2:]), dtype=accumulation_dtype(prediction.dtype)
     )

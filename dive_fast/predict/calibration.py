@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from scipy.optimize import minimize_scalar
 
-from dive_fast.errors import DiveFastError
+from dive_fast.core.numbers import is_number, whole
+from dive_fast.errors import DiveFastError, shown
 
 BINS = 15
 # p(label) in a likelihood where the label's class was never measured: it has no loss to tell.
 UNMEASURED_PROBABILITY = 1e-6
 _LOWEST, _HIGHEST = 1e-3, 1e7
 _GRID = 231  # betas that ``fit_beta_with_lapses`` tries, a tenth apart
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has no minimum of these
 _ENOUGH = 0.5  # nats below the highest likelihood of all labels together
 
 
@@ -84,6 +86,8 @@ def calibrate(
         DiveFastError: as these two.
     """
     labels = as_labels(labels, *_shape(losses))
+    if not is_number(beta) or beta <= 0:
+        raise DiveFastError(f"beta must be a number above 0, got {shown(beta)}.")
     fitted = fit_beta_with_lapses(losses, labels, lapse) if lapse else fit_beta(losses, labels)
     if answers is None:
         answers = losses.nan_to_num(math.inf).argmin(dim=1)
@@ -160,8 +164,8 @@ def fit_beta_with_lapses(losses: torch.Tensor, labels: Any, lapse: float) -> flo
     energy = losses.double().cpu()
     if not energy.isfinite().all():
         raise DiveFastError("losses must be finite where labels may be lapses.")
-    if not 0 < lapse < 1:
-        raise DiveFastError(f"lapse must lie in (0, 1), got {lapse}.")
+    if not is_number(lapse) or not 0 < lapse < 1:
+        raise DiveFastError(f"lapse must lie in (0, 1), got {shown(lapse)}.")
     betas = torch.logspace(math.log10(_LOWEST), math.log10(_HIGHEST), _GRID, dtype=torch.float64)
     likelihoods = []
     for beta in betas.tolist():
@@ -199,10 +203,15 @@ def expected_calibration_error(
     Raises:
         DiveFastError: no answers, shapes that do not fit, or values outside [0, 1].
     """
-    p = torch.as_tensor(confidence, dtype=torch.float64).cpu()
-    hit = torch.as_tensor(correct).cpu()
-    if bins < 1:
-        raise DiveFastError(f"bins must be at least 1, got {bins}.")
+    try:
+        p = torch.as_tensor(confidence, dtype=torch.float64).cpu()
+        hit = torch.as_tensor(correct).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DiveFastError(
+            f"expected confidence and correct as numbers [n], got {shown(confidence)} and "
+            f"{shown(correct)}."
+        ) from error
+    bins = whole("bins", bins, 1)
     if p.ndim != 1 or len(p) == 0 or hit.shape != p.shape:
         raise DiveFastError(
             f"expected confidence [n] and correct [n] with n >= 1, got {list(p.shape)} "
@@ -226,11 +235,15 @@ def as_labels(labels: Any, n: int, classes: int) -> torch.Tensor:
         DiveFastError: they are no whole numbers [n] in [0, classes), or there are none.
     """
     try:
-        given = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
+        given = torch.as_tensor(labels).cpu()
+        given = given.long() if given.dtype in _UNSIGNED else given
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DiveFastError(
-            f"labels must be the classes' whole numbers, one for each of {n} images."
+            f"labels must be the classes' whole numbers, one for each of {n} images, got "
+            f"{shown(labels)}."
         ) from error
+    if given.layout != torch.strided or given.is_nested or given.is_quantized:
+        raise DiveFastError("labels must be a dense tensor of whole numbers.")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise DiveFastError(f"labels must be whole numbers, got {given.dtype}.")
     if list(given.shape) != [n]:
@@ -247,6 +260,8 @@ def as_labels(labels: Any, n: int, classes: int) -> torch.Tensor:
 
 
 def _shape(losses: torch.Tensor) -> tuple[int, int]:
+    if not isinstance(losses, torch.Tensor) or not losses.is_floating_point():
+        raise DiveFastError(f"losses must be a tensor of floats [B, C], got {shown(losses)}.")
     if losses.ndim != 2 or losses.numel() == 0:
         raise DiveFastError(
             f"expected losses [B, C] of at least one image, got {list(losses.shape)}."

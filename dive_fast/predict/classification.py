@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.distinct import without_row
+from dive_fast.core.numbers import whole
 from dive_fast.core.requests import Answer
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
 
 
@@ -64,7 +67,11 @@ class Classification:
         Returns:
             ``[{"label": ..., "index": ..., "score": ...}, ...]``, the answer first; ``index`` is
             the class's row in the vocabulary.
+
+        Raises:
+            DiveFastError: k is no whole number of at least 0.
         """
+        k = whole("top", k, 0)
         order = self.log_posterior.argsort(descending=True, stable=True).tolist()
         # A strategy's answer need not be the class of the lowest mean it happened to see.
         order = [self.index, *(i for i in order if i != self.index)]
@@ -95,6 +102,22 @@ class Classification:
             "evaluations": self.evaluations,
             "seconds": self.seconds,
         }
+
+
+def lowest_twin(answer: Answer, index: int, vocabulary: Vocabulary) -> int:
+    """The lowest row of the same name and embedding as ``index``, measured on as many probes.
+
+    Their losses are the same but for rounding, which must not decide between them.
+    """
+    names, table = vocabulary.names, vocabulary.table
+    plain = without_row(names[index], index)
+    if plain == names[index]:  # no other class was called so
+        return index
+    for row in range(index):
+        if without_row(names[row], row) == plain and answer.n_probes[row] == answer.n_probes[index]:
+            if torch.equal(table[row], table[index]):
+                return row
+    return index
 
 
 def log_posterior(

@@ -8,19 +8,32 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.numbers import whole_seed
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.shortlist import digest
 from dive_fast.core.timesteps import TimestepWeights
-from dive_fast.data.images import as_images
 from dive_fast.engine import EngineOptions, Finished
-from dive_fast.errors import DiveFastError, ImageError, ModelError
+from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import Source, check_place, load_model, resolve
 from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.models.network import Call, GivenNetwork, Pixels
 from dive_fast.models.text.prompts import Classes
-from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
+from dive_fast.predict.arguments import (
+    as_latents,
+    as_pairs,
+    as_prior,
+    as_probes,
+    as_progress,
+    as_rows,
+)
+from dive_fast.predict.classification import (
+    Classification,
+    log_odds_bound,
+    log_posterior,
+    lowest_twin,
+)
 from dive_fast.predict.fitting import Fitting
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
@@ -51,6 +64,7 @@ class DiffusionClassifier(Fitting):
         classes: Classes | None = None,
         templates: Sequence[str] | None = None,
         average: str | None = None,
+        variant: str | None = None,
         **engine: Any,
     ) -> DiffusionClassifier:
         """From a model of the zoo, a diffusers directory, or a hub id.
@@ -63,12 +77,13 @@ class DiffusionClassifier(Fitting):
         """
         options = EngineOptions(**engine)
         check_place(dtype, device)
-        source = resolve(source, allow_pickle=allow_pickle)
+        source = resolve(source, allow_pickle=allow_pickle, variant=variant)
         model = load_model(
             source,
             dtype=dtype,
             device=device,
             allow_pickle=allow_pickle,
+            variant=variant,
             timestep_embedding=timestep_embedding,
             classes=classes,
             templates=templates,
@@ -180,7 +195,7 @@ class DiffusionClassifier(Fitting):
             timesteps: "learned" takes the probes where the model's fitted timesteps say,
                 "uniform" evenly, a ``TimestepWeights`` where it says. None: learned where the
                 model has them and the strategy leaves the list to us; presets are uniform.
-            prior: p(y), [C]; uniform if None.
+            prior: p(y), [C] weights of at least 0, which need not sum to 1; uniform if None.
             trace: keep on each answer what the strategy saw.
             progress: show a bar.
             settings: of the strategy, by name.
@@ -236,14 +251,21 @@ class DiffusionClassifier(Fitting):
         if (images is None) == (latents is None):
             raise DiveFastError("expected either images or latents.")
         if latents is None:
-            latents = ((key, self.encode(image)[0]) for key, image in images)
+            latents = ((key, self._encode_one(image)) for key, image in as_pairs("images", images))
+        else:
+            latents = as_pairs("latents", latents)
+        progress = as_progress(progress)
         chosen = resolve_strategy(strategy, preset, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
-        log_prior = self._log_prior(prior)
+        log_prior = as_prior(prior, len(self.model.vocabulary))
         scaled = None if log_prior is None else log_prior / self.model.inverse_temperature
         shortlist = fitted_shortlist(self.model)
         task = Task(self.model.vocabulary, probe_list, seed, scaled, shortlist)
-        jobs = (self._job(key, self._check_latent(x0), chosen.search(task)) for key, x0 in latents)
+        shape = self.model.latent_shape
+        jobs = (
+            self._job(key, as_latents(x0, shape, batch=False), chosen.search(task))
+            for key, x0 in latents
+        )
         for finished in self._run(jobs, probe_list, chosen.loss, progress):
             yield finished.key, self._classification(finished, log_prior, trace)
 
@@ -271,31 +293,17 @@ class DiffusionClassifier(Fitting):
         """
         x0 = self._latents(images, latents)
         n_classes = len(self.model.vocabulary)
-        picked = torch.arange(n_classes)
-        if classes is not None:
-            picked = torch.as_tensor(classes, dtype=torch.int64).reshape(-1)
-            if len(picked) == 0 or int(picked.min()) < 0 or int(picked.max()) >= n_classes:
-                raise DiveFastError(
-                    f"classes must name rows in [0, {n_classes}), got {picked.tolist()}."
-                )
+        picked = torch.arange(n_classes) if classes is None else as_rows(classes, n_classes)
+        probes, seed = as_probes(probes), whole_seed(seed)
         if not isinstance(probes, ProbeList):
             k = DEFAULT_PROBES if probes is None else probes
             n_timesteps = len(self.model.schedule)
             probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
         out = torch.empty(len(x0), len(picked), len(probes))
-        jobs = (
-            self._job(i, self._check_latent(x), _measure(picked, len(probes)))
-            for i, x in enumerate(x0)
-        )
+        jobs = (self._job(i, x, _measure(picked, len(probes))) for i, x in enumerate(x0))
         for finished in self._run(jobs, probes, loss, len(x0) if progress else None):
             out[finished.key] = finished.answer.trace["losses"]
         return out
-
-    def encode(self, images: Any) -> torch.Tensor:
-        """x0 of images in any form that ``__call__`` takes: float32 [B, C, h, w]."""
-        channels, size, _ = self.model.image_shape
-        pixels = as_images(images, size, channels)
-        return self.model.encode(torch.stack(pixels))
 
     def identity(
         self,
@@ -313,37 +321,19 @@ class DiffusionClassifier(Fitting):
             found["shortlist"] = digest(map(str, shortlist.to_dict().items()))
         return found
 
+    def _encode_one(self, image: Any) -> torch.Tensor:
+        """x0 of one image of a stream, [C, h, w]."""
+        found = self.encode(image)
+        if len(found) != 1:
+            raise DiveFastError(f"expected one image for each key, got {len(found)}.")
+        return found[0]
+
     def _latents(self, images: Any, latents: torch.Tensor | None) -> torch.Tensor:
         if (images is None) == (latents is None):
             raise DiveFastError("expected either images or latents.")
         if latents is None:
             return self.encode(images)
-        latents = torch.as_tensor(latents)
-        if latents.ndim != 4:
-            raise ImageError(
-                f"latents must have shape {_show('B', self.model.latent_shape)}, "
-                f"got {list(latents.shape)}."
-            )
-        return latents
-
-    def _check_latent(self, x0: torch.Tensor) -> torch.Tensor:
-        shape = self.model.latent_shape
-        if tuple(x0.shape) != tuple(shape):
-            raise ImageError(
-                f"latents must have shape {_show('B', shape)}, got {['B', *x0.shape]}."
-            )
-        if not torch.isfinite(x0).all():
-            raise ImageError("latents must be finite, got NaN or infinity.")
-        return x0
-
-    def _log_prior(self, prior: torch.Tensor | Sequence[float] | None) -> torch.Tensor | None:
-        if prior is None:
-            return None
-        p = torch.as_tensor(prior, dtype=torch.float64)
-        c = len(self.model.vocabulary)
-        if list(p.shape) != [c] or not bool((p >= 0).all()) or not p.sum() > 0:
-            raise DiveFastError(f"prior must hold {c} weights >= 0, got shape {list(p.shape)}.")
-        return (p / p.sum()).log()
+        return as_latents(latents, self.model.latent_shape)
 
     def _classification(
         self, finished: Finished, log_prior: torch.Tensor | None, trace: bool
@@ -357,6 +347,9 @@ class DiffusionClassifier(Fitting):
             )
         # With a prior the class of the lowest loss need not be the most probable one.
         index = answer.index if log_prior is None else int(posterior.argmax())
+        twin = lowest_twin(answer, index, self.model.vocabulary)
+        if log_prior is None or log_prior[twin] == log_prior[index]:
+            index = twin
         return Classification(
             label=self.names[index],
             index=index,
@@ -378,7 +371,3 @@ def _measure(classes: torch.Tensor, k: int) -> Search:
     losses = yield Losses(classes, torch.arange(k))
     means, count = losses.mean(dim=1), torch.full((len(classes),), k)
     return Answer(int(means.argmin()), means, count, {"losses": losses})
-
-
-def _show(first: str, shape: Sequence[int]) -> str:
-    return f"[{', '.join([first, *map(str, shape)])}]"

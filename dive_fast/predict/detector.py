@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.probes import ProbeList
+from dive_fast.core.numbers import whole, whole_seed
+from dive_fast.core.probes import MOST_PROBES, ProbeList
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.images import as_image, as_whole_images, squashed_tensor
 from dive_fast.engine import EngineOptions, Finished, Job
-from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models import Source, check_place, load_model, resolve
 from dive_fast.models.protocol import optional
 from dive_fast.models.text.prompts import Classes
+from dive_fast.predict.arguments import as_pairs, as_progress, is_finite
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.fitting_detector import DetectorFitting
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
@@ -56,7 +58,8 @@ class LayoutDetector(DetectorFitting):
         batch_size: int | None = None,
         options: EngineOptions | None = None,
     ) -> None:
-        _check_layout(model)
+        if not isinstance(model, type):
+            _check_layout(model)
         super().__init__(model, batch_size=batch_size, options=options)
         self.prior = prior
         self.prior_weight = _checked_weight(model, prior, prior_weight)
@@ -64,6 +67,7 @@ class LayoutDetector(DetectorFitting):
         if prior is not None:
             prior.to(model.device)
             self._penalty(seed=0)  # says what is wrong with the number of probes
+        self.prior_probes = whole("prior_probes", prior_probes, 1, MOST_PROBES)
 
     @classmethod
     def from_pretrained(
@@ -79,6 +83,7 @@ class LayoutDetector(DetectorFitting):
         allow_pickle: bool = False,
         classes: Classes | None = None,
         templates: Sequence[str] | None = None,
+        variant: str | None = None,
         **engine: Any,
     ) -> LayoutDetector:
         """From a model of the zoo, a model directory, or a hub id.
@@ -100,12 +105,13 @@ class LayoutDetector(DetectorFitting):
         """
         options = EngineOptions(**engine)
         check_place(dtype, device)
-        source = resolve(source, allow_pickle=allow_pickle)
+        source = resolve(source, allow_pickle=allow_pickle, variant=variant)
         model = load_model(
             source,
             dtype=dtype,
             device=device,
             allow_pickle=allow_pickle,
+            variant=variant,
             classes=classes,
             templates=templates,
         )
@@ -213,7 +219,7 @@ class LayoutDetector(DetectorFitting):
             probes=probes,
             seed=seed,
             timesteps=timesteps,
-            penalty=self._penalty(seed),
+            penalty=self._penalty(whole_seed(seed)),
             progress=progress,
             **settings,
         )
@@ -241,6 +247,7 @@ class LayoutDetector(DetectorFitting):
             What the engine finished, whose ``answer`` is a ``LayoutAnswer``, and the size of the
             image (width, height).
         """
+        progress = as_progress(progress)
         chosen = resolve_layout_strategy(strategy, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         model = self.model
@@ -249,12 +256,12 @@ class LayoutDetector(DetectorFitting):
 
         def jobs() -> Iterator[Job]:
             channels, side, _ = model.image_shape
-            for key, given in images:
+            for key, given in as_pairs("images", images):
                 if key in sizes:
                     raise DiveFastError(f"expected a key for each image, got {key!r} twice.")
                 image = as_image(given)
                 sizes[key] = image.size
-                x0 = model.encode(squashed_tensor(image, side, channels)[None])[0]
+                x0 = self._encoded(squashed_tensor(image, side, channels)[None])[0]
                 yield self._job(key, x0, chosen.search(board))
 
         for finished in self._run(jobs(), probe_list, chosen.loss, progress):
@@ -294,7 +301,7 @@ class LayoutDetector(DetectorFitting):
         """What decides the answers, for JSON: model, search, probes, seed and prior."""
         chosen = resolve_layout_strategy(strategy, {})
         found = self._identity(chosen, probes, seed, timesteps)
-        if (penalty := self._penalty(seed)) is not None:
+        if (penalty := self._penalty(whole_seed(seed))) is not None:
             # Its weight there is w / beta.
             found["prior"] = {**penalty.identity(), "weight": self.prior_weight}
         return found
@@ -327,14 +334,17 @@ class LayoutDetector(DetectorFitting):
 def _check_layout(model: Any) -> None:
     if optional(model, "layout_format") is None:
         raise ModelError(
-            f"expected a layout-to-image model, got {model.name}, which has no layout."
+            "expected a layout-to-image model, got "
+            f"{getattr(model, 'name', type(model).__name__)}, which has no layout."
         )
 
 
 def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float:
     """w; 0 without a prior."""
-    if weight is not None and not (math.isfinite(weight) and weight >= 0):
-        raise ModelError(f"prior_weight must be a number of at least 0, got {weight}.")
+    if weight is not None and not (is_finite(weight) and weight >= 0):
+        raise ModelError(f"prior_weight must be a number of at least 0, got {shown(weight)}.")
+    if not isinstance(prior, LayoutPrior | None):
+        raise ModelError(f"expected a LayoutPrior or None as prior, got {shown(prior)}.")
     if prior is None:
         if weight:
             raise ModelError(f"prior_weight is {weight}, but {model.name} has no prior to weigh.")

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.probes import low_discrepancy_probes
+from dive_fast.core.numbers import whole, whole_seed
+from dive_fast.core.probes import check_count, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
 from dive_fast.core.timesteps import TimestepWeights, estimate
@@ -20,6 +21,8 @@ from dive_fast.strategies import Strategy
 
 # Rivals of the right class are found on this many probes, where there are more than are wanted.
 SCREEN_PROBES = 20
+# Their noises are all in memory.
+MOST_GENERATED = 1_000_000
 
 
 class Fitting(Predictor):
@@ -107,9 +110,9 @@ class Fitting(Predictor):
             DiveFastError: labels that do not fit, a model of one class, too few probes, or bad
                 input as in ``__call__``.
         """
-        for name, value, least in (("rivals", rivals, 1), ("generate", generate, 1)):
-            if value is not None and value < least:
-                raise DiveFastError(f"{name} must be at least {least}, got {value}.")
+        rivals, probes, seed = whole("rivals", rivals, 1), check_count(probes), whole_seed(seed)
+        if generate is not None:
+            generate = whole("generate", generate, 1, MOST_GENERATED)
         n_classes = len(self.names)
         if n_classes < 2:
             raise DiveFastError(f"{self.model.name} has one class: nothing to tell it from.")
@@ -123,7 +126,7 @@ class Fitting(Predictor):
             n_timesteps = len(self.model.schedule)
             probe_list = low_discrepancy_probes(probes, n_timesteps, self.model.latent_shape, seed)
             jobs = (
-                self._job(i, self._check_latent(x), _compare(n_classes, int(y), probes, rivals))
+                self._job(i, x, _compare(n_classes, int(y), probes, rivals))
                 for i, (x, y) in enumerate(zip(x0, labels, strict=True))
             )
             losses = torch.empty(len(x0), 1 + min(rivals, n_classes - 1), probes)
@@ -144,8 +147,7 @@ class Fitting(Predictor):
         """x0 of the images, or of as many as the model shall make of its classes in turn."""
         if generate is None:
             return self._latents(images, latents)
-        if generate < 1:
-            raise DiveFastError(f"generate must be at least 1, got {generate}.")
+        generate = whole("generate", generate, 1, MOST_GENERATED)
         if images is not None or latents is not None:
             raise DiveFastError("expected images with labels, or generate, got both.")
         return sample(
@@ -181,6 +183,7 @@ class Fitting(Predictor):
         Raises:
             DiveFastError: fewer than 2 images, or bad input as in ``__call__``.
         """
+        probes, seed = check_count(probes), whole_seed(seed)
         with torch.inference_mode(False):
             x0 = self._given_or_generated(images, latents, generate, seed, progress)
             if len(x0) < 2:
@@ -193,10 +196,7 @@ class Fitting(Predictor):
                 else learned.probes(probes, shape, seed)
             )
             vocabulary = self.model.vocabulary
-            jobs = (
-                self._job(i, self._check_latent(x), _survey(vocabulary, probes))
-                for i, x in enumerate(x0)
-            )
+            jobs = (self._job(i, x, _survey(vocabulary, probes)) for i, x in enumerate(x0))
             found: dict[int, dict[str, torch.Tensor]] = {}
             for finished in self._run(jobs, probe_list, progress=len(x0) if progress else None):
                 found[finished.key] = finished.answer.trace

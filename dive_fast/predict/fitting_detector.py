@@ -19,7 +19,7 @@ from dive_fast.data.coco import (
     mirrored_images,
 )
 from dive_fast.data.images import to_mode
-from dive_fast.errors import DiveFastError, ImageError
+from dive_fast.errors import DiveFastError, ImageError, shown
 from dive_fast.predict.calibration import Calibration, calibrate
 from dive_fast.predict.matching import match
 from dive_fast.predict.predictor import Predictor
@@ -61,6 +61,8 @@ class DetectorFitting(Predictor):
                 have another size than annotated.
             DiveFastError: no objects were found, or bad input as in ``LayoutDetector``.
         """
+        if not isinstance(data, CocoDataset):
+            raise DiveFastError(f"expected a CocoDataset to calibrate on, got {shown(data)}.")
         data.expect_objects("to fit beta to")
         categories = class_categories(data, self.names)
         expect_fitting_images(data)

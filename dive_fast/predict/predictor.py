@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from dive_fast.core.numbers import whole_seed
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Search
 from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.data.images import as_images
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.engine.batch_size import rows_per_batch
+from dive_fast.engine.model_checks import check_encoded, check_model, told
 from dive_fast.engine.objective import Objective
-from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.files.sidecar import (
     Fitted,
     apply_fitted,
@@ -26,6 +31,7 @@ from dive_fast.models.files.sidecar import (
     write_fitted,
 )
 from dive_fast.models.protocol import Model, optional
+from dive_fast.predict.arguments import as_probes
 from dive_fast.strategies import DefaultProbes
 from dive_fast.strategies.averaged import averaged
 from dive_fast.strategies.base import DEFAULT_PROBES
@@ -45,6 +51,10 @@ class Predictor:
             networks (``engine.batch_size.rows_per_batch``).
         options: how the engine computes; measured defaults if None.
 
+    Raises:
+        ModelError: the model lacks something, or is being trained (``engine.model_checks``).
+        DiveFastError: another argument is none of its kind.
+
     Attributes:
         directory: where ``save_fitted`` writes unless told; None for models of zoo and hub.
     """
@@ -52,6 +62,9 @@ class Predictor:
     def __init__(
         self, model: Model, *, batch_size: int | None = None, options: EngineOptions | None = None
     ) -> None:
+        check_model(model)
+        if not isinstance(options, EngineOptions | None):
+            raise DiveFastError(f"options must be EngineOptions or None, got {shown(options)}.")
         self.model = model
         self.batch_size = rows_per_batch(model, batch_size)
         self.directory: Path | None = None
@@ -75,13 +88,19 @@ class Predictor:
         Raises:
             DiveFastError: a list that does not suit the model; or as ``learned_timesteps``.
         """
-        shape, n_timesteps = self.model.latent_shape, len(self.model.schedule)
+        probes, seed = as_probes(probes), whole_seed(seed)
+        shape, n_timesteps = tuple(self.model.latent_shape), len(self.model.schedule)
         weights = self.learned_timesteps(strategy, probes, timesteps)
         if weights is not None:
             count = _OURS[type(strategy).probes] if probes is None else probes
             probes = weights.probes(count, shape, seed)
         elif not isinstance(probes, ProbeList):
             probes = strategy.probes(probes, n_timesteps, shape, seed)
+            if not isinstance(probes, ProbeList):
+                raise DiveFastError(
+                    f"expected the strategy {strategy.name} to choose a ProbeList, got "
+                    f"{shown(probes)}."
+                )
         probes.check(shape, n_timesteps)
         return probes
 
@@ -102,10 +121,13 @@ class Predictor:
                 or published.
             ModelError: the model has none, or such as are not for its schedule.
         """
+        _check_strategy(strategy)
         asked = isinstance(timesteps, TimestepWeights)
-        if not asked and timesteps not in (None, "learned", "uniform"):
+        named = isinstance(timesteps, str | None) and timesteps in (None, "learned", "uniform")
+        if not (asked or named):
             raise DiveFastError(
-                f"expected timesteps 'learned', 'uniform' or a TimestepWeights, got {timesteps!r}."
+                "expected timesteps 'learned', 'uniform' or a TimestepWeights, got "
+                f"{shown(timesteps)}."
             )
         ours = getattr(type(strategy), "probes", None) in _OURS
         ours = ours and not isinstance(probes, ProbeList)
@@ -136,7 +158,7 @@ class Predictor:
         Raises:
             ModelError: no directory, or one that cannot be written.
         """
-        target = self.directory if directory is None else Path(directory)
+        target = self.directory if directory is None else _path(directory)
         if target is None:
             raise ModelError(
                 f"{self.model.name} has no model directory of yours to write to: give one."
@@ -151,7 +173,7 @@ class Predictor:
         Raises:
             ModelError: there is no ``dive_fast.json``, or it is damaged.
         """
-        fitted = read_fitted(Path(directory), required=True)
+        fitted = read_fitted(_path(directory), required=True)
         if fitted.timesteps is not None:
             self._check_timesteps(fitted.timesteps)
         apply_fitted(self.model, fitted)
@@ -166,7 +188,7 @@ class Predictor:
         """What decides the answers of a run, for JSON: model, strategy, probes and seed."""
         weights = self.learned_timesteps(strategy, probes, timesteps)
         found = {
-            "model": self.model.identity(),
+            "model": self._model_identity(),
             "strategy": {"name": strategy.name, **_settings(strategy)},
             "probes": len(self.probe_list(strategy, probes, seed, timesteps)),
             "beta": self.model.inverse_temperature,
@@ -178,6 +200,33 @@ class Predictor:
         if engine := self.options.identity():
             found["engine"] = engine
         return found
+
+    def _model_identity(self) -> dict[str, Any]:
+        found = told(self.model, "identity", self.model.identity)
+        try:
+            if isinstance(found, Mapping) and json.dumps(dict(found), allow_nan=False):
+                return dict(found)
+        except (TypeError, ValueError, RecursionError):
+            pass
+        raise ModelError(
+            f"expected 'identity' of {self.model.name} to return a dictionary for JSON, got "
+            f"{shown(found)}."
+        )
+
+    def encode(self, images: Any) -> torch.Tensor:
+        """x0 of images in any form that ``__call__`` takes: float32 [B, C, h, w].
+
+        Raises:
+            ImageError: an image cannot be read.
+            ModelError: the model fails, or makes something else of them.
+        """
+        channels, size, _ = self.model.image_shape
+        return self._encoded(torch.stack(as_images(images, size, channels)))
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """x0 of pixels [B, channels, size, size]."""
+        found = told(self.model, "encode", self.model.encode, pixels)
+        return check_encoded(self.model, found, len(pixels))
 
     def _job(self, key: Any, x0: torch.Tensor, search: Search) -> Job:
         """One image's way through the engine; x0 float [C, h, w]."""
@@ -213,6 +262,22 @@ class Predictor:
                 f"{self.model.name} has {len(self.model.schedule)} timesteps, "
                 f"but these were learned for {weights.n_timesteps}."
             )
+
+
+def _check_strategy(strategy: Any) -> None:
+    """That it has what a strategy has; a class is not yet one."""
+    lacks = [name for name in ("name", "loss", "probes", "search") if not hasattr(strategy, name)]
+    if lacks or isinstance(strategy, type):
+        raise DiveFastError(
+            "expected a strategy by name or as an object with name, loss, probes and search, got "
+            f"{shown(strategy)}."
+        )
+
+
+def _path(directory: Any) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise ModelError(f"expected a directory, got {shown(directory)}.")
+    return Path(directory)
 
 
 def _settings(strategy: Any) -> dict[str, Any]:

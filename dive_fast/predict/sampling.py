@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dive_fast.core.numbers import is_whole, whole_seed
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine.batch_size import rows_per_batch
-from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.engine.model_checks import check_model, checked
+from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.protocol import Model
+from dive_fast.predict.arguments import as_rows, is_finite
 
 
 def sample(
@@ -52,14 +55,13 @@ def sample(
         DiveFastError: classes, steps or batch size out of range.
         ModelError: guidance without an unconditional embedding, or a prediction that is not finite.
     """
+    check_model(model)
     vocabulary, n_timesteps = model.vocabulary, len(model.schedule)
-    index = torch.as_tensor(classes).reshape(-1)
-    if index.numel() == 0 or index.is_floating_point() or index.dtype == torch.bool:
-        raise DiveFastError("classes must be whole numbers [N] with N >= 1.")
-    if int(index.min()) < 0 or int(index.max()) >= len(vocabulary):
-        raise DiveFastError(f"classes must lie in [0, {len(vocabulary)}).")
-    if not 1 <= steps <= n_timesteps:
-        raise DiveFastError(f"steps must lie in [1, {n_timesteps}], got {steps}.")
+    index, seed = as_rows(classes, len(vocabulary)), whole_seed(seed)
+    if not is_whole(steps, 1) or steps > n_timesteps:
+        raise DiveFastError(f"steps must lie in [1, {n_timesteps}], got {shown(steps)}.")
+    if not is_finite(guidance):
+        raise DiveFastError(f"guidance must be a finite number, got {shown(guidance)}.")
     batch_size = rows_per_batch(model, batch_size)
     if guidance != 1 and vocabulary.unconditional is None:
         raise ModelError(f"{model.name} has no unconditional embedding for guidance {guidance}.")
@@ -115,11 +117,13 @@ def _predict(
     """The network's output without learned variances, float32 [N, C, h, w]."""
     n = len(x_t)
     if guidance == 1:
-        given = model.predict(x_t, torch.full((n,), t, device=x_t.device), condition)
+        given = checked(model, "predict", x_t, torch.full((n,), t, device=x_t.device), condition)
         return given[:, : x_t.shape[1]].float()
     # Every part of it is the same "no condition".
     unconditional = model.vocabulary.unconditional[: condition.shape[1]].to(condition)
-    both = model.predict(
+    both = checked(
+        model,
+        "predict",
         torch.cat([x_t, x_t]),
         torch.full((2 * n,), t, device=x_t.device),
         torch.cat([unconditional.expand_as(condition), condition]),

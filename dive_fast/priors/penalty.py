@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.numbers import is_whole
 from dive_fast.core.probes import van_der_corput
 from dive_fast.core.projection import SLOTS_PER_OBJECT
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.priors.layout_prior import LayoutPrior
 
@@ -52,10 +53,10 @@ class LayoutPenalty:
     def __init__(
         self, prior: LayoutPrior, weight: float, probes: int, layout: LayoutFormat, seed: int = 0
     ) -> None:
-        if not weight > 0 or probes < 1:
+        if not weight > 0 or not is_whole(probes, 1):
             raise ModelError(
                 f"expected a prior with a weight above 0 and 1 probe at least, got {weight} and "
-                f"{probes} probes."
+                f"{shown(probes)} probes."
             )
         self.prior, self.weight = prior, weight
         steps = len(prior.schedule)

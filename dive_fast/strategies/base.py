@@ -12,7 +12,7 @@ from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Search
 from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 
 DEFAULT_PROBES = 100
 # What settings of these annotations take.
@@ -110,6 +110,8 @@ def resolve_strategy(
     Raises:
         DiveFastError: an unknown name or setting, or a preset of another strategy.
     """
+    if not isinstance(preset, str | None):
+        raise DiveFastError(f"expected a preset of {', '.join(_PRESETS)}, got {shown(preset)}.")
     chosen = _by_name(strategy, preset) if isinstance(strategy, str | None) else strategy
     if not isinstance(strategy, str | None) and preset is not None:
         raise DiveFastError("expected a strategy object or a preset, got both.")

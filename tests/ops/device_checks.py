@@ -120,3 +120,19 @@ def check_an_index_out_of_range_is_caught(q_sample: Op, loss: Op) -> None:
         inputs[2][2] = wrong
         with pytest.raises(Exception, match="out of range"):
             loss(*inputs, None, 0, 0)
+
+
+def check_unknown_codes_are_refused(loss: Op, backward: Op, device: str) -> None:
+    """A direct call takes codes, and an unknown one must not pass for a known one."""
+    inputs = place(loss_inputs(SMALL), device)
+    grad = torch.ones(SMALL.rows, device=device)
+    for target, norm, name in (
+        (7, 0, "target"),
+        (-1, 0, "target"),
+        (0, 3, "norm"),
+        (0, -1, "norm"),
+    ):
+        for call in (lambda *codes: loss(*inputs, None, *codes),
+                     lambda *codes: backward(grad, *inputs, None, *codes)):  # fmt: skip
+            with pytest.raises(ValueError, match=rf"{name} must be in \[0, ."):
+                call(target, norm)

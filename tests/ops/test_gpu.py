@@ -5,7 +5,15 @@ from __future__ import annotations
 import device_checks
 import pytest
 import torch
-from sample_inputs import FLOAT_DTYPES, SMALL, loss_inputs, q_sample_inputs, search_inputs, vector
+from sample_inputs import (
+    FLOAT_DTYPES,
+    SMALL,
+    loss_inputs,
+    q_sample_inputs,
+    search_inputs,
+    special_searches,
+    vector,
+)
 from torch import Tensor
 
 from dive_fast import ops
@@ -30,6 +38,7 @@ def test_loss_and_backward():
     pair = NAMESPACE.noise_prediction_loss, NAMESPACE.noise_prediction_loss_backward
     device_checks.check_loss(*pair, "cuda")
     device_checks.check_not_a_number_is_passed_on(*pair, "cuda")
+    device_checks.check_unknown_codes_are_refused(*pair, "cuda")
 
 
 @pytest.mark.parametrize("metric", range(len(METRICS)))
@@ -60,6 +69,15 @@ def test_nearest_row_gives_ties_to_the_lowest():
         inputs = (v, table, allowed, extra, 0)
         index, _ = NAMESPACE.nearest_row(*on_gpu(inputs))
         assert torch.equal(index.cpu(), _nearest_row._reference(*inputs)[0])
+
+
+@pytest.mark.parametrize("metric", range(len(METRICS)))
+def test_nearest_row_where_numbers_are_none(metric):
+    for inputs in special_searches(60):
+        index, distance = NAMESPACE.nearest_row(*on_gpu((*inputs, metric)))
+        expected = _nearest_row._reference(*inputs, metric)
+        assert torch.equal(index.cpu(), expected[0])
+        torch.testing.assert_close(distance.cpu(), expected[1], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)

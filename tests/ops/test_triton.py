@@ -38,7 +38,7 @@ def test_the_interpreted_kernels_are_right():
     file = str(Path(__file__).with_name("triton_interpreted.py"))
     result = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", file], TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 passed" in result.stdout, result.stdout
+    assert "7 passed" in result.stdout, result.stdout
 
 
 @needs_triton

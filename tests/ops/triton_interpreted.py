@@ -31,6 +31,10 @@ def test_not_a_number_is_passed_on():
     device_checks.check_not_a_number_is_passed_on(LOSS, BACKWARD, "cpu")
 
 
+def test_unknown_codes_are_refused():
+    device_checks.check_unknown_codes_are_refused(LOSS, BACKWARD, "cpu")
+
+
 def test_every_element_is_written(poisoned_memory):
     device_checks.check_q_sample(q_sample.q_sample, "cpu")
     inputs = device_checks.loss_inputs(device_checks.LONG, learned_sigma=True)

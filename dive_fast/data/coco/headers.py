@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from dive_fast.data.formats import readable_formats
+
 _EXIF_ORIENTATION = 0x0112
 QUARTER_TURNS = range(5, 9)
 _ORIENTATIONS = range(2, 9)  # 1 is upright
@@ -36,7 +38,7 @@ def read_header(path: Path) -> Header | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, and of odd metadata
-            with Image.open(path) as image:
+            with Image.open(path, formats=readable_formats()) as image:
                 return Header(image.size, _orientation(image))
     except Exception:  # damaged headers fail in many ways; reading the image says how
         return None

@@ -183,8 +183,10 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
         )
     transformer = pipeline.component(DiTTransformer2DModel, "transformer")
     config = transformer.config
-    has_vae = (pipeline.index.get("vae") or [None])[0] is not None
-    vae = pipeline.vae(config.in_channels) if has_vae else None
+    vae = None
+    if pipeline.part("vae") is not None:
+        pipeline.check_parts({"vae": "AutoencoderKL"})
+        vae = pipeline.vae(config.in_channels)
     check_sizes(transformer, f"transformer in {directory}")
     return DiT(
         transformer,
@@ -193,7 +195,7 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
         read_class_names(pipeline.index, config.num_embeds_ada_norm),
         name=pipeline.name,
         timestep_embedding=choose_timestep_embedding(
-            timestep_embedding, pipeline.extra.get("timestep_embedding"), config
+            timestep_embedding, pipeline.stated_extra.text("timestep_embedding", None), config
         ),
         convention=convention,
         tied=embedders_are_equal(transformer),
@@ -210,7 +212,7 @@ def choose_timestep_embedding(asked: str, stated: str | None, config) -> str:
         ModelError: an unknown convention.
     """
     known = ("auto", *FREQ_SHIFT)
-    choice = asked if asked != "auto" else stated or "auto"
+    choice = asked if asked != "auto" or stated is None else stated
     if choice not in known:
         raise ModelError(f"expected a timestep_embedding of {', '.join(known)}, got {choice!r}.")
     if choice != "auto":

@@ -3,57 +3,69 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from dive_fast.core.config import Config
+from dive_fast.core.distinct import told_apart
+from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
+from dive_fast.models.files.blueprint import build_within, check_fits, check_values
+from dive_fast.models.files.reading import first_line, read_config, read_json
+from dive_fast.models.files.tensors import Entry, PickledTensors, SafeTensors
+from dive_fast.models.files.weights import find_weights
+
+__all__ = ["fingerprint", "first_line", "load_component", "read_class_names", "read_json"]
 
 WEIGHTS = "diffusion_pytorch_model"
 
-# Reads a component: (class, directory, safetensors or pickles) to the model in float32 and what
-# did not fit, as {"missing_keys": names, "unexpected_keys": names}.
-Reader = Callable[[type, Path, bool], tuple[torch.nn.Module, dict[str, Any]]]
 
+class Library:
+    """How the components of diffusers are made and filled; ``text.towers`` has transformers'.
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        ModelError: missing, unreadable, or not a JSON object.
+    Attributes:
+        safe_stem, pickle_stem: of the weights' files.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"expected {path.name} in {path.parent}, found none.") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
+
+    safe_stem = pickle_stem = WEIGHTS
+
+    def check_config(self, model_class: type, config: Config) -> None:
+        """That the class can make something of these values, as far as their kinds tell."""
+        check_values(model_class.__init__, config)
+
+    def build(self, model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
+        """On the device of the context."""
+        with _quiet_diffusers():
+            return model_class.from_config(dict(config))
+
+    def materialise(
+        self, model_class: type, config: Mapping[str, Any], blueprint: torch.nn.Module
+    ) -> torch.nn.Module:
+        """The blueprint in memory, to be filled; all but its weights is as in a new model."""
+        # Imported when it is called: diffusers' networks take seconds.
+        from diffusers.models.modeling_utils import no_init_weights
+
+        with no_init_weights(), torch.device("cpu"):
+            return self.build(model_class, config)
+
+    def named(self, model: torch.nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
+        """The entries under the names that the model has for them today."""
+        # Attention of VAEs up to diffusers 0.17; pops and sets keys only.
+        return model._fix_state_dict_keys_on_load(dict(entries))
+
+    def ignored(self, model: torch.nn.Module, name: str) -> bool:
+        """Whether a weight that the model lacks may lie there."""
+        patterns = model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, name) for pattern in patterns)
 
 
-def read_diffusers(
-    model_class: type, directory: Path, safe: bool
-) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A diffusers ``ModelMixin``; see ``Reader``."""
-    with _quiet_diffusers():
-        return model_class.from_pretrained(
-            directory,
-            use_safetensors=safe,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+DIFFUSERS = Library()
 
 
 def load_component(
@@ -61,79 +73,130 @@ def load_component(
     directory: Path,
     allow_pickle: bool,
     *,
-    read: Reader = read_diffusers,
-    safe_name: str = WEIGHTS,
-    pickle_name: str = WEIGHTS,
+    variant: str | None = None,
+    library: Library = DIFFUSERS,
 ) -> torch.nn.Module:
     """One component of a pipeline, complete, finite and frozen, in float32.
+
+    The weights' names and shapes are compared with the configuration before memory is taken.
 
     Args:
         model_class: its class.
         directory: the component's folder, with ``config.json`` and the weights.
         allow_pickle: also take ``.bin`` weights (read with ``weights_only=True``).
-        read: how the class is read.
-        safe_name, pickle_name: the weights' file, without ``.safetensors`` and ``.bin``; other
-            variants beside it (``.fp16.safetensors``) are not looked at.
+        variant: see ``find_weights``.
+        library: whose class it is.
 
     Raises:
-        ModelError: no weights, pickled weights without ``allow_pickle``, or weights that are
-            truncated, incomplete, of another shape, or not finite.
+        ModelError: no weights, two sets of them, pickled weights without ``allow_pickle``, or
+            weights that are truncated, incomplete, of another shape or type, or not finite.
     """
     if not directory.is_dir():
         raise ModelError(f"expected the folder {directory.name} in {directory.parent}, found none.")
-    read_json(directory / "config.json")
-    paths = _weights(directory, safe_name, "safetensors")
-    safe = bool(paths)
-    if not safe:
-        paths = _weights(directory, pickle_name, "bin")
-        if not paths:
-            raise ModelError(
-                f"expected weights {safe_name}.safetensors in {directory}, found none (pickled "
-                f"ones are fetched and read only if asked for: allow_pickle=True, --allow-pickle)."
-            )
-        if not allow_pickle:
-            raise ModelError(
-                f"{directory} holds pickled weights only ({pickle_name}.bin), which are refused "
-                f"unless asked for (allow_pickle=True, --allow-pickle)."
-            )
-    _check_files(paths)
+    config = read_config(directory / "config.json")
     try:
-        model, report = read(model_class, directory, safe)
-    except Exception as error:  # safetensors, pickle, zip and torch each raise their own kinds
+        library.check_config(model_class, config)
+    except ModelError as error:
+        raise ModelError(
+            f"{directory} cannot be loaded as {model_class.__name__}: {error}"
+        ) from error
+    try:
+        tensors = _tensors(directory, allow_pickle, variant, library)
+        model = _filled(model_class, config.content, tensors, directory, library)
+    except ModelError:
+        raise
+    # safetensors, pickle, zip, torch and every constructor raise their own kinds.
+    except Exception as error:
         raise ModelError(
             f"{directory} cannot be loaded as {model_class.__name__}: {first_line(_root(error))}"
         ) from error
-    for key in ("missing_keys", "unexpected_keys"):
-        if report[key]:
-            names = sorted(report[key])
-            raise ModelError(
-                f"the weights in {directory} do not fit its config.json: {len(names)} "
-                f"{key.replace('_', ' ')}, the first is {names[0]}."
-            )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
             raise ModelError(f"the weights in {directory} are not finite: {name} holds NaN or inf.")
-    return model.eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False)
 
 
-def read_class_names(index: dict[str, Any], n: int) -> tuple[str, ...]:
+def _tensors(
+    directory: Path, allow_pickle: bool, variant: str | None, library: Library
+) -> SafeTensors | PickledTensors:
+    """What the one set of weights in a folder holds; safetensors before pickles."""
+    try:
+        names = [path.name for path in directory.iterdir() if not path.is_dir()]
+    except OSError as error:
+        raise ModelError(f"{directory} cannot be read: {error.strerror}.") from error
+    safe, pickled = library.safe_stem, library.pickle_stem
+    if weights := find_weights(names, safe, "safetensors", variant, directory):
+        return SafeTensors(directory, weights)
+    weights = find_weights(names, pickled, "bin", variant, directory)
+    if weights is None:
+        raise ModelError(
+            f"expected weights {safe}.safetensors in {directory}, found none (pickled ones are "
+            f"fetched and read only if asked for: allow_pickle=True, --allow-pickle)."
+        )
+    if not allow_pickle:
+        raise ModelError(
+            f"{directory} holds pickled weights only ({weights.files[0]}), which are refused "
+            f"unless asked for (allow_pickle=True, --allow-pickle)."
+        )
+    return PickledTensors(directory, weights)
+
+
+def _filled(
+    model_class: type,
+    config: Mapping[str, Any],
+    tensors: SafeTensors | PickledTensors,
+    directory: Path,
+    library: Library,
+) -> torch.nn.Module:
+    """The class with its weights, in which every value has been set."""
+    n = len(tensors.entries)
+    blueprint = build_within(lambda: library.build(model_class, config), n)
+    if blueprint is None:
+        raise ModelError(
+            f"the weights in {directory} do not fit its config.json: it makes far more than the "
+            f"{n} weights that are there."
+        )
+    found = library.named(blueprint, tensors.entries)
+    check_fits(blueprint, found, lambda name: library.ignored(blueprint, name), directory)
+    model = library.materialise(model_class, config, blueprint)
+    # By what the file calls it: a key and its file belong to one weight.
+    targets, values = model.state_dict(), {(e.file, e.key): name for name, e in found.items()}
+    with torch.no_grad():
+        for key, value in tensors.values():
+            entry = tensors.entries[key]
+            target = targets.get(values[entry.file, entry.key])
+            if target is not None:
+                target.copy_(value)
+    return model
+
+
+def read_class_names(index: dict[str, Any], n: int, *, distinct: bool = True) -> tuple[str, ...]:
     """``id2label`` of ``model_index.json`` as n names; "class 0", ... where there is none.
 
     diffusers itself drops ``id2label`` in ``save_pretrained``.
 
+    Args:
+        distinct: names that occur more than once get their row in brackets, with a warning.
+
     Raises:
-        ModelError: the ids are not exactly 0 ... n - 1.
+        ModelError: the ids are not exactly 0 ... n - 1, or a name is empty or no text.
     """
     labels = index.get("id2label")
     if not labels:
         return tuple(f"class {i}" for i in range(n))
     try:
-        by_id = {int(key): str(value) for key, value in labels.items()}
+        by_id = {int(key): value for key, value in labels.items()}
     except (AttributeError, ValueError) as error:
         raise ModelError("id2label must map class ids to names.") from error
-    if sorted(by_id) != list(range(n)):
-        raise ModelError(f"id2label must name the classes 0 to {n - 1}, got {len(by_id)} ids.")
-    return tuple(by_id[i] for i in range(n))
+    if sorted(by_id) != list(range(n)) or len(labels) != n:
+        raise ModelError(f"id2label must name the classes 0 to {n - 1}, got {len(labels)} ids.")
+    names = [str(by_id[i]) if is_whole(by_id[i]) else by_id[i] for i in range(n)]
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ModelError(
+                f"id2label must name the class {i} by a text that is not empty, got {name!r}."
+            )
+    return told_apart(names, "id2label") if distinct else tuple(names)
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -147,33 +210,6 @@ def fingerprint(module: torch.nn.Module) -> str:
             f"{name} {weight.sum().item():.6e} {(weight * ramp).sum().item():.6e}".encode()
         )
     return digest.hexdigest()[:16]
-
-
-def _weights(directory: Path, name: str, suffix: str) -> list[Path]:
-    """The weights' file, or its shards."""
-    pattern = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.{suffix}")
-    return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name))
-
-
-def _check_files(paths: list[Path]) -> None:
-    """That none is empty, and that safetensors are whole, which their header tells."""
-    for path in paths:
-        try:
-            if path.stat().st_size == 0:
-                raise ModelError(f"expected weights in {path}, got an empty file (0 bytes).")
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is truncated or damaged: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message that says something, ended by a full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # "Error(s) in loading state_dict for ...:" only announces the next line.
-    lines = [line for line in lines if not line.endswith(":")] or [type(error).__name__]
-    return lines[0] if lines[0].endswith(".") else lines[0] + "."
 
 
 def _root(error: BaseException) -> BaseException:

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from dive_fast import zoo
+from dive_fast.core.config import shown
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import first_line, read_json
+from dive_fast.models.files.beside import tell_of
+from dive_fast.models.files.reading import first_line, read_json
 from dive_fast.models.files.sidecar import FILE
+from dive_fast.models.files.weights import (
+    STEMS,
+    check_among,
+    is_index,
+    variants,
+    wanted_weights,
+)
 
 TOP_FILES = ["model_index.json", FILE, "generation_config.json"]
 SHARD = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
-SAFE_WEIGHTS = ["diffusion_pytorch_model", "model"]
-PICKLED_WEIGHTS = ["diffusion_pytorch_model", "pytorch_model"]
 
 # The folders of a pipeline that are read, by its model_index.json; None for all.
 FoldersOf = Callable[[dict[str, Any]], Sequence[str] | None]
 
 
-def find(source: str, folders_of: FoldersOf, allow_pickle: bool) -> Path:
+def find(
+    source: str, folders_of: FoldersOf, allow_pickle: bool, variant: str | None = None
+) -> Path:
     """The directory of a model, downloaded if it is a hub id.
 
     Raises:
@@ -29,26 +39,35 @@ def find(source: str, folders_of: FoldersOf, allow_pickle: bool) -> Path:
     """
     if source in zoo.names():
         return zoo.path(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"expected a model directory, got the file {source}.")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise ModelError(f"expected a model directory, got the file {source}.")
+    except ModelError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, nobody's home
+        raise ModelError(f"{shown(source)} cannot be a directory: {first_line(error)}") from error
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ModelError(
-            f"unknown model {source!r}: expected a model of the zoo ({', '.join(zoo.names())}), "
-            f"a directory that exists, or a hub id like facebook/DiT-XL-2-256."
+            f"unknown model {shown(source)}: expected a model of the zoo "
+            f"({', '.join(zoo.names())}), a directory that exists, or a hub id like "
+            f"facebook/DiT-XL-2-256."
         )
-    return download(source, folders_of, allow_pickle)
+    return download(source, folders_of, allow_pickle, variant)
 
 
-def download(hub_id: str, folders_of: FoldersOf, allow_pickle: bool) -> Path:
-    """Fetches what is read of a model: no other precision, no single-file checkpoint.
+def download(
+    hub_id: str, folders_of: FoldersOf, allow_pickle: bool, variant: str | None = None
+) -> Path:
+    """Fetches what is read of a model: one set of weights per folder, no single-file checkpoint.
 
-    Pickles are fetched, if allowed, for folders without safetensors only.
+    Weights are fetched in the variant that ``find_weights`` would choose. Pickles are fetched, if
+    allowed, for folders without safetensors only.
 
     Raises:
-        ModelError: it cannot be fetched, or its family is not supported.
+        ModelError: it cannot be fetched, its family is not supported, or it has no such variant.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -56,11 +75,12 @@ def download(hub_id: str, folders_of: FoldersOf, allow_pickle: bool) -> Path:
         # The family decides what else is needed, and whether anything is.
         index = hf_hub_download(hub_id, "model_index.json")
         folders = folders_of(read_json(Path(index)))
-        directory = Path(snapshot_download(hub_id, allow_patterns=patterns(folders)))
-        bare = _without_weights(directory, folders)
-        if allow_pickle and bare:
-            snapshot_download(hub_id, allow_patterns=pickle_patterns(bare))
-        return directory
+        listing = _listing(hub_id)
+        if listing is None:
+            allowed = patterns(folders, variant, allow_pickle)
+        else:
+            allowed = [escape(f) for f in wanted(listing, folders, variant, allow_pickle, hub_id)]
+        return Path(snapshot_download(hub_id, allow_patterns=allowed))
     except ModelError:
         raise
     except Exception as error:  # the hub, the network and the disk each raise their own kinds
@@ -70,22 +90,61 @@ def download(hub_id: str, folders_of: FoldersOf, allow_pickle: bool) -> Path:
         ) from error
 
 
-def patterns(folders: Sequence[str] | None) -> list[str]:
-    """What to fetch, as ``fnmatch`` patterns: configurations, tokenizers and safetensors."""
-    names = [f"{name}{shard}.safetensors" for name in SAFE_WEIGHTS for shard in ("", SHARD)]
+def wanted(
+    listing: Sequence[str],
+    folders: Sequence[str] | None,
+    variant: str | None,
+    allow_pickle: bool,
+    where: object,
+) -> list[str]:
+    """Of a repository's files those to fetch: configurations, tokenizers and weights.
+
+    Raises:
+        ModelError: the variant is not there, or as ``find_weights``.
+    """
+    tell_of([file for file in listing if _is_read(file, folders)], where)
+    by_folder: dict[str, list[str]] = {}
+    for file in listing:
+        folder, slash, name = file.partition("/")
+        if slash and "/" not in name and (folders is None or folder in folders):
+            by_folder.setdefault(folder, []).append(name)
+    if variant is not None:
+        check_among({v for names in by_folder.values() for v in variants(names)}, variant, where)
+    found = [file for file in listing if file in TOP_FILES]
+    for folder, names in by_folder.items():
+        texts = [n for n in names if n.endswith((".json", ".txt"))]
+        # The index of another set would make two of them, and an adapter is told of above.
+        texts = [n for n in texts if not (is_index(n) or n == "adapter_config.json")]
+        weights = wanted_weights(names, variant, allow_pickle, f"{where}/{folder}")
+        found += [f"{folder}/{name}" for name in (*texts, *weights)]
+    return found
+
+
+def patterns(
+    folders: Sequence[str] | None, variant: str | None = None, allow_pickle: bool = False
+) -> list[str]:
+    """The same as ``fnmatch`` patterns, for a repository whose files nobody could list."""
+    ends = ["", SHARD]
+    if variant is not None:
+        ends += [f".{variant}", f".{variant}{SHARD}", f"{SHARD}.{variant}"]
+    kinds = ("safetensors", "bin") if allow_pickle else ("safetensors",)
+    names = [f"{stem}{end}.{kind}" for kind in kinds for stem in STEMS[kind] for end in ends]
     return TOP_FILES + [
         f"{folder}/{name}" for folder in folders or ["*"] for name in ("*.json", "*.txt", *names)
     ]
 
 
-def pickle_patterns(folders: Sequence[str]) -> list[str]:
-    """The pickled weights of these folders."""
-    names = [f"{name}{shard}.bin" for name in PICKLED_WEIGHTS for shard in ("", SHARD)]
-    return [f"{folder}/{name}" for folder in folders for name in names]
+def _listing(hub_id: str) -> list[str] | None:
+    """The repository's files; None where the hub cannot be asked, but has been asked before."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list(list_repo_files(hub_id))
+    except Exception:  # what was fetched before is used, as ``snapshot_download`` does
+        return None
 
 
-def _without_weights(directory: Path, folders: Sequence[str] | None) -> list[str]:
-    """The folders that hold no safetensors: pickled ones, and those that have no weights at all."""
-    if folders is None:
-        folders = [path.parent.name for path in directory.glob("*/*.json")]
-    return [f for f in dict.fromkeys(folders) if not any((directory / f).glob("*.safetensors"))]
+def _is_read(file: str, folders: Sequence[str] | None) -> bool:
+    """Whether it lies beside the model, or in a folder that is read."""
+    folder, slash, _ = file.partition("/")
+    return not slash or folders is None or folder in folders

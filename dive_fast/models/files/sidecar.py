@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dive_fast.core.config import LARGEST_FLOAT, shown
 from dive_fast.core.files import replacing
 from dive_fast.core.numbers import is_number
 from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ModelError
-from dive_fast.models.files.checkpoint import read_json
+from dive_fast.models.files.reading import read_json
 from dive_fast.models.protocol import Model, optional
 
 FILE = "dive_fast.json"
@@ -89,8 +90,8 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
     path = directory / FILE
     content = read_json(path) if required else read_extra(directory)
     beta = content.get("beta")
-    if beta is not None and not (is_number(beta) and beta > 0):
-        raise ModelError(f"beta in {path} must be above 0, got {beta!r}.")
+    if beta is not None and not (is_number(beta) and 0 < beta <= LARGEST_FLOAT):
+        raise ModelError(f"beta in {path} must be above 0 and below 3e38, got {shown(beta)}.")
     learned = {}
     for key, kind in (("timesteps", TimestepWeights), ("shortlist", Shortlist)):
         try:

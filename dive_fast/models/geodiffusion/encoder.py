@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dive_fast.core.distinct import without_row
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.errors import ModelError
@@ -157,14 +158,14 @@ class Words:
         return words
 
     def _check(self, tokenizer: Any, prompts: LocationPrompts) -> None:
-        seen: dict[tuple[int, ...], str] = {}
-        for name, phrase in zip(prompts.names, self.phrases, strict=True):
-            if tuple(phrase) in seen:
+        seen: dict[tuple[int, ...], tuple[str, str]] = {}
+        for row, (name, phrase) in enumerate(zip(prompts.names, self.phrases, strict=True)):
+            other, plain = seen.setdefault(tuple(phrase), (name, without_row(name, row)))
+            if plain != without_row(name, row):
                 raise ModelError(
-                    f"the classes {seen[tuple(phrase)]!r} and {name!r} have the same phrase as the "
-                    f"text encoder reads it (lower case)."
+                    f"the classes {other!r} and {name!r} have the same phrase as the text encoder "
+                    f"reads it (lower case)."
                 )
-            seen[tuple(phrase)] = name
         last = len(self.cells) - 1
         # Twice, so that a phrase also stands behind a location token.
         written = [prompts.write([(c, 0, last)] * 2) for c in range(len(prompts.names))]

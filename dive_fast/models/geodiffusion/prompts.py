@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dive_fast.core.config import shown
 from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import read_json
@@ -33,6 +34,7 @@ from dive_fast.models.text.prompts import Classes, ClassPrompts, require_classes
 OBJECTS = "{bbox}"
 DEFAULT_TEMPLATE = f"An image with {OBJECTS}"
 CONFIG = "generation_config.json"
+LARGEST_IMAGE = 8192  # sides in pixels
 TOKENIZER_FILES = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -129,7 +131,7 @@ def read_prompts(
     if limit is not None and not is_whole(limit, 1):
         raise ModelError(
             f"expected at least 1 object as max_num_bbox in {directory / CONFIG} (or max_objects "
-            f"in {FILE}), got {limit!r}."
+            f"in {FILE}), got {shown(limit)}."
         )
     return LocationPrompts(names, phrases, _template(templates), grid, limit)
 
@@ -144,10 +146,10 @@ def read_size(directory: Path) -> int | None:
     sides = (config.get("width"), config.get("height"))
     if sides == (None, None):
         return None
-    if sides[0] != sides[1] or not is_whole(sides[0], 1):
+    if sides[0] != sides[1] or not is_whole(sides[0], 1) or sides[0] > LARGEST_IMAGE:
         raise ModelError(
-            f"expected square images in {directory / CONFIG}, got width {sides[0]!r} and "
-            f"height {sides[1]!r}."
+            f"expected square images in {directory / CONFIG} of at most {LARGEST_IMAGE} pixels, "
+            f"got width {shown(sides[0])} and height {shown(sides[1])}."
         )
     return sides[0]
 
@@ -155,8 +157,8 @@ def read_size(directory: Path) -> int | None:
 def _phrases(classes: Classes) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names and phrases."""
     if not isinstance(classes, Mapping):
-        names = ClassPrompts.make(classes).names
-        return names, tuple(name.replace("-", " ") for name in names)
+        made = ClassPrompts.make(classes, ["{}"])
+        return made.names, tuple(name.replace("-", " ") for (name,) in made.prompts)
     made = ClassPrompts.make(classes)
     for name, prompts in zip(made.names, made.prompts, strict=True):
         if len(prompts) != 1:
@@ -203,7 +205,7 @@ def _grid(n_tokens: int, stated: Any, directory: Path) -> int:
     if not isinstance(stated, list) or len(stated) != 2 or not all(is_whole(n, 2) for n in stated):
         raise ModelError(
             f"expected two numbers above 1 as num_bucket_per_side in {directory / CONFIG}, "
-            f"got {stated!r}."
+            f"got {shown(stated)}."
         )
     if stated[0] != stated[1]:
         raise ModelError(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
+from dive_fast.core.config import LARGEST, shown
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.numbers import is_whole
 from dive_fast.core.schedule import Schedule
@@ -195,8 +196,10 @@ def check_images(channels: int, vae: Autoencoder | None, space_to_depth: Any) ->
     Raises:
         ModelError: it does not.
     """
-    if not is_whole(space_to_depth, 1):
-        raise ModelError(f"space_to_depth must be a number of at least 1, got {space_to_depth!r}.")
+    if not is_whole(space_to_depth, 1) or space_to_depth > LARGEST:
+        raise ModelError(
+            f"space_to_depth must be a number of at least 1, got {shown(space_to_depth)}."
+        )
     if channels % space_to_depth**2:
         raise ModelError(
             f"space_to_depth {space_to_depth} needs a multiple of {space_to_depth**2} channels, "

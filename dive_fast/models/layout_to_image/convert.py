@@ -20,6 +20,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor, nn
 
+from dive_fast.core.distinct import told_apart
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import make_betas
@@ -54,8 +55,9 @@ def convert_layout_checkpoint(
 
     Args:
         checkpoint: a pickled file (read with ``weights_only=True``) or safetensors.
-        names: of the classes, in the order of their tokens. Checkpoints do not hold them; without,
-            every token but the last may be a class, "class 0", "class 1", ...
+        names: of the classes, in the order of their tokens; equal ones are told apart by their
+            rows. Checkpoints do not hold them; without, every token but the last may be a class,
+            "class 0", "class 1", ...
         latent_size: the side of the latents, which checkpoints do not hold.
         head_channels: of the UNet's attention heads, which checkpoints do not hold.
 
@@ -152,6 +154,7 @@ def _convert_encoder(part: dict[str, Tensor], names: Sequence[str] | None) -> La
         )
     names = [f"class {i}" for i in range(size - 1)] if names is None else names
     try:
+        names = told_apart(names)
         layout = LayoutFormat.latent_diffusion(names, max_objects, size, crop=rest == 2)
     except DiveFastError as error:
         raise ModelError(f"the checkpoint's layouts cannot be used: {error}") from error

@@ -34,9 +34,8 @@ def load(directory: Path, **asked: Any) -> LayoutModel:
         family, part = LayoutTransformerModel, SD3Transformer2DModel
     denoiser = pipeline.component(part, family.folder)
     encoder = pipeline.component(LayoutEncoder, "layout_encoder")
-    vae, entry = None, pipeline.index.get("vae")
-    if entry is not None:
-        class_name = entry[-1] if isinstance(entry, list) and entry else entry
+    vae, class_name = None, pipeline.part("vae")
+    if class_name is not None:
         if class_name not in AUTOENCODERS:
             raise ModelError(
                 f"expected vae in {directory / 'model_index.json'} to be a "

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from dive_fast.core.condition import ConditionParts
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import first_line, load_component
+from dive_fast.models.text.encoders import (
+    TransformersLibrary,
+    import_transformers,
+    quiet_transformers,
+)
 from dive_fast.models.text.prompts import ClassPrompts
-from dive_fast.models.text.towers import import_transformers, quiet_transformers, read_transformers
 
 ENCODE_BATCH = 8  # prompts
 
@@ -139,7 +143,9 @@ def _refuse_twins(names: Sequence[str], table: Tensor) -> None:
             )
 
 
-def load_encoders(directory: Path, index: Mapping[str, Any], allow_pickle: bool) -> dict[str, Any]:
+def load_encoders(
+    directory: Path, index: Mapping[str, Any], allow_pickle: bool, variant: str | None = None
+) -> dict[str, Any]:
     """Tokenizers and text encoders of a directory by their folders; None for those left out.
 
     Raises:
@@ -164,8 +170,10 @@ def load_encoders(directory: Path, index: Mapping[str, Any], allow_pickle: bool)
                 f"expected a class of transformers for {folder} in "
                 f"{directory / 'model_index.json'}, got {entry[1]!r}."
             )
-        load = _load_tokenizer if folder.startswith("tokenizer") else _load_encoder
-        found[folder] = load(kind, directory / folder, allow_pickle)
+        if folder.startswith("tokenizer"):
+            found[folder] = _load_tokenizer(kind, directory / folder)
+        else:
+            found[folder] = _load_encoder(kind, directory / folder, allow_pickle, variant)
     _check_tokens(found, directory)
     return found
 
@@ -183,18 +191,13 @@ def _check_tokens(found: Mapping[str, Any], directory: Path) -> None:
             )
 
 
-def _load_encoder(kind: type, folder: Path, allow_pickle: bool) -> nn.Module:
+def _load_encoder(kind: type, folder: Path, allow_pickle: bool, variant: str | None) -> nn.Module:
     return load_component(
-        kind,
-        folder,
-        allow_pickle,
-        read=read_transformers,
-        safe_name="model",
-        pickle_name="pytorch_model",
+        kind, folder, allow_pickle, variant=variant, library=TransformersLibrary()
     )
 
 
-def _load_tokenizer(kind: type, folder: Path, allow_pickle: bool) -> Any:
+def _load_tokenizer(kind: type, folder: Path) -> Any:
     if not folder.is_dir():
         raise ModelError(f"expected the folder {folder.name} in {folder.parent}, found none.")
     _check_vocabulary(kind, folder)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dive_fast.errors import ModelError, some
+from dive_fast.core.distinct import told_apart
+from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import read_class_names, read_json
 from dive_fast.models.files.sidecar import read_extra
 
@@ -23,7 +24,7 @@ class ClassPrompts:
     """The prompts of every class.
 
     Attributes:
-        names: one per class, all different.
+        names: one per class, all different: of equal ones each has its row in brackets.
         prompts: one tuple per class, each of at least one prompt.
         average: how several prompts of one class become one answer. "embedding": the mean of their
             embeddings is one condition. "loss": each is a condition of its own, and the class's
@@ -45,13 +46,14 @@ class ClassPrompts:
 
         Args:
             classes: names, to be put into every template; or a mapping from each name to its
-                prompt or list of prompts, which are taken as they stand.
+                prompt or list of prompts, which are taken as they stand. Equal names are told
+                apart by their rows ("crane (134)"), with a warning; their prompts are the same.
             templates: each with "{}" where the name goes; "a photo of a {}." if None.
             average: "embedding" (the default) or "loss".
 
         Raises:
-            ModelError: no classes, an empty or repeated name, a template without "{}", templates
-                for classes that have prompts already, or an unknown average.
+            ModelError: no classes, a name that is empty or no text, a template without "{}",
+                templates for classes that have prompts already, or an unknown average.
         """
         if average is None:
             average = "embedding"
@@ -66,9 +68,7 @@ class ClassPrompts:
             names = _texts(classes, "classes")
             patterns = _templates(templates)
             prompts = [tuple(p.replace("{}", name) for p in patterns) for name in names]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ModelError(f"expected different classes, got {some(repeated)} more than once.")
+        names = told_apart(names, prompts=True)
         if average == "loss" and len(set(map(len, prompts))) > 1:
             raise ModelError(
                 "average='loss' needs as many prompts for every class, got "
@@ -116,7 +116,8 @@ def stored_classes(directory: Path) -> Classes | None:
     if not labels:
         return None
     n = len(labels) if isinstance(labels, dict) else 0
-    return list(read_class_names({"id2label": labels}, n))
+    # Equal names stay equal here: prompts are made of them.
+    return list(read_class_names({"id2label": labels}, n, distinct=False))
 
 
 def _templates(templates: Sequence[str] | None) -> tuple[str, ...]:
@@ -131,10 +132,10 @@ def _templates(templates: Sequence[str] | None) -> tuple[str, ...]:
 
 def _prompts_of(name: str, prompts: str | Sequence[str]) -> tuple[str, ...]:
     # The empty prompt is a prompt, if someone writes it out.
-    if isinstance(prompts, str):
-        return (prompts,)
-    listed = tuple(prompts) if isinstance(prompts, Iterable) else ()
-    if not listed or not all(isinstance(prompt, str) for prompt in listed):
+    listed = (prompts,) if isinstance(prompts, str) else ()
+    if not listed and isinstance(prompts, Iterable):
+        listed = tuple(prompts)
+    if not listed or not all(_is_text(prompt) for prompt in listed):
         raise ModelError(f"the class {name!r} needs a prompt or a list of them, got {prompts!r}.")
     return listed
 
@@ -147,6 +148,17 @@ def _texts(values: Any, what: str) -> tuple[str, ...]:
     if not texts:
         raise ModelError(f"{what} must hold at least one text, got none.")
     for text in texts:
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text) or not text.strip():
             raise ModelError(f"{what} must hold texts that are not empty, got {text!r}.")
     return texts
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that can be written: file names that are no UTF-8 cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

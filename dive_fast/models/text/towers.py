@@ -5,8 +5,8 @@ transformers is imported where it is used: only text-conditional models need it.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -15,14 +15,35 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from dive_fast.core.config import Config, shown
+from dive_fast.core.distinct import without_row
 from dive_fast.core.memory import available_bytes
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import first_line, load_component, read_json
+from dive_fast.models.files.checkpoint import load_component
+from dive_fast.models.files.reading import first_line, read_config
+from dive_fast.models.files.tensors import Entry
+from dive_fast.models.text.encoders import (
+    TransformersLibrary,
+    import_transformers,
+    quiet_transformers,
+)
 from dive_fast.models.text.prompts import ClassPrompts
+
+log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 32  # prompts
 TOKEN_BATCH = 4096  # prompts; the tokenizer takes many at once as fast as a few
 SUFFIXES = ("", "_2")  # of the folders tokenizer and text_encoder
+MIN_LENGTH = 3  # tokens of a prompt: start, a word, end
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+PREFIX = "text_model."
+POSITIONS = "embeddings.position_ids"  # 0, 1, 2 ...
 
 
 class TextTower(NamedTuple):
@@ -64,27 +85,30 @@ class PromptEncoder:
         """Warns of prompts that are cut.
 
         Raises:
-            ModelError: two classes have the same tokens, so that nothing can tell them apart.
+            ModelError: two classes of different names have the same tokens, so that nothing can
+                tell them apart. Of equal names ``ClassPrompts.make`` has warned.
         """
         limit = self.towers[0].length
-        seen: dict[tuple, str] = {}
+        seen: dict[tuple, tuple[str, str]] = {}
         cut = []
-        for name, full in zip(classes.names, self._token_ids(classes), strict=True):
+        for row, (name, full) in enumerate(
+            zip(classes.names, self._token_ids(classes), strict=True)
+        ):
             if max(map(len, full)) > limit:
                 cut.append(f"{name!r} ({max(map(len, full))} tokens)")
             key = tuple(tuple(ids[: limit - 1]) for ids in full)
-            if key in seen:
+            other, plain = seen.setdefault(key, (name, without_row(name, row)))
+            if plain != without_row(name, row):
                 raise ModelError(
-                    f"the classes {seen[key]!r} and {name!r} have the same prompts as the text "
+                    f"the classes {other!r} and {name!r} have the same prompts as the text "
                     f"encoder reads them (lower case, {limit} tokens)."
                 )
-            seen[key] = name
         if cut:
             listed = ", ".join(cut[:5]) + (f" and {len(cut) - 5} more" if len(cut) > 5 else "")
-            warnings.warn(
-                f"prompts are cut to the {limit} tokens of the text encoder, for the classes "
-                f"{listed}",
-                stacklevel=2,
+            log.warning(
+                "prompts are cut to the %d tokens of the text encoder, for the classes %s.",
+                limit,
+                listed,
             )
 
     def _token_ids(self, classes: ClassPrompts) -> Iterator[list[list[int]]]:
@@ -214,26 +238,31 @@ def _bar(n_prompts: int) -> tqdm:
     return tqdm(total=n_prompts, disable=None, delay=1, leave=False, unit="prompt", desc="encode")
 
 
-def load_tower(directory: Path, suffix: str, class_name: str, allow_pickle: bool) -> TextTower:
+def load_tower(
+    directory: Path,
+    suffix: str,
+    class_name: str,
+    allow_pickle: bool,
+    variant: str | None = None,
+) -> TextTower:
     """``tokenizer`` and ``text_encoder`` of a model directory.
 
     Args:
         suffix: "" or "_2".
         class_name: of the encoder, "CLIPTextModel" or "CLIPTextModelWithProjection".
+        variant: see ``find_weights``.
 
     Raises:
         ModelError: transformers is not installed, or a part is missing or broken.
     """
     transformers = import_transformers()
     tokenizer = _load_tokenizer(transformers, directory / f"tokenizer{suffix}")
-    folder = directory / f"text_encoder{suffix}"
     encoder = load_component(
         getattr(transformers, class_name),
-        folder,
+        directory / f"text_encoder{suffix}",
         allow_pickle,
-        read=_read_clip,
-        safe_name="model",
-        pickle_name="pytorch_model",
+        variant=variant,
+        library=_Clip(),
     )
     config = encoder.config
     if len(tokenizer) > config.vocab_size:
@@ -243,23 +272,7 @@ def load_tower(directory: Path, suffix: str, class_name: str, allow_pickle: bool
         )
     # Without a tokenizer_config.json the tokenizer knows no limit.
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    return TextTower(tokenizer, encoder, length)
-
-
-def import_transformers() -> Any:
-    """The module.
-
-    Raises:
-        ModelError: it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelError(
-            "text-conditional models need transformers, which is not installed: "
-            "pip install 'dive_fast[text]'."
-        ) from error
-    return transformers
+    return TextTower(tokenizer, encoder, int(length))
 
 
 def _load_tokenizer(transformers: Any, folder: Path) -> Any:
@@ -269,6 +282,9 @@ def _load_tokenizer(transformers: Any, folder: Path) -> Any:
     pair = [folder / "vocab.json", folder / "merges.txt"]
     if not (folder / "tokenizer.json").exists() and not all(path.exists() for path in pair):
         raise ModelError(f"expected vocab.json and merges.txt (or tokenizer.json) in {folder}.")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            _check_tokens(read_config(folder / name))
     try:
         with quiet_transformers(transformers):
             return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -278,48 +294,58 @@ def _load_tokenizer(transformers: Any, folder: Path) -> Any:
         ) from error
 
 
-def _read_clip(
-    model_class: type, directory: Path, safe: bool
-) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A CLIP text model; see ``checkpoint.Reader``."""
-    kind = read_json(directory / "config.json").get("model_type")
-    if kind != "clip_text_model":
-        raise ModelError(f"expected the model_type clip_text_model, got {kind!r}.")
-    return read_transformers(model_class, directory, safe)
+def _check_tokens(config: Config) -> None:
+    """Of what states the tokens that a tokenizer adds, and how many a prompt may have."""
+    # transformers writes 1e30 where there is no limit.
+    config.number("model_max_length", None, at_least=MIN_LENGTH)
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = config.content.get(key)
+        if isinstance(token, Mapping):
+            Config(f"{key} in {config.where}", token).text("content")
+        else:
+            config.text(key, None)
 
 
-def read_transformers(
-    model_class: type, directory: Path, safe: bool
-) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A ``PreTrainedModel``; see ``checkpoint.Reader``."""
-    with quiet_transformers(import_transformers()):
-        model, report = model_class.from_pretrained(
-            directory,
-            use_safetensors=safe,
-            weights_only=True,
-            output_loading_info=True,
-            # Reported below by name; transformers itself only says that there are some.
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-        )
-    for name, found, expected in report["mismatched_keys"]:
-        raise ModelError(f"size mismatch for {name}: {list(found)}, expected {list(expected)}.")
-    # A constant that older versions saved, and that published checkpoints carry.
-    surplus = [k for k in report["unexpected_keys"] if not k.endswith("embeddings.position_ids")]
-    # Half precision is read as such by newer versions.
-    return model.float(), {"missing_keys": report["missing_keys"], "unexpected_keys": surplus}
+class _Clip(TransformersLibrary):
+    """CLIP's text encoders."""
 
+    def check_config(self, model_class: type, config: Config) -> None:
+        kind = config.content.get("model_type")
+        if kind != "clip_text_model":
+            raise ModelError(f"expected the model_type clip_text_model, got {shown(kind)}.")
+        for key in ("num_hidden_layers", *_SIZES):
+            config.whole(key, None, at_least=int(key in _SIZES))
+        for key in ("initializer_range", "initializer_factor"):
+            config.number(key, None, at_least=0)
+        config.number("layer_norm_eps", None, at_least=0, at_most=0.1)
+        config.number("attention_dropout", None, at_least=0, at_most=1)
+        config.text("hidden_act", None)
+        config.whole("eos_token_id", None, at_least=0)
+        # Missing ones have a default; null would be met in the first forward.
+        for key in ("layer_norm_eps", "eos_token_id", "hidden_act", "num_hidden_layers", *_SIZES):
+            if key in config.content and config.content[key] is None:
+                raise ModelError(f"{key} in {config.where} must be stated, got null.")
 
-@contextmanager
-def quiet_transformers(transformers: Any) -> Iterator[None]:
-    """No bars for each little file, and no report of what becomes one sentence."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
+    def materialise(
+        self, model_class: type, config: Mapping[str, Any], blueprint: torch.nn.Module
+    ) -> torch.nn.Module:
+        # Not built anew: to fill them all with random numbers takes seconds.
+        model = blueprint.to_empty(device="cpu")
+        weights = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name.endswith(POSITIONS):
+                buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+            elif name not in weights:
+                raise ModelError(
+                    f"{name} of a {model_class.__name__} is not known to this version."
+                )
+        return model
+
+    def named(self, model: torch.nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
+        # transformers 4 and 5 save the text encoder with and without this prefix.
+        names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
+        return {names.get(n.removeprefix(PREFIX), n): entry for n, entry in entries.items()}
+
+    def ignored(self, model: torch.nn.Module, name: str) -> bool:
+        # A constant that older versions saved, and that published checkpoints carry.
+        return name.endswith(POSITIONS)

@@ -16,9 +16,9 @@ from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import Autoencoder, image_shape
 from dive_fast.models.pipeline import Pipeline
+from dive_fast.models.text.encoders import import_transformers, quiet_transformers
 from dive_fast.models.text.pipeline_text import PipelineText, load_encoders
 from dive_fast.models.text.prompted import PromptedModel
-from dive_fast.models.text.towers import import_transformers, quiet_transformers
 
 TRANSFORMER = "transformer"  # the folder
 MOST_SIDE = 4096  # of latents, where the network itself sets no bound
@@ -155,7 +155,9 @@ def _text_half(family: type[TextTransformer], network: nn.Module, pipeline: Pipe
     """The pipeline with what ``encode_prompt`` needs; some ask the network for a width."""
     with quiet_transformers(import_transformers()):  # some pipelines' imports warn
         kind = getattr(diffusers, family.pipeline_class)
-    found = load_encoders(pipeline.directory, pipeline.index, pipeline.allow_pickle)
+    found = load_encoders(
+        pipeline.directory, pipeline.index, pipeline.allow_pickle, pipeline.variant
+    )
     for part in inspect.signature(kind).parameters:
         if not part.startswith(("tokenizer", "text_encoder")) or part in family.optional:
             continue

@@ -1,0 +1,155 @@
+"""The two files of a run directory, read and written: ``run.json`` and ``results.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dive_fast.core.files import leftovers, replacing
+from dive_fast.core.numbers import is_whole
+from dive_fast.errors import RunError, shown
+from dive_fast.evaluation.records import Form
+
+# Of the records' form. Another number, and no run of the old form is gone on with or misread.
+SCHEMA = 1
+
+RUN, RESULTS = "run.json", "results.jsonl"
+
+_KINDS = ("classification", "detection")
+
+
+def is_finished(records: Mapping[str, Mapping], record_id: str) -> bool:
+    """Whether there is a record of that id without an "error"."""
+    return record_id in records and "error" not in records[record_id]
+
+
+# -- run.json --------------------------------------------------------------------------------------
+
+
+def read_run(directory: Path) -> dict:
+    """What ``run.json`` holds: a ``config`` of this schema, the rest as it is.
+
+    Raises:
+        RunError: the file is damaged, of another schema, or cannot be read.
+    """
+    path = directory / RUN
+    refuse_special(path)
+    try:
+        content = for_json(json.loads(path.read_bytes().decode("utf-8-sig")))
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    except (ValueError, RecursionError):
+        content = None
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict):
+        raise RunError(
+            f"{path}: expected a JSON object with a 'config', got a damaged file; choose another "
+            "--out."
+        )
+    schema, kind = config.get("schema"), content.get("records")
+    if not is_whole(schema) or schema != SCHEMA:
+        raise RunError(
+            f"{directory}: expected a run with records of schema {SCHEMA}, got schema "
+            f"{shown(schema)}; compute it anew in another directory."
+        )
+    if kind is not None and kind not in _KINDS:
+        raise RunError(
+            f"{path}: expected 'records' to be {' or '.join(_KINDS)}, got {shown(kind)}; choose "
+            "another --out."
+        )
+    return content
+
+
+def write_run(directory: Path, content: Mapping) -> None:
+    """Writes ``run.json`` whole or not at all; the directory is locked.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = directory / RUN
+    for left in leftovers(path):  # their writers were killed
+        left.unlink()
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+
+
+# -- results.jsonl ---------------------------------------------------------------------------------
+
+
+def read_results(path: Path, form: Form | None) -> tuple[dict[str, dict], int]:
+    """Records by id, and the number of bytes up to the end of the last whole one.
+
+    Raises:
+        RunError: it is no regular file, a line is damaged, or a record is not of the form.
+        OSError: it cannot be read.
+    """
+    refuse_special(path)
+    done: dict[str, dict] = {}
+    end = 0
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = _parse(line, "utf-8-sig" if number == 1 else "utf-8")
+            if record is None:
+                if end + len(line) == size:
+                    break  # torn: the process died while it was written
+                raise RunError(
+                    f"{path}: expected one JSON record with an 'id' per line, got a damaged line "
+                    f"{number}."
+                )
+            if form is not None and (wrong := form.wrong(record)) is not None:
+                raise RunError(f"{path}: line {number}: {wrong}.")
+            if not is_finished(done, record["id"]):
+                done[record["id"]] = record
+            end += len(line)
+    return done, end
+
+
+def is_record(value: object) -> bool:
+    """Whether it is an object with a string ``id``."""
+    return isinstance(value, dict) and isinstance(value.get("id"), str)
+
+
+def _parse(line: bytes, encoding: str) -> dict | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line.decode(encoding))
+    except (ValueError, RecursionError):
+        return None
+    return record if is_record(record) else None
+
+
+# -- both ------------------------------------------------------------------------------------------
+
+
+def refuse_special(path: Path) -> None:
+    """Directories and devices; and pipes, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path}: expected a regular file, got something else.")
+
+
+def for_json(value: object) -> object:
+    """Strict JSON's types: non-finite floats become null, tuples and arrays lists."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): for_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch
+        return for_json(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise RunError(f"expected values for JSON, got {type(value).__name__}.")
+
+
+def cannot(done: str, path: Path, error: Exception) -> RunError:
+    """The sentence of what the operating system refused."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return RunError(f"{path}: cannot be {done} ({reason}).")

@@ -1,0 +1,46 @@
+"""What lies beside a model and changes it where it is applied: told, as it is not applied here."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dive_fast.errors import some
+
+log = logging.getLogger(__name__)
+
+_TENSORS = r"\.(safetensors|bin|pt|ckpt)"
+_LORA = re.compile(
+    rf"(pytorch_lora_weights|adapter_model|lora(_weights)?)\b.*{_TENSORS}|adapter_config\.json",
+    re.IGNORECASE,
+)
+_EMBEDDINGS = re.compile(rf"(learned_embeds|textual_inversion).*{_TENSORS}", re.IGNORECASE)
+
+
+def tell_what_is_not_applied(directory: Path, folders: Sequence[str] | None) -> None:
+    """One warning about LoRA weights, and one about textual inversion, in a model's directory.
+
+    Args:
+        folders: of the directory, which are looked into as well; None for all.
+    """
+    if folders is None:
+        folders = [path.name for path in directory.iterdir() if path.is_dir()]
+    names = []
+    for folder in ("", *folders):
+        place = directory / folder
+        with suppress(OSError):  # missing or unreadable: their reader will say
+            names += [str(Path(folder, p.name)) for p in place.iterdir() if p.is_file()]
+    tell_of(names, directory)
+
+
+def tell_of(names: Iterable[str], where: object) -> None:
+    """The same of the paths of files, relative to ``where``."""
+    names, kinds = sorted(names), {"LoRA weights": _LORA, "textual inversion": _EMBEDDINGS}
+    for what, pattern in kinds.items():
+        if found := [name for name in names if pattern.fullmatch(name.rsplit("/", 1)[-1])]:
+            log.warning(
+                "%s in %s: %s beside the model, which are not applied.", some(found), where, what
+            )
