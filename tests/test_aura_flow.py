@@ -132,7 +132,7 @@ def test_refused(
     "changes, message",
     [
         ({"sample_size": 18}, "a multiple of 4 pixels, at most 32, .*, got 36"),
-        ({"sample_size": 7}, "a multiple of 4 pixels, at most 32, .*, got 14"),
+        ({"sample_size": 7}, "patch_size 2 divides, got 7"),
         ({"joint_attention_dim": 8}, "'sequence' of width 8, but its text encoders give 16"),
         ({"out_channels": 3}, "expected 4 or 8 output channels .*, got 3"),
     ],

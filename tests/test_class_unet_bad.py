@@ -62,10 +62,10 @@ REFUSED = {
         partial(make_unet, time_embedding_type="learned", num_train_timesteps=1000,
                 class_embed_type="timestep"), {}, {}, "embeds labels by its table of timesteps"),
     "number of text": (partial(make_unet, class_embed_type="timestep", num_class_embeds="ten"), {},
-                       {}, "expected num_class_embeds .* above 0, got 'ten'"),
+                       {}, "num_class_embeds .* must be a whole number, got 'ten'"),
     "consistency": (make_unet, {"_class_name": "ConsistencyModelPipeline"}, {},
                     "CMStochasticIterativeScheduler of a consistency .* got 'DDPMScheduler'"),
-    "no side": (partial(make_unet, sample_size=0), {}, {}, "halved 1 times, got 0"),
+    "no side": (partial(make_unet, sample_size=0), {}, {}, "sample_size in .* must be from 1 to 4096, got 0"),
     "few timesteps": (
         partial(make_unet, time_embedding_type="learned", num_train_timesteps=100), {}, {},
         "has a table of 100 timesteps, but is told t of 1000"),

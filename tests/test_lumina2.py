@@ -254,7 +254,7 @@ def other_network(directory: Path) -> None:
     [
         (short_axes, "axes_lens of .* begin above the 256 tokens of a prompt, got 256"),
         (small_axes, "a multiple of 4 pixels, at most 12, .*, got 16"),
-        (uneven_patches, "a multiple of 4 pixels, .*, got 18"),
+        (uneven_patches, "patch_size 2 divides, got 9"),
         (no_side, "expected the transformer in .* to state one sample_size .*, got None"),
         (other_text_width, "takes the part 'sequence' of width 24, but its text encoders give 16"),
         (betas, "expected a schedule with the target 'flow' for the Lumina2.*, got 'epsilon'"),

@@ -353,7 +353,7 @@ def sizes_for_sigma(directory: Path) -> None:
         (other_network, "to be a PixArtTransformer2DModel or Transformer2DModel, got 'Sana"),
         (other_text, "expected a class of transformers for text_encoder .*, got 'T6EncoderModel'"),
         (flow_schedule, "expected a schedule with the target 'epsilon' .*, got 'flow'"),
-        (uneven_patches, "a multiple of 4 pixels, .*, got 18"),
+        (uneven_patches, "patch_size 2 divides, got 9"),
         (other_norm, "cannot be loaded as PixArtTransformer2DModel"),
         (sizes_for_sigma, "use_additional_conditions to be false"),
     ],

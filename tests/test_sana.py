@@ -207,9 +207,10 @@ def test_the_published_configuration() -> None:
     parts = Sana.encode_prompts(pipeline, ["a cat"], torch.device("cpu"))
     shapes = {name: tuple(part.shape) for name, part in parts.items()}
     assert shapes == {"sequence": (1, 300, 2304), "mask": (1, 300)}
+    schedule = Schedule.flow()
     with torch.device("meta"):
         model = object.__new__(Sana)
-        model.network, model.schedule = network, Schedule.flow()
+        model.network, model.schedule = network, schedule
         found = model.run(
             torch.empty(1, 32, 32, 32), torch.zeros(1, dtype=torch.int64),
             {name: part.to("meta") for name, part in parts.items()},
