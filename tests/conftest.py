@@ -22,6 +22,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What tests print may hold names that are no UTF-8, which cannot be sent between processes."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """The path of an archive of real images; the test is skipped where it does not lie."""

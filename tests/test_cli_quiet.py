@@ -27,9 +27,9 @@ def picture(tmp_path: Path) -> Path:
 def test_warnings_of_other_libraries_are_sentences(picture: Path, dit_dir, capsys, monkeypatch):
     read = images.Image.open
 
-    def warning(*arguments):
+    def warning(*arguments, **options):
         warnings.warn("Corrupt EXIF data.\n  Expecting to read 4 bytes.", stacklevel=1)
-        return read(*arguments)
+        return read(*arguments, **options)
 
     monkeypatch.setattr(images.Image, "open", warning)
     arguments = ("--strategy", "enumerate", "--probes", 1)

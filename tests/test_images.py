@@ -358,3 +358,17 @@ class TestAsImages:
         path.write_bytes(path.read_bytes()[:4000])
         with Image.open(path) as image, pytest.raises(ImageError, match="truncated or damaged"):
             as_images(image, 8, 3)
+
+
+def test_a_damaged_tiff_prints_nothing_of_its_own(tmp_path: Path, capfd) -> None:
+    """libtiff writes to the process's stderr, past Python's."""
+    path = tmp_path / "damaged.tif"
+    Image.fromarray(np.zeros((9, 12, 3), dtype=np.uint8)).save(path, compression="tiff_deflate")
+    content = bytearray(path.read_bytes())
+    start = Image.open(path).tag_v2[273][0]
+    content[start : start + 2] = b"\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match="damaged.tif: truncated or damaged"):
+        read_image(path)
+    os.write(2, b"still here")
+    assert capfd.readouterr().err == "still here"

@@ -138,7 +138,7 @@ def test_bad_input() -> None:
     with pytest.raises(ModelError, match="toy has no unconditional embedding for guidance 2.0"):
         sample(model, [0], guidance=2.0)
     model.schedule = Schedule(model.schedule.a, model.schedule.s, "score")
-    with pytest.raises(ModelError, match="predicts 'score', which cannot be sampled"):
+    with pytest.raises(ModelError, match="to have a target of epsilon, .*, got 'score'"):
         sample(model, [0])
     model.schedule = Schedule(0 * model.schedule.a, model.schedule.s)
     with pytest.raises(ModelError, match="generates NaN or infinity"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import read_json, write_json
 
 STEM = "diffusion_pytorch_model"
 
@@ -64,3 +66,11 @@ def write_header(path: Path, header: object, content: bytes = b"", length: int |
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(text) if length is None else length
     path.write_bytes(length.to_bytes(8, "little") + text + content)
+
+
+def changed(source: Path, target: Path, file: str, **values: Any) -> Path:
+    """A copy in which a JSON file states these values."""
+    directory = copied(source, target)
+    path = directory / file
+    write_json(path, (read_json(path) if path.exists() else {}) | values)
+    return directory

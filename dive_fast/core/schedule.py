@@ -366,15 +366,16 @@ def _construct(kind: type, given: Mapping[str, Any]) -> Any:
 
 
 def make_betas(schedule: str, n: int, start: float = 1e-4, end: float = 0.02) -> torch.Tensor:
-    """beta_t as float64 [n] for one of ``BETA_SCHEDULES``.
+    """beta_t as float64 [n] on the CPU, for one of ``BETA_SCHEDULES``.
 
     Raises:
         ModelError: another schedule is asked for.
     """
     if schedule == "linear":
-        return torch.linspace(start, end, n, dtype=torch.float64)
+        return torch.linspace(start, end, n, dtype=torch.float64, device="cpu")
     if schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+        root = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64, device="cpu")
+        return root**2
     raise ModelError(f"expected a beta_schedule of {', '.join(BETA_SCHEDULES)}, got {schedule!r}.")
 
 

@@ -7,6 +7,7 @@ already goes to the classifier as ``latents=`` and never comes here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import warnings
@@ -18,6 +19,7 @@ import torch
 from PIL import Image, ImageFile
 
 from dive_fast.data.formats import FORMATS, HEAD, other_kind, readable_formats
+from dive_fast.data.quiet import native_stderr_closed
 from dive_fast.errors import ImageError
 
 T = TypeVar("T")
@@ -253,7 +255,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             f"{image.width * image.height:,}."
         )
     try:
-        image.load()
+        with native_stderr_closed() if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()
     except Exception as error:  # decoders meet damaged data with whatever they trip over
         raise ImageError(f"{name}: truncated or damaged ({_reason(error)}).") from error
     method = _UPRIGHT.get(_orientation(image))

@@ -88,16 +88,19 @@ def _import() -> None:
 
 def _make(inputs: Inputs, folder: Path) -> None:
     """In a fork as well: torch's threads do not survive one."""
+    said = folder / "made"
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            for number in (1, 2):
+                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             inputs.make()
             code = 0
         finally:
             os._exit(code)
     if os.waitpid(pid, 0)[1]:
-        raise SystemExit("the good inputs could not be made")
+        raise SystemExit(f"the good inputs could not be made:\n{said.read_text()}")
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -229,7 +230,7 @@ def _change_somewhere(tree: Any, rng: random.Random, raw: list[str]) -> Any:
         parent[key] = [parent[key]]
     elif kind == "swap":
         other, there = rng.choice(places)
-        parent[key] = json.loads(json.dumps(other[there]))
+        parent[key] = copy.deepcopy(other[there])
     elif isinstance(parent, dict):
         new = f"{key}_" if kind == "rename" else rng.choice(("extra", "", "type", "num_layers"))
         parent[new] = parent.pop(key) if kind == "rename" else _new_value(None, rng, raw)
@@ -238,13 +239,13 @@ def _change_somewhere(tree: Any, rng: random.Random, raw: list[str]) -> Any:
     return tree
 
 
-def _places(tree: Any):
+def _places(tree: Any, depth: int = 50):
     """(container, key) of everything in it. Long lists are like all over: their start is enough."""
-    if not isinstance(tree, dict | list):
+    if not isinstance(tree, dict | list) or depth == 0:
         return
     for key in list(tree) if isinstance(tree, dict) else range(min(len(tree), 20)):
         yield tree, key
-        yield from _places(tree[key])
+        yield from _places(tree[key], depth - 1)
 
 
 def _new_value(old: Any, rng: random.Random, raw: list[str]) -> Any:
@@ -258,7 +259,7 @@ def _new_value(old: Any, rng: random.Random, raw: list[str]) -> Any:
         )
     if kind < 0.43:
         deep: Any = 1
-        for _ in range(rng.choice((50, 900))):
+        for _ in range(rng.choice((50, 200))):
             deep = [deep]
         return deep
     return json.loads(json.dumps(rng.choice(_VALUES)))

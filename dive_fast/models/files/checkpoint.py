@@ -41,7 +41,7 @@ class Library:
 
     def build(self, model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
         """On the device of the context."""
-        with _quiet_diffusers():
+        with quiet_diffusers():
             return model_class.from_config(dict(config))
 
     def materialise(
@@ -220,7 +220,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """diffusers logs what we are about to say in one sentence, and has a bar for shards."""
     from diffusers.utils import logging as own
 

@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin, SD3Transformer2DModel, UNet2DConditionMode
 
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import AUTOENCODERS
-from dive_fast.models.files.checkpoint import first_line
+from dive_fast.models.files.checkpoint import first_line, quiet_diffusers
 from dive_fast.models.layout_to_image.base import LayoutModel
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
@@ -57,7 +57,8 @@ def _load_scheduler(pipeline: Pipeline) -> SchedulerMixin:
             f"{pipeline.directory / 'scheduler'}, got {config.get('_class_name')!r}."
         )
     try:
-        return scheduler_class.from_config(config)
+        with quiet_diffusers():  # about entries that a scheduler does not take
+            return scheduler_class.from_config(config)
     except Exception as error:  # options of sampling, which the schedule does not look at
         raise ModelError(
             f"the scheduler in {pipeline.directory} cannot be made: {first_line(error)}"
