@@ -117,9 +117,8 @@ def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = F
 def without_lora(source: object) -> ModelError:
     """What a model says that cannot take a LoRA."""
     return ModelError(
-        f"expected a text-to-image model for a LoRA, one of "
-        f"{', '.join(sorted(name for name, family in FAMILIES.items() if family.lora))}; {source} "
-        f"cannot take one."
+        f"{source} cannot take a LoRA: expected a text-to-image model of the kinds "
+        f"{', '.join(sorted(name for name, family in FAMILIES.items() if family.lora))}."
     )
 
 
