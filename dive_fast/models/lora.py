@@ -44,7 +44,7 @@ def fuse(lora: Lora, pipeline: Any) -> None:
     }
     before = {name: _shapes(part) for name, part in parts.items()}
     try:
-        with _quiet():
+        with quiet():
             tensors = _read(lora, pipeline, parts)
             _check_parts(tensors, parts, where, kind)
             safe = None if lora.is_pickled else True
@@ -98,19 +98,19 @@ def _check_used(tensors: dict[str, Tensor], parts: dict[str, nn.Module], where: 
         for name, value in module.named_parameters()
         if _LAYER.search(name)
     }
-    taken = {_digest(value) for value in layers.values() if not value.is_meta}
-    given = {_digest(value) for value in tensors.values()}
-    if unused := [key for key, value in tensors.items() if _digest(value) not in taken]:
+    taken = {digest(value) for value in layers.values() if not value.is_meta}
+    given = {digest(value) for value in tensors.values()}
+    if unused := [key for key, value in tensors.items() if digest(value) not in taken]:
         raise ModelError(
             f"{where} does not fit this model, which has no place for {len(unused)} of its "
             f"{len(tensors)} weights: {some(unused, 1)}."
         )
     for name, value in layers.items():
-        if value.is_meta or _digest(value) not in given:
+        if value.is_meta or digest(value) not in given:
             raise ModelError(f"{where} is not complete: it lacks {name}.")
 
 
-def _digest(value: Tensor) -> bytes:
+def digest(value: Tensor) -> bytes:
     """Of its numbers, in whatever precision and shape they were written."""
     numbers = value.detach().to("cpu", torch.float32).contiguous().numpy()
     return hashlib.blake2b(numbers, digest_size=16).digest()
@@ -133,8 +133,12 @@ def _check_fused(part: nn.Module, before: dict[str, torch.Size], where: str, nam
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No logging of what becomes one sentence."""
+def quiet() -> Iterator[None]:
+    """No logging of what becomes one sentence, and no bars."""
+    from diffusers.utils import logging as own
+
+    bars = own.is_progress_bar_enabled()
+    own.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in ("diffusers", "peft")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), quiet_transformers(import_transformers()):
@@ -146,3 +150,5 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            if bars:
+                own.enable_progress_bar()

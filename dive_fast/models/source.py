@@ -82,7 +82,8 @@ def resolve(
     """Finds a model, and fetches it if it is a hub id; a ``Source`` is handed back.
 
     Args:
-        source: a zoo name ("digits"), a directory, or a hub id ("facebook/DiT-XL-2-256").
+        source: a zoo name ("digits"), a directory, a hub id ("facebook/DiT-XL-2-256"), or a
+            ``.safetensors`` file of Stable Diffusion 1.x or XL (see ``single_file``).
         allow_pickle: of the hub, also fetch pickled weights where there are no others.
         variant: of the hub, fetch the weights of this variant where there are such.
 
@@ -94,10 +95,30 @@ def resolve(
     if isinstance(source, Source):
         return source
     text = str(source)
+    if (directory := _single_file(text)) is not None:
+        return Source(text, directory, _family_in(directory), own=False)
     directory = find(text, lambda index: _family(index, text).folders, allow_pickle, variant)
-    index = directory / "model_index.json"
     own = text not in zoo.names() and Path(text).expanduser().is_dir()
-    return Source(text, directory, _family(read_json(index), index), own)
+    return Source(text, directory, _family_in(directory), own)
+
+
+def _single_file(text: str) -> Path | None:
+    """The converted directory of a checkpoint in one file; None for what is none."""
+    try:
+        path = Path(text).expanduser()
+        if path.suffix != ".safetensors" or not path.is_file():
+            return None
+    except (OSError, ValueError, RuntimeError):  # ``find`` says what is wrong with it
+        return None
+    # diffusers' loaders take seconds.
+    from dive_fast.models.single_file import as_directory
+
+    return as_directory(path)
+
+
+def _family_in(directory: Path) -> Family:
+    index = directory / "model_index.json"
+    return _family(read_json(index), index)
 
 
 def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = False) -> None:
