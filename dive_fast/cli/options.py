@@ -71,9 +71,9 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     _add_model(
         group,
         CLASSIFIER,
-        "digits|DIR|HUB_ID",
-        "the built-in model of handwritten digits (default), a diffusers model directory, or a hub "
-        "id such as facebook/DiT-XL-2-256",
+        "digits|DIR|FILE|HUB_ID",
+        "the built-in model of handwritten digits (default), a diffusers model directory, a "
+        ".safetensors file of Stable Diffusion, or a hub id such as facebook/DiT-XL-2-256",
     )
     _add_lora(group)
     _add_timestep_embedding(group)

@@ -41,11 +41,11 @@ def load_model(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
 ) -> Model:
-    """A model of the zoo, of a diffusers directory, or of the hub, frozen and in place.
+    """A model of the zoo, of a directory, a single file or the hub, frozen and in place.
 
     Args:
-        source: a zoo name ("digits"), a directory, a hub id ("facebook/DiT-XL-2-256"), or
-            what ``resolve`` made of one of them.
+        source: a zoo name ("digits"), a directory, a ``.safetensors`` file, a hub id
+            ("facebook/DiT-XL-2-256"), or what ``resolve`` made of one of them.
         dtype: of the network, a torch dtype or its name.
         device: where it runs; CUDA where there is one, else the CPU.
         allow_pickle: also take pickled ``.bin`` weights (read with ``weights_only=True``).

@@ -69,7 +69,7 @@ class DiffusionClassifier(Fitting):
         lora_scale: float = 1.0,
         **engine: Any,
     ) -> DiffusionClassifier:
-        """From a model of the zoo, a diffusers directory, or a hub id.
+        """From a model of the zoo, a diffusers directory, a single file, or a hub id.
 
         The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
         ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
