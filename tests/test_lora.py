@@ -163,6 +163,25 @@ def test_the_format_of_kohya(sd: Path, lora: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found[changed[0]], expected)
 
 
+def test_the_directory_of_peft(sd: Path, tmp_path: Path) -> None:
+    """Its names say no part, and alpha stands in ``adapter_config.json``."""
+    from peft import LoraConfig, get_peft_model
+
+    unet = StableDiffusionPipeline.from_pretrained(sd).unet
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "proj_in"])
+    adapted = get_peft_model(unet, config)
+    for name, value in adapted.named_parameters():
+        if "lora_" in name:
+            value.data.copy_(0.1 * torch.randn(value.shape))
+    adapted.save_pretrained(tmp_path)
+    expected = adapted.merge_and_unload().state_dict()
+    found, base = load(sd, tmp_path).network.state_dict(), load(sd).network.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    changed = {name.rsplit(".", 2)[1] for name in base if not torch.equal(base[name], found[name])}
+    assert changed == {"to_q", "proj_in"}
+
+
 # -- where it lies ---------------------------------------------------------------------------------
 
 

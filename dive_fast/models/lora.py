@@ -7,15 +7,19 @@ arrive in a layer, and every layer that is made must have its tensors from the f
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dive_fast.errors import ModelError, some
@@ -24,6 +28,8 @@ from dive_fast.models.files.reading import first_line
 from dive_fast.models.text.encoders import import_transformers, quiet_transformers
 
 _LAYER = re.compile(r"(^|\.)(lora|lokr)_")  # within the name of an adapter's parameter
+ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"  # as peft calls its files
+_PEFT = "base_model.model."  # before the names in them
 _LONGEST = 300  # of a library's message, which may list every layer
 
 
@@ -44,11 +50,12 @@ def fuse(lora: Lora, pipeline: Any) -> None:
     }
     before = {name: _shapes(part) for name, part in parts.items()}
     try:
-        with quiet():
-            tensors = _read(lora, pipeline, parts)
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            file = _for_diffusers(lora.file, parts, Path(folder))
+            safe = {"use_safetensors": None if lora.is_pickled else True}
+            tensors = _read(file, pipeline, parts, **safe)
             _check_parts(tensors, parts, where, kind)
-            safe = None if lora.is_pickled else True
-            pipeline.load_lora_weights(str(lora.file), use_safetensors=safe, local_files_only=True)
+            pipeline.load_lora_weights(str(file), local_files_only=True, **safe)
             _check_used(tensors, parts, where)
             # What is fused if nobody says leaves the text encoder of some pipelines out.
             pipeline.fuse_lora(components=list(parts), lora_scale=lora.scale)
@@ -63,14 +70,29 @@ def fuse(lora: Lora, pipeline: Any) -> None:
         part.eval().requires_grad_(False)
 
 
-def _read(lora: Lora, pipeline: Any, parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _for_diffusers(file: Path, parts: dict[str, nn.Module], folder: Path) -> Path:
+    """The file itself, or of peft's own directories one that diffusers reads.
+
+    peft leaves out which part the adapter is of, and has what scales it in another file.
+    """
+    if file.name != f"{ADAPTER}.safetensors" or not file.with_name(ADAPTER_CONFIG).is_file():
+        return file
+    from peft import LoraConfig
+
+    (network,) = (name for name in parts if not name.startswith("text_encoder"))
+    config = LoraConfig.from_pretrained(str(file.parent)).to_dict()
+    stated = {f"{network}.{k}": list(v) if isinstance(v, set) else v for k, v in config.items()}
+    tensors = {f"{network}.{k.removeprefix(_PEFT)}": v for k, v in load_file(file).items()}
+    made = folder / "adapter.safetensors"
+    save_file(tensors, made, {"lora_adapter_metadata": json.dumps(stated, default=str)})
+    return made
+
+
+def _read(file: Path, pipeline: Any, parts: dict[str, nn.Module], **how: Any) -> dict[str, Tensor]:
     """The file's tensors by the names that diffusers has for them, whatever wrote it."""
     # By the layout of its UNet SDXL tells the names of the original code.
     layout = {"unet_config": parts["unet"].config} if "unet" in parts else {}
-    safe = None if lora.is_pickled else True
-    found = pipeline.lora_state_dict(
-        str(lora.file), use_safetensors=safe, local_files_only=True, **layout
-    )
+    found = pipeline.lora_state_dict(str(file), local_files_only=True, **how, **layout)
     state = found[0] if isinstance(found, tuple) else found
     return {key: value for key, value in state.items() if not key.endswith("alpha")}
 

@@ -93,6 +93,8 @@ def _located(text: str, allow_pickle: bool) -> tuple[str, Path]:
             return path.name, path
         if path.exists():
             return path.name, path
+    except ModelError:
+        raise
     except OSError as error:
         raise ModelError(f"{shown(text)} cannot be read: {error.strerror}.") from error
     except (ValueError, RuntimeError) as error:  # a zero byte, nobody's home
