@@ -50,7 +50,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- the truth -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.4, -0.5])
+@pytest.mark.parametrize("scale", [1.0, -0.4])
 @pytest.mark.parametrize(
     ("write", "kind", "parts"),
     [
@@ -81,7 +81,7 @@ def test_the_network_predicts_what_the_pipelines_predicts(
     assert (model.vocabulary.table - base.vocabulary.table).abs().max() > 1e-3  # the text's, too
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("scale", [0.4])
 def test_flux_and_its_text_encoder(flux: Path, tmp_path: Path, scale: float) -> None:
     """``FluxPipeline.fuse_lora`` leaves the text encoder out, if nobody names it."""
     pipeline = FluxPipeline.from_pretrained(flux)

@@ -111,6 +111,16 @@ def test_of_another_base(sd: Path, lora: Path, tmp_path: Path) -> None:
         load(sd, write_lora(wider, tmp_path, "unet"))
 
 
+def test_that_of_a_control(tmp_path: Path) -> None:
+    """FLUX.1 Canny's LoRA makes the network take the latents of a control image beside its own."""
+    flux, file = write_flux(tmp_path / "flux"), tmp_path / "lora.safetensors"
+    layer = "transformer.x_embedder"
+    halves = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
+    save_file({f"{layer}.{half}.weight": value for half, value in halves.items()}, file)
+    with pytest.raises(ModelError, match="changes the shape of the transformer, .* x_embedder"):
+        load(flux, file)
+
+
 def write_text(folder: Path, lora: Path) -> Path:
     path = folder / "lora.safetensors"
     path.write_text("this is no file of weights")

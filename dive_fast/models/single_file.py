@@ -56,9 +56,12 @@ def as_directory(file: Path) -> Path:
         if not directory.is_dir():
             directory.parent.mkdir(parents=True, exist_ok=True)
             _convert(file, tensors, kind, directory)
-    except OSError as error:
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # Of the disk; safetensors has its own kind for a full one, and there may be no home.
+    except Exception as error:
         raise ModelError(
-            f"{file} cannot be converted into the cache: {error.strerror or first_line(error)}."
+            f"{file} cannot be converted into the cache: {first_line(error)}"
         ) from error
     return directory
 
