@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from networks import PatchTransformer
 from PIL import Image
 from tiny_geodiffusion import write_geodiffusion
 from tiny_gligen import write_gligen
+from tiny_lora import write_lora
 from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
@@ -97,6 +98,10 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
     monkeypatch.setitem(FAMILIES, "MyPipeline", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if "lora=" in code:
+        pytest.importorskip("peft", reason="LoRA weights need peft")
+        (model,) = hub.glob("models--stable-diffusion-v1-5*/snapshots/*")
+        write_lora(StableDiffusionPipeline.from_pretrained(model), Path(), "unet")
     held_out = load_digits("test")
     Image.fromarray(held_out.images[0]).save("three.png")
     Image.effect_noise((30, 20), 80).save("photo.png")

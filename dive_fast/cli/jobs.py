@@ -14,7 +14,10 @@ if TYPE_CHECKING:  # torch is not loaded for the help
     from dive_fast.data.coco import CocoDataset
 
 SCENES = "scenes"  # the zoo's annotated images
-OF_CLASSIFIERS = ("preset", "timesteps", "timestep_embedding", "average", "generate")
+OF_CLASSIFIERS = (
+    *("preset", "timesteps", "timestep_embedding", "average", "generate"),
+    *("lora", "lora_scale"),
+)
 OF_DETECTORS = ("images", "prior", "prior_weight")
 
 

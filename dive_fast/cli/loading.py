@@ -101,6 +101,8 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
         source,
         timestep_embedding=options.timestep_embedding or "auto",
         average=options.average,
+        lora=options.lora,
+        lora_scale=1.0 if options.lora_scale is None else options.lora_scale,
         **_common(options, classes, source),
     )
     if options.fitted is not None:

@@ -47,6 +47,17 @@ def weight(text: str) -> float:
     return value
 
 
+def number(text: str) -> float:
+    """Any number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """The images that ``classify`` and ``detect`` look at."""
     parser.add_argument(
@@ -60,10 +71,11 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     _add_model(
         group,
         CLASSIFIER,
-        "digits|DIR|HUB_ID",
-        "the built-in model of handwritten digits (default), a diffusers model directory, or a hub "
-        "id such as facebook/DiT-XL-2-256",
+        "digits|DIR|FILE|HUB_ID",
+        "the built-in model of handwritten digits (default), a diffusers model directory, a "
+        ".safetensors file of Stable Diffusion, or a hub id such as facebook/DiT-XL-2-256",
     )
+    _add_lora(group)
     _add_timestep_embedding(group)
     _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
     _add_engine(parser)
@@ -130,6 +142,7 @@ def add_options_of_both(
         "only for a classifier", "(--data digits, a folder by class, or an .npz)"
     )
     _add_strategy_extras(classifiers)
+    _add_lora(classifiers)
     _add_timestep_embedding(classifiers)
     _add_average(classifiers)
     group = parser.add_argument_group(
@@ -268,6 +281,20 @@ def _add_strategy_extras(group: argparse._ArgumentGroup) -> None:
         choices=["learned", "uniform"],
         help="take probes where the model's fitted timesteps say, or evenly (default: learned "
         "where the model has them; presets are uniform)",
+    )
+
+
+def _add_lora(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora",
+        metavar="FILE|DIR|HUB_ID",
+        help="LoRA weights that are fused into a text-to-image model, for this call",
+    )
+    group.add_argument(
+        "--lora-scale",
+        type=number,
+        metavar="X",
+        help="what the differences of --lora are multiplied with (default: 1)",
     )
 
 

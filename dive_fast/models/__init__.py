@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.failing import naming
 from dive_fast.models.files.beside import tell_what_is_not_applied
+from dive_fast.models.files.lora import find_lora
 from dive_fast.models.files.reading import first_line
-from dive_fast.models.files.sidecar import apply_fitted, read_fitted
+from dive_fast.models.files.sidecar import Fitted, apply_fitted, read_fitted
 from dive_fast.models.files.weights import check_variant
 from dive_fast.models.protocol import Model
-from dive_fast.models.source import Source, register_model_family, resolve
+from dive_fast.models.source import Source, register_model_family, resolve, without_lora
 from dive_fast.models.text.prompts import Classes
 
 __all__ = ["DTYPES", "Source", "check_place", "load_model", "register_model_family", "resolve"]
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,12 +38,14 @@ def load_model(
     templates: Sequence[str] | None = None,
     average: str | None = None,
     variant: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
 ) -> Model:
-    """A model of the zoo, of a diffusers directory, or of the hub, frozen and in place.
+    """A model of the zoo, of a directory, a single file or the hub, frozen and in place.
 
     Args:
-        source: a zoo name ("digits"), a directory, a hub id ("facebook/DiT-XL-2-256"), or
-            what ``resolve`` made of one of them.
+        source: a zoo name ("digits"), a directory, a ``.safetensors`` file, a hub id
+            ("facebook/DiT-XL-2-256"), or what ``resolve`` made of one of them.
         dtype: of the network, a torch dtype or its name.
         device: where it runs; CUDA where there is one, else the CPU.
         allow_pickle: also take pickled ``.bin`` weights (read with ``weights_only=True``).
@@ -53,11 +59,15 @@ def load_model(
         variant: of the weights, such as "fp16"; parts that lack it are read in full precision, as
             all are if None. A part that has one variant only is read as that. Computed with is
             ``dtype``, whatever the variant.
+        lora: LoRA weights that are fused into the weights of a text-to-image model: a file, a
+            directory or a hub id, see ``files.lora.find_lora``. What was fitted to the model
+            without them is not taken.
+        lora_scale: what their differences are multiplied with, any number.
 
     Raises:
         ModelError: the source is unknown, broken, or of a family that is not supported; a
             text-conditional model without classes, or classes for another one; no part has the
-            variant.
+            variant; LoRA weights that are broken, or another model's.
     """
     dtype, device = check_place(dtype, device)
     source = resolve(source, allow_pickle=allow_pickle, variant=variant)
@@ -75,11 +85,30 @@ def load_model(
     if variant is not None:
         check_variant(source.directory, source.family.folders, variant)
         options["variant"] = variant
-    tell_what_is_not_applied(source.directory, source.family.folders)
+    if lora is not None:
+        if not source.family.lora:
+            raise without_lora(source)
+        options["lora"] = find_lora(lora, lora_scale, allow_pickle=allow_pickle)
+    elif lora_scale != 1.0:
+        raise ModelError(f"lora_scale is of a lora, got {shown(lora_scale)} without one.")
+    applied = options["lora"].file if lora is not None else None
+    tell_what_is_not_applied(source.directory, source.family.folders, applied)
     with naming(source.text):
         loaded = source.family.loader(source.directory, name=source.text, **options)
         model = loaded.to(device, dtype)
-    apply_fitted(model, read_fitted(source.directory))
+    fitted = read_fitted(source.directory)
+    if lora is None:
+        apply_fitted(model, fitted)
+        return model
+    model.lora = options["lora"]
+    if fitted != Fitted():
+        log.warning(
+            "what was fitted to %s is not taken with a LoRA, as it was fitted without: dive-fast "
+            "fit --out, or load_fitted(%r), --fitted %s if it shall be taken.",
+            source,
+            str(source.directory),
+            source.directory,
+        )
     return model
 
 

@@ -30,6 +30,7 @@ from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import Autoencoder, encode_latents, image_shape
 from dive_fast.models.failing import naming
 from dive_fast.models.files.checkpoint import fingerprint
+from dive_fast.models.files.lora import Lora
 
 
 class LatentModel(ABC):
@@ -44,11 +45,13 @@ class LatentModel(ABC):
 
     Attributes:
         timesteps: where strategies take their probes if nobody says; evenly if None.
+        lora: the LoRA that was fused into the weights; None without.
     """
 
     family: ClassVar[str]
     vocabulary: Vocabulary
     timesteps: TimestepWeights | None = None
+    lora: Lora | None = None
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class LatentModel(ABC):
             "family": self.family,
             "dtype": str(self.dtype).removeprefix("torch."),
             **self.facts(),
+            **({} if self.lora is None else self.lora.facts()),
             "weights": fingerprint(self.network),
             "vae_weights": None if self.vae is None else fingerprint(self.vae),
             "schedule": self.schedule.identity(),

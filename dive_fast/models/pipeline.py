@@ -21,8 +21,10 @@ from dive_fast.models.autoencoder import (
     normalisation,
 )
 from dive_fast.models.files.checkpoint import load_component
+from dive_fast.models.files.lora import Lora
 from dive_fast.models.files.reading import read_json
 from dive_fast.models.files.sidecar import FILE, read_extra
+from dive_fast.models.lora import fuse
 from dive_fast.models.text.prompts import (
     DEFAULT_TEMPLATES,
     Classes,
@@ -46,6 +48,7 @@ class Pipeline:
         variant: of the weights, see ``files.weights.find_weights``.
         classes, templates, average: as ``load_model`` got them.
         device: where prompts are encoded.
+        lora: what ``with_lora`` fuses into the parts.
 
     Raises:
         ModelError: as every method does: a part is missing, broken or unsupported.
@@ -60,6 +63,7 @@ class Pipeline:
     average: str | None = None
     device: torch.device | str = "cpu"
     variant: str | None = None
+    lora: Lora | None = None
 
     def __post_init__(self, timestep_embedding: str) -> None:
         if timestep_embedding != "auto":
@@ -164,6 +168,16 @@ class Pipeline:
                 f"but its VAE gives {latent_channels(vae)}."
             )
         return vae
+
+    def with_lora(self, parts: Any) -> Any:
+        """A diffusers pipeline with the LoRA that was asked for in its network and text encoders.
+
+        Raises:
+            ModelError: as ``lora.fuse``.
+        """
+        if self.lora is not None:
+            fuse(self.lora, parts)
+        return parts
 
     def text(self, class_names: Sequence[str]) -> PromptEncoder:
         """All tokenizers and text encoders, which are of these classes."""

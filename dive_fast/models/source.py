@@ -30,11 +30,13 @@ class Family:
         loader: see ``register_model_family``.
         folders: those of the pipeline that it reads; None for all.
         text: its classes are prompts.
+        lora: LoRA weights can be fused into it.
     """
 
     loader: Loader
     folders: tuple[str, ...] | None = None
     text: bool = False
+    lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def resolve(
     """Finds a model, and fetches it if it is a hub id; a ``Source`` is handed back.
 
     Args:
-        source: a zoo name ("digits"), a directory, or a hub id ("facebook/DiT-XL-2-256").
+        source: a zoo name ("digits"), a directory, a hub id ("facebook/DiT-XL-2-256"), or a
+            ``.safetensors`` file of Stable Diffusion 1.x or XL (see ``single_file``).
         allow_pickle: of the hub, also fetch pickled weights where there are no others.
         variant: of the hub, fetch the weights of this variant where there are such.
 
@@ -92,10 +95,30 @@ def resolve(
     if isinstance(source, Source):
         return source
     text = str(source)
+    if (directory := _single_file(text)) is not None:
+        return Source(text, directory, _family_in(directory), own=False)
     directory = find(text, lambda index: _family(index, text).folders, allow_pickle, variant)
-    index = directory / "model_index.json"
     own = text not in zoo.names() and Path(text).expanduser().is_dir()
-    return Source(text, directory, _family(read_json(index), index), own)
+    return Source(text, directory, _family_in(directory), own)
+
+
+def _single_file(text: str) -> Path | None:
+    """The converted directory of a checkpoint in one file; None for what is none."""
+    try:
+        path = Path(text).expanduser()
+        if path.suffix != ".safetensors" or not path.is_file():
+            return None
+    except (OSError, ValueError, RuntimeError):  # ``find`` says what is wrong with it
+        return None
+    # diffusers' loaders take seconds.
+    from dive_fast.models.single_file import as_directory
+
+    return as_directory(path)
+
+
+def _family_in(directory: Path) -> Family:
+    index = directory / "model_index.json"
+    return _family(read_json(index), index)
 
 
 def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = False) -> None:
@@ -110,6 +133,14 @@ def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = F
             to encode them.
     """
     FAMILIES[pipeline_class] = Family(loader, text=text)
+
+
+def without_lora(source: object) -> ModelError:
+    """What a model says that cannot take a LoRA."""
+    return ModelError(
+        f"{source} cannot take a LoRA: expected a text-to-image model of the kinds "
+        f"{', '.join(sorted(name for name, family in FAMILIES.items() if family.lora))}."
+    )
 
 
 def _family(index: dict[str, Any], where: str | Path) -> Family:
@@ -138,51 +169,56 @@ def _load_stable_diffusion(directory: Path, **asked: Any) -> Model:
 
     # All are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
     if gligen.is_gligen(directory):
-        return gligen.load(directory, **asked)
-    family = geodiffusion if has_location_tokens(directory) else stable_diffusion
+        family: Any = gligen
+    else:
+        family = geodiffusion if has_location_tokens(directory) else stable_diffusion
+    if "lora" in asked and family is not stable_diffusion:
+        raise without_lora(asked["name"])
     return family.load(directory, **asked)
 
 
 _SD_FOLDERS = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
-_SD = Family(_load_stable_diffusion, _SD_FOLDERS, text=True)
-_SDXL = Family(_load_stable_diffusion, (*_SD_FOLDERS, "tokenizer_2", "text_encoder_2"), text=True)
+_SD = Family(_load_stable_diffusion, _SD_FOLDERS, text=True, lora=True)
+_SDXL = Family(
+    _load_stable_diffusion,
+    (*_SD_FOLDERS, "tokenizer_2", "text_encoder_2"),
+    text=True,
+    lora=True,
+)
 _LABELS = Family(_load_of("class_unet.model"), ("unet", "vae", "vqvae", "scheduler"))
 _TRANSFORMER = ("transformer", "vae", "scheduler")
+_ONE_TEXT = ("tokenizer", "text_encoder")
 _TEXT = tuple(f"{part}{n}" for part in ("tokenizer", "text_encoder") for n in ("", "_2", "_3"))
 
 
-def _family_of(module: str) -> Family:
-    """One text-to-image transformer, with a single text encoder."""
-    folders = (*_TRANSFORMER, "tokenizer", "text_encoder")
-    return Family(_load_of(f"transformers.{module}"), folders, text=True)
+def _family_of(module: str, *, texts: tuple[str, ...] = _TEXT, lora: bool = True) -> Family:
+    """One text-to-image transformer."""
+    folders = (*_TRANSFORMER, *texts)
+    return Family(_load_of(f"transformers.{module}"), folders, text=True, lora=lora)
 
 
 FAMILIES: dict[str, Family] = {
-    "AuraFlowPipeline": Family(
-        _load_of("transformers.aura_flow"), (*_TRANSFORMER, *_TEXT), text=True
-    ),
+    "AuraFlowPipeline": _family_of("aura_flow"),
     "ConsistencyModelPipeline": _LABELS,
     "DDIMPipeline": _LABELS,
     "DDPMPipeline": _LABELS,
     "LDMPipeline": _LABELS,
     "PNDMPipeline": _LABELS,
     "DiTPipeline": Family(_load_of("dit.model"), ("transformer", "vae", "scheduler")),
-    "FluxPipeline": Family(_load_of("transformers.flux"), (*_TRANSFORMER, *_TEXT), text=True),
+    "FluxPipeline": _family_of("flux"),
     "LayoutToImagePipeline": Family(
         _load_of("layout_to_image.load"), ("unet", "layout_encoder", "vae", "scheduler", PRIOR)
     ),
     "StableDiffusionGLIGENPipeline": Family(_load_of("gligen"), _SD_FOLDERS, text=True),
-    "Lumina2Pipeline": _family_of("lumina2"),
-    "Lumina2Text2ImgPipeline": _family_of("lumina2"),
-    "PixArtAlphaPipeline": _family_of("pixart"),
-    "PixArtSigmaPipeline": _family_of("pixart"),
-    "SanaPipeline": _family_of("sana"),
-    "StableDiffusion3Pipeline": Family(
-        _load_of("transformers.sd3"), (*_TRANSFORMER, *_TEXT), text=True
-    ),
+    "Lumina2Pipeline": _family_of("lumina2", texts=_ONE_TEXT),
+    "Lumina2Text2ImgPipeline": _family_of("lumina2", texts=_ONE_TEXT),
+    "PixArtAlphaPipeline": _family_of("pixart", texts=_ONE_TEXT, lora=False),
+    "PixArtSigmaPipeline": _family_of("pixart", texts=_ONE_TEXT, lora=False),
+    "SanaPipeline": _family_of("sana", texts=_ONE_TEXT),
+    "StableDiffusion3Pipeline": _family_of("sd3"),
     "StableDiffusionPipeline": _SD,
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusionXLImg2ImgPipeline": _SDXL,
-    "ZImagePipeline": Family(_load_of("transformers.z_image"), (*_TRANSFORMER, *_TEXT), text=True),
+    "ZImagePipeline": _family_of("z_image"),
 }

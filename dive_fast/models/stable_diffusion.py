@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from dive_fast.errors import ModelError
 from dive_fast.models.base import check_sizes
 from dive_fast.models.pipeline import Pipeline
+from dive_fast.models.text.encoders import import_transformers, quiet_transformers
 from dive_fast.models.text.prompted import PromptedModel
 from dive_fast.models.text.towers import SUFFIXES, PromptEncoder
 from dive_fast.models.unet import stages
@@ -76,6 +77,8 @@ def load(directory: Path, **asked: Any) -> StableDiffusion:
     unet = pipeline.component(UNet2DConditionModel, "unet")
     vae = pipeline.vae(unet.config.in_channels)
     check_unet(unet, text, directory)
+    if pipeline.lora is not None:
+        pipeline.with_lora(_as_diffusers(unet, text))
     family = StagedStableDiffusion if stages.can_be_cut(unet) else StableDiffusion
     return family(
         unet,
@@ -87,6 +90,27 @@ def load(directory: Path, **asked: Any) -> StableDiffusion:
         device=pipeline.device,
         zero_unconditional=pipeline.stated.flag("force_zeros_for_empty_prompt", False),
     )
+
+
+def _as_diffusers(unet: UNet2DConditionModel, text: PromptEncoder) -> Any:
+    """The pipeline of these parts, without what a LoRA has nothing to do with."""
+    with quiet_transformers(import_transformers()):  # the pipelines' imports warn
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    own: dict[str, Any] = {
+        f"{part}{suffix}": value
+        for suffix, tower in zip(SUFFIXES, text.towers, strict=False)
+        for part, value in (("tokenizer", tower.tokenizer), ("text_encoder", tower.encoder))
+    }
+    if text.pooled:
+        kind, own["add_watermarker"] = StableDiffusionXLPipeline, False
+    else:
+        kind, own["requires_safety_checker"] = StableDiffusionPipeline, False
+        own |= {"safety_checker": None, "feature_extractor": None}
+    # Of an old UNet the constructor would change the configuration.
+    pipeline = kind(vae=None, unet=None, scheduler=None, **own)
+    pipeline.register_modules(unet=unet)
+    return pipeline
 
 
 def parts(encoders: Sequence[str]) -> dict[str, str]:

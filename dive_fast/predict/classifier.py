@@ -65,9 +65,11 @@ class DiffusionClassifier(Fitting):
         templates: Sequence[str] | None = None,
         average: str | None = None,
         variant: str | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
         **engine: Any,
     ) -> DiffusionClassifier:
-        """From a model of the zoo, a diffusers directory, or a hub id.
+        """From a model of the zoo, a diffusers directory, a single file, or a hub id.
 
         The arguments are those of ``dive_fast.models.load_model``; ``cache``, ``cache_bytes``,
         ``refresh``, ``autocast``, ``compile`` and ``channels_last`` those of ``EngineOptions``.
@@ -88,9 +90,12 @@ class DiffusionClassifier(Fitting):
             classes=classes,
             templates=templates,
             average=average,
+            lora=lora,
+            lora_scale=lora_scale,
         )
         classifier = cls(model, batch_size=batch_size, options=options)
-        classifier.directory = source.own_directory
+        # What is fitted with a LoRA is not the directory's model.
+        classifier.directory = source.own_directory if lora is None else None
         return classifier
 
     @classmethod

@@ -89,7 +89,8 @@ def check_fits(
     if adapters := [name for name in surplus if _ADAPTER.search(name)]:
         raise ModelError(
             f"{misfit} {len(surplus)} unexpected keys, the first is {adapters[0]}: they hold an "
-            f"unfused LoRA adapter, which is not supported; fuse it into the weights first."
+            f"unfused LoRA adapter; fuse it (diffusers' fuse_lora, unload_lora_weights, "
+            f"save_pretrained), or give the plain weights with the adapter apart (lora=, --lora)."
         )
     for kind, names in (("missing", missing), ("unexpected", surplus)):
         if names:

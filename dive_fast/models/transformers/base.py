@@ -114,9 +114,8 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
     channels, *sides = family.latents(network)
     vae = pipeline.vae(channels, family.vae_class)
     shape = _resized((channels, *sides), family.sides(network), vae, pipeline)
-    text = PipelineText(
-        _text_half(family, network, pipeline), family.encode_prompts, family.constants
-    )
+    parts = pipeline.with_lora(_text_half(family, network, pipeline))
+    text = PipelineText(parts, family.encode_prompts, family.constants)
     for part, width in family.widths(network).items():
         if text.parts.shapes[part][-1] != width:
             raise ModelError(
