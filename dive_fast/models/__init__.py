@@ -75,6 +75,8 @@ def load_model(
     if variant is not None:
         check_variant(source.directory, source.family.folders, variant)
         options["variant"] = variant
+    if source.family.dtype:
+        options["dtype"] = dtype
     tell_what_is_not_applied(source.directory, source.family.folders)
     with naming(source.text):
         loaded = source.family.loader(source.directory, name=source.text, **options)

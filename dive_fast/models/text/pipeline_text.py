@@ -144,9 +144,16 @@ def _refuse_twins(names: Sequence[str], table: Tensor) -> None:
 
 
 def load_encoders(
-    directory: Path, index: Mapping[str, Any], allow_pickle: bool, variant: str | None = None
+    directory: Path,
+    index: Mapping[str, Any],
+    allow_pickle: bool,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Tokenizers and text encoders of a directory by their folders; None for those left out.
+
+    Args:
+        dtype: of the network beside them; see ``TransformersLibrary.dtype`` for theirs.
 
     Raises:
         ModelError: one is missing or broken, or transformers does not have its class.
@@ -173,7 +180,14 @@ def load_encoders(
         if folder.startswith("tokenizer"):
             found[folder] = _load_tokenizer(kind, directory / folder)
         else:
-            found[folder] = _load_encoder(kind, directory / folder, allow_pickle, variant)
+            found[folder] = load_component(
+                kind,
+                directory / folder,
+                allow_pickle,
+                variant=variant,
+                library=TransformersLibrary(),
+                dtype=dtype,
+            )
     _check_tokens(found, directory)
     return found
 
@@ -189,12 +203,6 @@ def _check_tokens(found: Mapping[str, Any], directory: Path) -> None:
                 f"the {folder} in {directory} has {len(tokenizer)} tokens, but its text encoder "
                 f"knows {known}."
             )
-
-
-def _load_encoder(kind: type, folder: Path, allow_pickle: bool, variant: str | None) -> nn.Module:
-    return load_component(
-        kind, folder, allow_pickle, variant=variant, library=TransformersLibrary()
-    )
 
 
 def _load_tokenizer(kind: type, folder: Path) -> Any:

@@ -109,7 +109,7 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
             f"expected a schedule with the target {family.target!r} for the {family.network_class} "
             f"in {directory}, got {schedule.target!r}."
         )
-    network = pipeline.component(getattr(diffusers, family.network_class), TRANSFORMER)
+    network = pipeline.network(getattr(diffusers, family.network_class), TRANSFORMER)
     family.check_network(network, directory)
     channels, *sides = family.latents(network)
     vae = pipeline.vae(channels, family.vae_class)
@@ -156,7 +156,11 @@ def _text_half(family: type[TextTransformer], network: nn.Module, pipeline: Pipe
     with quiet_transformers(import_transformers()):  # some pipelines' imports warn
         kind = getattr(diffusers, family.pipeline_class)
     found = load_encoders(
-        pipeline.directory, pipeline.index, pipeline.allow_pickle, pipeline.variant
+        pipeline.directory,
+        pipeline.index,
+        pipeline.allow_pickle,
+        pipeline.variant,
+        pipeline.dtype,
     )
     for part in inspect.signature(kind).parameters:
         if not part.startswith(("tokenizer", "text_encoder")) or part in family.optional:
