@@ -18,6 +18,7 @@ from dive_fast.models.autoencoder import Autoencoder, image_shape
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.text.encoders import import_transformers, quiet_transformers
 from dive_fast.models.text.pipeline_text import PipelineText, load_encoders
+from dive_fast.models.text.prompt_cache import digest_of_files
 from dive_fast.models.text.prompted import PromptedModel
 
 TRANSFORMER = "transformer"  # the folder
@@ -114,8 +115,12 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
     channels, *sides = family.latents(network)
     vae = pipeline.vae(channels, family.vae_class)
     shape = _resized((channels, *sides), family.sides(network), vae, pipeline)
+    folders = [part for part in pipeline.index if part.startswith(("tokenizer", "text_encoder"))]
     text = PipelineText(
-        _text_half(family, network, pipeline), family.encode_prompts, family.constants
+        _text_half(family, network, pipeline),
+        family.encode_prompts,
+        family.constants,
+        digest_of_files(directory, folders),
     )
     for part, width in family.widths(network).items():
         if text.parts.shapes[part][-1] != width:
