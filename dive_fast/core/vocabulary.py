@@ -13,7 +13,7 @@ from dive_fast.errors import DiveFastError, ModelError
 
 # Of a table in float32, 1 GiB. Where it would be larger, one that comes in half precision stays so.
 FLOAT32_BYTES = 1 << 30
-BLOCK_BYTES = 1 << 26  # of the rows that are computed with at a time, in float32
+BLOCK_BYTES = 1 << 25  # of the rows that are computed with at a time, in float32
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -22,10 +22,26 @@ def is_large(n_rows: int, dim: int) -> bool:
     return n_rows * dim * torch.float32.itemsize > FLOAT32_BYTES
 
 
-def float_blocks(table: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The rows of a table in float32, ``BLOCK_BYTES`` at a time."""
-    for block in table.split(max(1, BLOCK_BYTES // (torch.float32.itemsize * table.shape[1]))):
-        yield block.float()
+def float_blocks(
+    table: torch.Tensor, minus: torch.Tensor | float | None = None
+) -> Iterator[torch.Tensor]:
+    """The rows of a table in float32, ``BLOCK_BYTES`` at a time.
+
+    A block holds until the next one is asked for: all are made in the same memory, as an allocator
+    that has to find room for so many at once may not find it in what was given back.
+
+    Args:
+        minus: [D] or a number, what is subtracted from every row.
+    """
+    n = max(1, BLOCK_BYTES // (torch.float32.itemsize * table.shape[1]))
+    if table.dtype == torch.float32 and minus is None:
+        yield from table.split(n)
+        return
+    memory = torch.empty(min(n, len(table)), table.shape[1])
+    for block in table.split(n):
+        made = memory[: len(block)]
+        made.copy_(block)
+        yield made if minus is None else made.sub_(minus)
 
 
 class Vocabulary:
@@ -96,24 +112,29 @@ class Vocabulary:
 
     def spread(self) -> tuple[float, float]:
         """Scalar mean and standard deviation of all entries, the unconditional row included."""
-        if self.table.nbytes <= BLOCK_BYTES:
-            entries = torch.cat([*self._all_blocks()])
+        extra = [] if self.unconditional is None else [self.unconditional[None]]
+        if self.table.dtype == torch.float32 and self.table.nbytes <= BLOCK_BYTES:
+            entries = torch.cat([self.table, *extra])
             return entries.mean().item(), entries.std().item()
-        n, total = 0, 0.0
-        for block in self._all_blocks():
-            n, total = n + block.numel(), total + block.sum(dtype=torch.float64).item()
-        mean, squares = total / n, 0.0
-        for block in self._all_blocks():
-            squares += (block - mean).square_().sum(dtype=torch.float64).item()
-        return mean, math.sqrt(squares / (n - 1))
+        tables = [self.table, *extra]
+        n = sum(part.numel() for part in tables)
+        sums = [b.sum(dim=1).double().sum() for part in tables for b in float_blocks(part)]
+        mean = sum(sums).item() / n
+        # The blocks are our own where something is subtracted.
+        squares = [
+            block.square_().sum(dim=1).double().sum()
+            for part in tables
+            for block in float_blocks(part, mean)
+        ]
+        return mean, math.sqrt(sum(squares).item() / (n - 1))
 
     def linear(self, v0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """g . (v_c - v0) of every answer c, float32 [V], for a gradient g [D]."""
-        return torch.cat([(block - v0) @ gradient for block in float_blocks(self.table)])
+        return torch.cat([block @ gradient for block in float_blocks(self.table, v0)])
 
     def distances(self, v: torch.Tensor) -> torch.Tensor:
         """| v_c - v | of every answer c, float32 [V]."""
-        return torch.cat([(block - v).norm(dim=1) for block in float_blocks(self.table)])
+        return torch.cat([block.norm(dim=1) for block in float_blocks(self.table, v)])
 
     def nearest(self, v: torch.Tensor, metric: str = "l2") -> torch.Tensor:
         """The nearest row of each embedding v [N, D], as int64 [N]; ties go to the lowest index.
@@ -143,8 +164,3 @@ class Vocabulary:
             index[nearer], best[nearer] = found[nearer] + start, distance[nearer]
             start += len(block)
         return index
-
-    def _all_blocks(self) -> Iterator[torch.Tensor]:
-        yield from float_blocks(self.table)
-        if self.unconditional is not None:
-            yield self.unconditional[None]

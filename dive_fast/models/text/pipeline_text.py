@@ -214,7 +214,7 @@ def _refuse_twins(names: Sequence[str], table: Tensor) -> None:
     Raises:
         ModelError: two are, as of prompts that differ in what the tokenizer ignores or cuts off.
     """
-    sums = torch.cat([block.sum(dim=1, dtype=torch.float64) for block in float_blocks(table)])
+    sums = torch.cat([block.sum(dim=1) for block in float_blocks(table)])
     # In half precision the rounding may fall on either side of a number.
     close = {"rtol": max(1e-5, torch.finfo(table.dtype).eps), "atol": 1e-6}
     for i, j in pairwise(sums.argsort().tolist()):

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 REVISION = 1  # of what this package makes of a prompt; a new one makes all entries old
 VARIABLE = "DIVE_FAST_CACHE"
-_CONTENT = "content"  # of the metadata: the digest
+_ORDER, _CONTENT = "order", "content"  # of the metadata: the names as they came; the digest
 
 
 def cache_directory() -> Path | None:
@@ -73,13 +73,16 @@ class PromptCache:
             return None
         try:
             with safe_open(path, framework="pt") as content:
-                stated = (content.metadata() or {}).get(_CONTENT)
+                stated = content.metadata()
                 # Copied: a mapped file that is cut off later ends the process.
-                parts = {name: content.get_tensor(name).clone() for name in content.keys()}
+                parts = {
+                    name: content.get_tensor(name).clone() for name in json.loads(stated[_ORDER])
+                }
+                whole = stated[_CONTENT] == _digest(parts)
         except Exception as error:  # safetensors, the disk and torch each raise their own kinds
             log.debug("%s is not read: %s", path, error)
             return None
-        return parts if parts and stated == _digest(parts) else None
+        return parts if whole else None
 
     def write(self, parts: Mapping[str, Tensor], *key: str) -> None:
         """Keeps the parts [...]; where that cannot be done, a warning says so once."""
@@ -89,7 +92,8 @@ class PromptCache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with replacing(self.path(*key)) as file:
-                file.write(save(parts, {_CONTENT: _digest(parts)}))
+                stated = {_ORDER: json.dumps([*parts]), _CONTENT: _digest(parts)}
+                file.write(save(parts, stated))
         except OSError as error:
             log.warning(
                 "encoded prompts are not kept in %s: %s.", self.directory, error.strerror or error
@@ -110,8 +114,7 @@ def digest_of_files(directory: Path, folders: list[str]) -> str:
 
 def _digest(parts: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(parts):
-        part = parts[name].contiguous()
+    for name, part in parts.items():
         digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
         digest.update(part.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
