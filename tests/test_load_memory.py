@@ -15,6 +15,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from tiny_aura import write_aura
 from tiny_class_unet import make_unet, write
+from tiny_geodiffusion import write_geodiffusion
+from tiny_gligen import write_gligen
 
 from dive_fast.errors import ModelError
 from dive_fast.models import load_model, register_model_family, source
@@ -60,11 +62,24 @@ def class_unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(DDPMPipeline(make_unet(), DDPMScheduler()), tmp_path_factory.mktemp("class"))
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "dit_dir", "class_unet_dir", "layout_dir"])
+@pytest.fixture(scope="module")
+def gligen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gligen(tmp_path_factory.mktemp("gligen") / "model")
+
+
+@pytest.fixture(scope="module")
+def geo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_geodiffusion(tmp_path_factory.mktemp("geo") / "model")
+
+
+DIRECTORIES = ("sd", "sdxl", "dit_dir", "class_unet_dir", "layout_dir", "gligen_dir", "geo_dir")
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_that_of_a_float32_model_moved(request, name, dtype) -> None:
     directory = request.getfixturevalue(name)
-    asked = {"classes": ["cat", "dog"]} if name.startswith("sd") else {}
+    asked = {"classes": ["cat", "dog"]} if name.startswith(("sd", "gligen", "geo")) else {}
     expected = load_model(directory, device="cpu", **asked).to(CPU, dtype)
     found = load_model(directory, device="cpu", dtype=dtype, **asked)
     assert found.identity() == expected.identity()
