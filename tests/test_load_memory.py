@@ -49,12 +49,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stored", ["float32", "float16"])
-def test_no_more_memory_than_the_weights(published: Path, stored: str) -> None:
-    command = [sys.executable, CHILD, "load", published / stored, published / "small", stored]
-    ratio, size = map(float, subprocess.check_output(command, text=True).split())
-    assert size == {"float32": 1, "float16": 0.5}[stored] * 322_308_160
-    assert 1.0 < ratio < 1.2
+def test_no_more_memory_than_the_result(published: Path) -> None:
+    """A network in float32 and in float16; and building and searching a table of 400 MB."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the largest size of a process can be set back on Linux only")
+    found = json.loads(subprocess.check_output([sys.executable, CHILD, published], text=True))
+    assert [size for _, size in found.values()] == [322_308_160, 161_154_080, 400_000_000]
+    for name, (ratio, _) in found.items():
+        assert 1.0 < ratio < {"table": 1.3}.get(name, 1.2), found
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +78,8 @@ DIRECTORIES = ("sd", "sdxl", "dit_dir", "class_unet_dir", "layout_dir", "gligen_
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_that_of_a_float32_model_moved(request, name, dtype) -> None:
+def test_half_precision_is_that_of_a_float32_model_moved(request, name: str) -> None:
+    dtype = torch.bfloat16 if name == "sd" else torch.float16
     directory = request.getfixturevalue(name)
     asked = {"classes": ["cat", "dog"]} if name.startswith(("sd", "gligen", "geo")) else {}
     expected = load_model(directory, device="cpu", **asked).to(CPU, dtype)
