@@ -11,6 +11,8 @@ import pytest
 # On small tensors a second thread costs more than it brings, and where other work shares the cores
 # it costs milliseconds per operation. Set before torch is loaded, and so for processes of tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test writes to the user's home, or is answered from it; those of the cache name a folder.
+os.environ["DIVE_FAST_CACHE"] = ""
 
 import torch  # noqa: E402
 

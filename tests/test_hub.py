@@ -221,3 +221,15 @@ def test_what_is_not_there(hub):
         load_model("someone/tiny-sd", classes=["cat"])
     with pytest.raises(ModelError, match="nobody/none is no directory here and could not be"):
         download("nobody/none", lambda index: None, allow_pickle=False)
+
+
+def test_tokenizers_of_every_kind():
+    """sentencepiece's models, and templates of a chat, as FLUX.1 and Z-Image have them."""
+    files = """
+    model_index.json tokenizer_2/spiece.model tokenizer_2/special_tokens_map.json
+    tokenizer/merges.txt tokenizer/chat_template.jinja tokenizer/tokenizer.json
+    """.split()
+    left = "tokenizer/README.md tokenizer_2/spiece.vocab flux1-dev.model other/x.model".split()
+    assert fetched(files + left, "FluxPipeline") == sorted(files)
+    allowed = patterns(folders("FluxPipeline"))
+    assert sorted(filter_repo_objects(files + left, allow_patterns=allowed)) == sorted(files)

@@ -81,13 +81,13 @@ def test_the_check_reads_many_classes_at_once(text, monkeypatch) -> None:
 def test_a_table_beyond_the_memory_is_refused_first(sd, tmp_path, monkeypatch, capsys) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     arguments = ("classify", tmp_path / "a.png", "--model", sd, "--classes", "cat,dog,phone")
-    monkeypatch.setattr(towers, "available_bytes", lambda: 3 * 16 * 12 * 4 - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 16 * 12 * 4 - 1)
     said = call(capsys, *arguments)
     assert_refused(
         said, r"of 3 classes take 0.0 GB \(3 rows of 192 numbers\), and 0.0 GB of memory"
     )
     for enough in (3 * 16 * 12 * 4, None):
-        monkeypatch.setattr(towers, "available_bytes", lambda enough=enough: enough)
+        monkeypatch.setattr(memory, "available_bytes", lambda enough=enough: enough)
         assert call(capsys, *arguments).code == 0
 
 
@@ -111,5 +111,5 @@ def test_the_bar_is_for_terminals(monkeypatch) -> None:
 
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with towers._bar(5) as bar:
+        with towers.encoding_bar(5) as bar:
             assert bar.disable != shown

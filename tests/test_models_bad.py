@@ -280,11 +280,15 @@ def test_bad_pickle_on_request(kind: str, dit_dir: Path, tmp_path: Path, image, 
 def test_overflow_in_half_precision(dit_dir: Path, tmp_path: Path, image: Path, capsys) -> None:
     directory = tmp_path / "model"
     shutil.copytree(dit_dir, directory)
-    change_weights(lambda w: w["pos_embed.proj.weight"].mul_(1e7))(directory)
+    change_weights(lambda w: w["pos_embed.proj.weight"].mul_(3e4))(directory)
     arguments = ("classify", image, "--model", directory, "--probes", 4, "--json")
     assert call(capsys, *arguments).code == 0
     said = call(capsys, *arguments, "--dtype", "float16")
     assert_refused(said, "expected finite losses from .* in torch.float16, got NaN or infinity")
+    change_weights(lambda w: w["pos_embed.proj.weight"].mul_(1e4))(directory)
+    assert call(capsys, *arguments).code == 0
+    said = call(capsys, *arguments, "--dtype", "float16")
+    assert_refused(said, "not finite in torch.float16: pos_embed.proj.weight .* beyond 65504")
 
 
 def test_family_from_outside(tmp_path: Path, dit_dir: Path) -> None:

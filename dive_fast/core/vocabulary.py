@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from dive_fast import ops
 from dive_fast.core.projection import DiscreteProjection
 from dive_fast.errors import DiveFastError, ModelError
+
+# Of a table in float32, 1 GiB. Where it would be larger, one that comes in half precision stays so.
+FLOAT32_BYTES = 1 << 30
+BLOCK_BYTES = 1 << 25  # of the rows that are computed with at a time, in float32
+HALF = (torch.float16, torch.bfloat16)
+
+
+def is_large(n_rows: int, dim: int) -> bool:
+    """Whether a table of so many rows is stored in half precision if it comes so."""
+    return n_rows * dim * torch.float32.itemsize > FLOAT32_BYTES
+
+
+def float_blocks(
+    table: torch.Tensor, minus: torch.Tensor | float | None = None
+) -> Iterator[torch.Tensor]:
+    """The rows of a table in float32, ``BLOCK_BYTES`` at a time.
+
+    A block holds until the next one is asked for: all are made in the same memory, as an allocator
+    that has to find room for so many at once may not find it in what was given back.
+
+    Args:
+        minus: [D] or a number, what is subtracted from every row.
+    """
+    n = max(1, BLOCK_BYTES // (torch.float32.itemsize * table.shape[1]))
+    if table.dtype == torch.float32 and minus is None:
+        yield from table.split(n)
+        return
+    memory = torch.empty(min(n, len(table)), table.shape[1])
+    for block in table.split(n):
+        made = memory[: len(block)]
+        made.copy_(block)
+        yield made if minus is None else made.sub_(minus)
 
 
 class Vocabulary:
     """One row per answer: the embeddings that the network was trained with.
 
     Attributes:
-        table: float32 [V, D] on the CPU; row c is the embedding of answer c.
+        table: [V, D] on the CPU; row c is the embedding of answer c. float32, or float16 or
+            bfloat16 if it came so and ``is_large``: compute with ``rows``, ``linear`` ..., which
+            are float32 in every case.
         names: one name per row.
         unconditional: float32 [D], the embedding of "no condition", once for each of the ``parts``;
             or None.
@@ -47,7 +82,8 @@ class Vocabulary:
             raise ModelError(f"a row of {dim} values cannot have {parts} equal parts.")
         self.shape = (dim,) if shape is None else tuple(shape)
         self.parts = parts
-        self.table = table.detach().float().cpu().contiguous()
+        half = table.dtype in HALF and is_large(*table.shape)
+        self.table = table.detach().to("cpu", table.dtype if half else torch.float32).contiguous()
         self.names = tuple(names)
         self._projections: dict[str, DiscreteProjection] = {}
         self.unconditional = None
@@ -61,17 +97,44 @@ class Vocabulary:
     def dim(self) -> int:
         return self.table.shape[1]
 
+    def rows(self, index: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """The embeddings of answers int64 [N], float32 [N, D]."""
+        return self.table[index].float()
+
     def mean(self) -> torch.Tensor:
-        """The neutral embedding v0 [D]: the mean of the answers' rows."""
-        return self.table.mean(dim=0)
+        """The neutral embedding v0, float32 [D]: the mean of the answers' rows."""
+        if self.table.dtype == torch.float32:
+            return self.table.mean(dim=0)
+        total = torch.zeros(self.dim)
+        for block in float_blocks(self.table):
+            total += block.sum(dim=0)
+        return total / len(self)
 
     def spread(self) -> tuple[float, float]:
         """Scalar mean and standard deviation of all entries, the unconditional row included."""
-        rows = [self.table]
-        if self.unconditional is not None:
-            rows.append(self.unconditional[None])
-        entries = torch.cat(rows)
-        return entries.mean().item(), entries.std().item()
+        extra = [] if self.unconditional is None else [self.unconditional[None]]
+        if self.table.dtype == torch.float32 and self.table.nbytes <= BLOCK_BYTES:
+            entries = torch.cat([self.table, *extra])
+            return entries.mean().item(), entries.std().item()
+        tables = [self.table, *extra]
+        n = sum(part.numel() for part in tables)
+        sums = [b.sum(dim=1).double().sum() for part in tables for b in float_blocks(part)]
+        mean = sum(sums).item() / n
+        # The blocks are our own where something is subtracted.
+        squares = [
+            block.square_().sum(dim=1).double().sum()
+            for part in tables
+            for block in float_blocks(part, mean)
+        ]
+        return mean, math.sqrt(sum(squares).item() / (n - 1))
+
+    def linear(self, v0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """g . (v_c - v0) of every answer c, float32 [V], for a gradient g [D]."""
+        return torch.cat([block @ gradient for block in float_blocks(self.table, v0)])
+
+    def distances(self, v: torch.Tensor) -> torch.Tensor:
+        """| v_c - v | of every answer c, float32 [V]."""
+        return torch.cat([block.norm(dim=1) for block in float_blocks(self.table, v)])
 
     def nearest(self, v: torch.Tensor, metric: str = "l2") -> torch.Tensor:
         """The nearest row of each embedding v [N, D], as int64 [N]; ties go to the lowest index.
@@ -85,6 +148,19 @@ class Vocabulary:
         """
         if v.ndim != 2 or v.shape[1] != self.dim:
             raise DiveFastError(f"v must have shape [N, {self.dim}], got {list(v.shape)}.")
+        if self.table.dtype != torch.float32:
+            return self._nearest_by_block(v.detach().float(), metric)
         if metric not in self._projections:
             self._projections[metric] = DiscreteProjection.single(self.table, metric)
         return self._projections[metric].index(v.detach()[:, None])[:, 0]
+
+    def _nearest_by_block(self, v: torch.Tensor, metric: str) -> torch.Tensor:
+        """``nearest`` of a table that is not in float32."""
+        best = torch.full((len(v),), math.inf)
+        index, start = torch.zeros(len(v), dtype=torch.int64), 0
+        for block in float_blocks(self.table):
+            found, distance = ops.nearest_row(v, block, metric=metric)
+            nearer = distance < best
+            index[nearer], best[nearer] = found[nearer] + start, distance[nearer]
+            start += len(block)
+        return index

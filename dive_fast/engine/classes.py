@@ -33,7 +33,7 @@ class ClassTable:
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Rows int64 [N] as float32 [N, D] on the device."""
-        return self._placed[index.to(self._placed.device)].to(self.device)
+        return self._placed[index.to(self._placed.device)].to(self.device).float()
 
     def release(self) -> bool:
         """Leaves the device for good; False if it was not there."""

@@ -85,6 +85,8 @@ def load_model(
     if variant is not None:
         check_variant(source.directory, source.family.folders, variant)
         options["variant"] = variant
+    if source.family.dtype:
+        options["dtype"] = dtype
     if lora is not None:
         if not source.family.lora:
             raise without_lora(source)

@@ -236,7 +236,7 @@ def load(directory: Path, **asked: Any) -> Gligen:
     if not isinstance(caption, str):
         raise ModelError(f"expected a text as caption in {directory}, got {shown(caption)}.")
     schedule, text = pipeline.discrete_schedule(), pipeline.text(ENCODERS)
-    unet = pipeline.component(UNet2DConditionModel, "unet")
+    unet = pipeline.network(UNet2DConditionModel, "unet")
     check_grounding(unet, text, directory)
     check_unet(unet, text, directory)
     vae = pipeline.vae(unet.config.in_channels)

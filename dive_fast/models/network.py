@@ -107,7 +107,8 @@ def check_network(model: GivenNetwork) -> None:
     t = torch.full((2,), len(model.schedule) // 2, device=model.device)
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(1, *model.latent_shape, generator=generator).expand(2, -1, -1, -1)
-    rows = model.vocabulary.table[[0, len(model.vocabulary) - 1]].to(model.device).requires_grad_()
+    rows = model.vocabulary.rows([0, len(model.vocabulary) - 1])
+    rows = rows.to(model.device).requires_grad_()
     try:
         with torch.inference_mode(False), torch.enable_grad():
             found = model.predict(x_t.to(model.device), t, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,7 @@ class Pipeline:
         classes, templates, average: as ``load_model`` got them.
         device: where prompts are encoded.
         lora: what ``with_lora`` fuses into the parts.
+        dtype: that the network will have.
 
     Raises:
         ModelError: as every method does: a part is missing, broken or unsupported.
@@ -64,6 +65,7 @@ class Pipeline:
     device: torch.device | str = "cpu"
     variant: str | None = None
     lora: Lora | None = None
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self, timestep_embedding: str) -> None:
         if timestep_embedding != "auto":
@@ -71,6 +73,9 @@ class Pipeline:
                 f"timestep_embedding is for models of the family dit, got {timestep_embedding!r} "
                 f"for {self.name}."
             )
+        if self.lora is not None:
+            # Fused in float32: what a LoRA adds may be less than a step of half precision.
+            object.__setattr__(self, "dtype", torch.float32)
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -146,12 +151,33 @@ class Pipeline:
             self.scheduler_config, self.extra.get("predicts"), self.extra.get("time")
         )
 
-    def component(self, model_class: type, folder: str) -> torch.nn.Module:
-        """A part of diffusers, complete, finite and frozen, in float32."""
+    def component(
+        self,
+        model_class: type,
+        folder: str,
+        dtype: torch.dtype = torch.float32,
+        keep: Collection[str] = (),
+    ) -> torch.nn.Module:
+        """A part of diffusers, complete, finite and frozen; see ``load_component``."""
         self.part(folder)  # says what is wrong with its entry
         return load_component(
-            model_class, self.directory / folder, self.allow_pickle, variant=self.variant
+            model_class,
+            self.directory / folder,
+            self.allow_pickle,
+            variant=self.variant,
+            dtype=dtype,
+            keep=keep,
         )
+
+    def network(
+        self, model_class: type, folder: str, keep: Collection[str] = ()
+    ) -> torch.nn.Module:
+        """A ``component`` in the ``dtype`` that was asked for.
+
+        Args:
+            keep: modules from which the table of classes is made, which is in float32.
+        """
+        return self.component(model_class, folder, self.dtype, keep)
 
     def vae(
         self, channels: int, class_name: str = "AutoencoderKL", folder: str = "vae"

@@ -31,12 +31,14 @@ class Family:
         folders: those of the pipeline that it reads; None for all.
         text: its classes are prompts.
         lora: LoRA weights can be fused into it.
+        dtype: the loader takes the network's ``dtype``, so that no float32 copy is made first.
     """
 
     loader: Loader
     folders: tuple[str, ...] | None = None
     text: bool = False
     lora: bool = False
+    dtype: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def register_model_family(pipeline_class: str, loader: Loader, *, text: bool = F
             ``templates`` and ``average`` as ``load_model`` got them, and the ``device`` on which
             to encode them.
     """
-    FAMILIES[pipeline_class] = Family(loader, text=text)
+    FAMILIES[pipeline_class] = Family(loader, text=text, dtype=False)
 
 
 def without_lora(source: object) -> ModelError:

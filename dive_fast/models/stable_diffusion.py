@@ -74,7 +74,7 @@ def load(directory: Path, **asked: Any) -> StableDiffusion:
     pipeline.check_parts(parts(encoders))
     prompts, schedule = pipeline.prompts(), pipeline.discrete_schedule()
     text = pipeline.text(encoders)
-    unet = pipeline.component(UNet2DConditionModel, "unet")
+    unet = pipeline.network(UNet2DConditionModel, "unet")
     vae = pipeline.vae(unet.config.in_channels)
     check_unet(unet, text, directory)
     if pipeline.lora is not None:

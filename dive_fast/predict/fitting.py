@@ -217,13 +217,13 @@ def _turns(n: int, n_classes: int) -> torch.Tensor:
 
 def _survey(vocabulary: Vocabulary, k: int) -> Search:
     """All classes measured and estimated: ``trace`` has losses [C], base [] and linear [C]."""
-    table, v0, probes = vocabulary.table, vocabulary.mean(), torch.arange(k)
+    n, v0, probes = len(vocabulary), vocabulary.mean(), torch.arange(k)
     reply = yield Gradients(v0[None], probes)
-    losses = yield Losses(torch.arange(len(table)), probes)
+    losses = yield Losses(torch.arange(n), probes)
     means = losses.mean(dim=1)
-    linear = (table - v0) @ reply.gradients[0]
+    linear = vocabulary.linear(v0, reply.gradients[0])
     trace = {"losses": means, "base": reply.losses.mean(), "linear": linear}
-    return Answer(int(means.argmin()), means, torch.full((len(table),), k), trace)
+    return Answer(int(means.argmin()), means, torch.full((n,), k), trace)
 
 
 def _compare(n_classes: int, label: int, k: int, rivals: int) -> Search:

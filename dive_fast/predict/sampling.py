@@ -91,7 +91,7 @@ def _conditions(vocabulary: Vocabulary, classes: list[int]) -> torch.Tensor:
         turns.append(asked[c] % vocabulary.parts)
         asked[c] += 1
     parts = vocabulary.table.unflatten(1, (vocabulary.parts, -1))
-    return parts[classes, turns]
+    return parts[classes, turns].float()
 
 
 def _denoise(

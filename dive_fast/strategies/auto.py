@@ -81,7 +81,7 @@ class Auto(DefaultProbes):
 
         v0 = vocabulary.mean()
         reply = yield Gradients(v0[None], probes)
-        estimate = (vocabulary.table - v0) @ reply.gradients[0]
+        estimate = vocabulary.linear(v0, reply.gradients[0])
         if task.shortlist is not None:
             estimate = task.shortlist.correct(estimate)
         order = (estimate + task.penalty()).argsort(stable=True)
@@ -108,12 +108,12 @@ class Auto(DefaultProbes):
 
     def _relinearise(self, task: Task, contest: Contest, leader: int, probes: torch.Tensor, m: int):
         """Lets the classes enter that the gradient at the leader puts in front."""
-        table, at = task.vocabulary.table, torch.tensor([leader])
+        vocabulary, at = task.vocabulary, torch.tensor([leader])
         reply = yield Gradients(at, probes)
         contest.ledger.add(at, probes, reply.losses)
         if _tells(reply.gradients):
-            estimate = (table - table[leader]) @ reply.gradients[0] + task.penalty()
-            contest.enter(estimate.argsort(stable=True)[:m])
+            estimate = vocabulary.linear(vocabulary.rows(at)[0], reply.gradients[0])
+            contest.enter((estimate + task.penalty()).argsort(stable=True)[:m])
 
     def _size(self, task: Task) -> int:
         """Classes of the first shortlist."""

@@ -54,13 +54,13 @@ class Invert(DefaultProbes):
             raise DiveFastError(f"step must be greater than 0, got {self.step}.")
 
     def search(self, task: Task) -> Search:
-        table, k = task.vocabulary.table, len(task.probes)
+        n_classes, k = len(task.vocabulary), len(task.probes)
         searched = torch.arange(min(self.search_probes, k))
         rest = torch.arange(len(searched), k)
-        ledger = Ledger(len(table), k)
+        ledger = Ledger(n_classes, k)
 
         v = task.vocabulary.mean()[None]
-        radius = (table - v).norm(dim=1).mean()
+        radius = task.vocabulary.distances(v).mean()
         reply = yield Gradients(v, searched)
         gradient, gradients, exact = reply.gradients, {}, True
         best, since_best, since_new, path = None, 0, 0, []
@@ -84,7 +84,7 @@ class Invert(DefaultProbes):
         finalists = ledger.means().nan_to_num(torch.inf).argsort()[: min(2, len(gradients))]
         if not exact:
             # Losses with another class's activations led the search; they compare nothing.
-            ledger = Ledger(len(table), k)
+            ledger = Ledger(n_classes, k)
             rest = torch.arange(k) if len(finalists) == 2 else searched
         if len(rest) > 0 and (len(finalists) == 2 or not exact):
             losses = yield Losses(finalists, rest)

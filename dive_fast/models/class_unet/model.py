@@ -111,7 +111,7 @@ def load(directory: Path, **asked: Any) -> ClassUNet:
             f"expected the CMStochasticIterativeScheduler of a consistency model in {directory}, "
             f"got {pipeline.scheduler_config.get('_class_name')!r}."
         )
-    unet = pipeline.component(NETWORKS[kind], "unet")
+    unet = pipeline.network(NETWORKS[kind], "unet", keep=("class_embedding",))
     check_unet(unet, convention, directory)
     embeddings = pipeline.extra.get("embeddings")
     names = stated_names(pipeline)

@@ -181,7 +181,7 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
             f"expected a scheduler that states its betas, or a flow's, beside the transformer in "
             f"{directory}, got {pipeline.scheduler_config.get('_class_name')}."
         )
-    transformer = pipeline.component(DiTTransformer2DModel, "transformer")
+    transformer = pipeline.network(DiTTransformer2DModel, "transformer", keep=("norm1.emb",))
     config = transformer.config
     vae = None
     if pipeline.part("vae") is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dive_fast.core.distinct import told_apart
 from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
 from dive_fast.models.files.blueprint import build_within, check_fits, check_values
+from dive_fast.models.files.materialise import weights_elsewhere, with_memory
 from dive_fast.models.files.reading import first_line, read_config, read_json
 from dive_fast.models.files.tensors import Entry, PickledTensors, SafeTensors
 from dive_fast.models.files.weights import find_weights
@@ -24,6 +25,8 @@ from dive_fast.models.files.weights import find_weights
 __all__ = ["fingerprint", "first_line", "load_component", "read_class_names", "read_json"]
 
 WEIGHTS = "diffusion_pytorch_model"
+AT_ONCE = 1 << 20  # numbers that are looked at for NaN
+SUMMED = 1 << 22  # numbers that are summed in double precision
 
 
 class Library:
@@ -45,14 +48,30 @@ class Library:
             return model_class.from_config(dict(config))
 
     def materialise(
-        self, model_class: type, config: Mapping[str, Any], blueprint: torch.nn.Module
+        self,
+        model_class: type,
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        keep: Collection[str],
     ) -> torch.nn.Module:
-        """The blueprint in memory, to be filled; all but its weights is as in a new model."""
-        # Imported when it is called: diffusers' networks take seconds.
-        from diffusers.models.modeling_utils import no_init_weights
+        """A model in memory, to be filled; all but its weights is as in a new one.
 
-        with no_init_weights(), torch.device("cpu"):
-            return self.build(model_class, config)
+        Args:
+            dtype: of the weights; what is computed is in float32.
+            keep: modules whose weights are in float32, see ``materialise.is_kept``.
+        """
+        # To fill billions of weights with random numbers first takes minutes.
+        with weights_elsewhere(), torch.device("cpu"):
+            model = self.build(model_class, config)
+        return with_memory(model, dtype, keep)
+
+    def dtype(self, entries: Mapping[str, Entry], asked: torch.dtype) -> torch.dtype:
+        """The precision that weights of these entries get if ``asked`` is that of the network."""
+        return asked
+
+    def kept(self, model: torch.nn.Module, dtype: torch.dtype) -> Collection[str]:
+        """Modules that stay in float32 by themselves where the others are of ``dtype``."""
+        return ()
 
     def named(self, model: torch.nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
         """The entries under the names that the model has for them today."""
@@ -75,10 +94,14 @@ def load_component(
     *,
     variant: str | None = None,
     library: Library = DIFFUSERS,
+    dtype: torch.dtype = torch.float32,
+    keep: Collection[str] = (),
 ) -> torch.nn.Module:
-    """One component of a pipeline, complete, finite and frozen, in float32.
+    """One component of a pipeline, complete, finite and frozen.
 
-    The weights' names and shapes are compared with the configuration before memory is taken.
+    The weights' names and shapes are compared with the configuration before memory is taken. Then
+    they are made in their precision and filled one after the other from safetensors: no more memory
+    is taken than they need.
 
     Args:
         model_class: its class.
@@ -86,6 +109,9 @@ def load_component(
         allow_pickle: also take ``.bin`` weights (read with ``weights_only=True``).
         variant: see ``find_weights``.
         library: whose class it is.
+        dtype: of the weights; the library may choose another one (``Library.dtype``). What is
+            computed from the configuration stays in float32.
+        keep: modules whose weights stay in float32, see ``materialise.is_kept``.
 
     Raises:
         ModelError: no weights, two sets of them, pickled weights without ``allow_pickle``, or
@@ -102,7 +128,8 @@ def load_component(
         ) from error
     try:
         tensors = _tensors(directory, allow_pickle, variant, library)
-        model = _filled(model_class, config.content, tensors, directory, library)
+        dtype = library.dtype(tensors.entries, dtype)
+        model = _filled(model_class, config.content, tensors, directory, library, dtype, keep)
     except ModelError:
         raise
     # safetensors, pickle, zip, torch and every constructor raise their own kinds.
@@ -111,9 +138,14 @@ def load_component(
             f"{directory} cannot be loaded as {model_class.__name__}: {first_line(_root(error))}"
         ) from error
     for name, value in model.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise ModelError(f"the weights in {directory} are not finite: {name} holds NaN or inf.")
-    return model.float().eval().requires_grad_(False)
+        if not all(piece.isfinite().all() for piece in value.reshape(-1).split(AT_ONCE)):
+            half = value.dtype != torch.float32
+            raise ModelError(
+                f"the weights in {directory} are not finite"
+                f"{f' in {value.dtype}' if half else ''}: {name} holds NaN or inf"
+                f"{f', or numbers beyond {torch.finfo(value.dtype).max:.6g}' if half else ''}."
+            )
+    return model.eval().requires_grad_(False)
 
 
 def _tensors(
@@ -147,6 +179,8 @@ def _filled(
     tensors: SafeTensors | PickledTensors,
     directory: Path,
     library: Library,
+    dtype: torch.dtype,
+    keep: Collection[str],
 ) -> torch.nn.Module:
     """The class with its weights, in which every value has been set."""
     n = len(tensors.entries)
@@ -158,15 +192,15 @@ def _filled(
         )
     found = library.named(blueprint, tensors.entries)
     check_fits(blueprint, found, lambda name: library.ignored(blueprint, name), directory)
-    model = library.materialise(model_class, config, blueprint)
+    keep = (*keep, *library.kept(blueprint, dtype))
+    model = library.materialise(model_class, config, dtype, keep)
     # By what the file calls it: a key and its file belong to one weight.
-    targets, values = model.state_dict(), {(e.file, e.key): name for name, e in found.items()}
+    targets, names = model.state_dict(), {(e.file, e.key): name for name, e in found.items()}
     with torch.no_grad():
-        for key, value in tensors.values():
-            entry = tensors.entries[key]
-            target = targets.get(values[entry.file, entry.key])
+        for entry in tensors.entries.values():
+            target = targets.get(names[entry.file, entry.key])
             if target is not None:
-                target.copy_(value)
+                tensors.fill(entry, target)
     return model
 
 
@@ -203,12 +237,16 @@ def fingerprint(module: torch.nn.Module) -> str:
     """A short digest of all weights: names and two sums of each, quick on large models too."""
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():
-        weight = weight.detach().double().flatten()
-        # The second sum also tells apart weights in another order.
-        ramp = torch.arange(len(weight), dtype=torch.float64, device=weight.device)
-        digest.update(
-            f"{name} {weight.sum().item():.6e} {(weight * ramp).sum().item():.6e}".encode()
-        )
+        total = ordered = start = 0
+        # Pieces: whole weights in double precision would need more memory than they do.
+        for piece in weight.detach().flatten().split(SUMMED):
+            piece = piece.double()
+            # The second sum also tells apart weights in another order.
+            ramp = torch.arange(start, start + len(piece), dtype=piece.dtype, device=piece.device)
+            total += piece.sum().item()
+            ordered += (piece * ramp).sum().item()
+            start += len(piece)
+        digest.update(f"{name} {total:.6e} {ordered:.6e}".encode())
     return digest.hexdigest()[:16]
 
 

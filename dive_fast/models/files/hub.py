@@ -23,6 +23,7 @@ from dive_fast.models.files.weights import (
 )
 
 TOP_FILES = ["model_index.json", FILE, "generation_config.json"]
+TEXTS = (".json", ".txt", ".model", ".jinja")  # sentencepiece's models; templates of a chat
 SHARD = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
 
 # The folders of a pipeline that are read, by its model_index.json; None for all.
@@ -112,7 +113,7 @@ def wanted(
         check_among({v for names in by_folder.values() for v in variants(names)}, variant, where)
     found = [file for file in listing if file in TOP_FILES]
     for folder, names in by_folder.items():
-        texts = [n for n in names if n.endswith((".json", ".txt"))]
+        texts = [n for n in names if n.endswith(TEXTS)]
         # The index of another set would make two of them, and an adapter is told of above.
         texts = [n for n in texts if not (is_index(n) or n == "adapter_config.json")]
         weights = wanted_weights(names, variant, allow_pickle, f"{where}/{folder}")
@@ -129,9 +130,8 @@ def patterns(
         ends += [f".{variant}", f".{variant}{SHARD}", f"{SHARD}.{variant}"]
     kinds = ("safetensors", "bin") if allow_pickle else ("safetensors",)
     names = [f"{stem}{end}.{kind}" for kind in kinds for stem in STEMS[kind] for end in ends]
-    return TOP_FILES + [
-        f"{folder}/{name}" for folder in folders or ["*"] for name in ("*.json", "*.txt", *names)
-    ]
+    names = [*(f"*{end}" for end in TEXTS), *names]
+    return TOP_FILES + [f"{folder}/{name}" for folder in folders or ["*"] for name in names]
 
 
 def _listing(hub_id: str) -> list[str] | None:

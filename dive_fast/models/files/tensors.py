@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dive_fast.errors import ModelError
 from dive_fast.models.files.reading import first_line, read_json
@@ -22,6 +23,19 @@ from dive_fast.models.files.weights import WeightSet
 
 MAX_HEADER = 16 << 20  # bytes; published checkpoints have 0.3 MB at most
 FLOATS = {"F64", "F32", "F16", "BF16"}
+PIECE = 4 << 20  # bytes that are read at a time
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -33,12 +47,14 @@ class Entry(NamedTuple):
         dtype: as safetensors writes it, "F32".
         file: where it is.
         key: what it is called there.
+        start: its first byte in a safetensors file.
     """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
     key: str
+    start: int = 0
 
 
 class SafeTensors:
@@ -54,12 +70,32 @@ class SafeTensors:
     def __init__(self, directory: Path, weights: WeightSet) -> None:
         self.entries = _gathered(directory, weights, _safe_entries)
 
-    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor under its name, one after the other."""
-        for file, entries in _by_file(self.entries):
-            with safe_open(file, framework="pt") as content:
-                for name, entry in entries:
-                    yield name, content.get_tensor(entry.key)
+    def fill(self, entry: Entry, target: Tensor) -> None:
+        """Copies the values of an entry into a tensor of its shape, piece by piece.
+
+        Read, not mapped: pages that are mapped count as the process's memory beside the result.
+
+        Raises:
+            ModelError: the file has been cut off since, or holds a type that torch has not.
+        """
+        if entry.dtype not in DTYPES:
+            raise ModelError(
+                f"expected weights of {', '.join(DTYPES)} in {entry.file}, got {entry.key} of "
+                f"{entry.dtype}."
+            )
+        kind, flat = DTYPES[entry.dtype], target.contiguous().view(-1)
+        buffer = memoryview(bytearray(min(PIECE, max(1, target.numel()) * kind.itemsize)))
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            for piece in flat.split(PIECE // kind.itemsize):
+                if piece.numel() == 0:  # torch cannot view nothing
+                    continue
+                content = buffer[: piece.numel() * kind.itemsize]
+                if file.readinto(content) != len(content):
+                    raise ModelError(f"{entry.file} is truncated or damaged: {entry.key} ends it.")
+                piece.copy_(torch.frombuffer(content, dtype=kind))
+        if not target.is_contiguous():
+            target.copy_(flat.view_as(target))
 
 
 class PickledTensors:
@@ -77,10 +113,9 @@ class PickledTensors:
         self._content: dict[Path, dict[str, torch.Tensor]] = {}
         self.entries = _gathered(directory, weights, self._read)
 
-    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor under its name, one after the other."""
-        for name, entry in self.entries.items():
-            yield name, self._content[entry.file][entry.key]
+    def fill(self, entry: Entry, target: Tensor) -> None:
+        """Copies the values of an entry into a tensor of its shape."""
+        target.copy_(self._content[entry.file][entry.key])
 
     def _read(self, path: Path) -> dict[str, Entry]:
         if path.stat().st_size == 0:
@@ -109,7 +144,7 @@ def _is_dense(value: Any) -> bool:
 
 
 def _safe_entries(path: Path) -> dict[str, Entry]:
-    header = _header(path)
+    header, start = _header(path)
     try:
         # The offsets, and that they are those of these shapes and types, are checked here.
         with safe_open(path, framework="pt") as content:
@@ -117,13 +152,19 @@ def _safe_entries(path: Path) -> dict[str, Entry]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is truncated or damaged: {first_line(error)}") from error
     return {
-        name: Entry(tuple(header[name]["shape"]), header[name]["dtype"], path, name)
+        name: Entry(
+            tuple(header[name]["shape"]),
+            header[name]["dtype"],
+            path,
+            name,
+            start + header[name]["data_offsets"][0],
+        )
         for name in names
     }
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The JSON at the head of the file."""
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON at the head of the file, and the byte after it."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -154,7 +195,7 @@ def _header(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is truncated or damaged: {first_line(error)}") from error
-    return header
+    return header, 8 + length
 
 
 def _gathered(directory: Path, weights: WeightSet, read: Any) -> dict[str, Entry]:
@@ -186,8 +227,3 @@ def _check_index(path: Path, per_file: dict[str, dict[str, Entry]]) -> None:
 
 def _ends(names: Sequence[str]) -> Sequence[str]:
     return names if len(names) < 3 else (names[0], names[-1])
-
-
-def _by_file(entries: dict[str, Entry]) -> Iterator[tuple[Path, list[tuple[str, Entry]]]]:
-    for file in dict.fromkeys(entry.file for entry in entries.values()):
-        yield file, [(name, e) for name, e in entries.items() if e.file == file]

@@ -123,7 +123,7 @@ def load(
     n_tokens = next(i for i in range(len(known) + 1) if location_token(i) not in known)
     prompts = read_prompts(directory, n_tokens, pipeline.classes, pipeline.templates)
     encoder = LocationPromptEncoder(tower, prompts)
-    unet = pipeline.component(UNet2DConditionModel, "unet")
+    unet = pipeline.network(UNet2DConditionModel, "unet")
     check_unet(unet, text, directory)
     vae = pipeline.vae(unet.config.in_channels)
     size = read_size(directory)

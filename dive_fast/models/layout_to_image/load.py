@@ -32,7 +32,7 @@ def load(directory: Path, **asked: Any) -> LayoutModel:
     family, part = LayoutToImageModel, UNet2DConditionModel
     if LayoutTransformerModel.folder in pipeline.index:
         family, part = LayoutTransformerModel, SD3Transformer2DModel
-    denoiser = pipeline.component(part, family.folder)
+    denoiser = pipeline.network(part, family.folder)
     encoder = pipeline.component(LayoutEncoder, "layout_encoder")
     vae, class_name = None, pipeline.part("vae")
     if class_name is not None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dive_fast.core.config import Config
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import Library
-from dive_fast.models.files.tensors import Entry
+from dive_fast.models.files.tensors import DTYPES, Entry
 
+# Of an encoder's weights in float32. Larger ones keep the precision of their files beside a network
+# in half precision: a T5-XXL is 9.5 GB in bfloat16.
+LARGE = 1 << 30
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -44,13 +47,24 @@ class TransformersLibrary(Library):
         with quiet_transformers(import_transformers()):
             return model_class(model_class.config_class.from_dict(dict(config))).float()
 
-    def materialise(
-        self, model_class: type, config: Mapping[str, Any], blueprint: nn.Module
-    ) -> nn.Module:
-        # To fill billions of weights with random numbers first takes minutes.
-        with _weights_elsewhere(), torch.device("cpu"):
-            model = self.build(model_class, config)
-        return _with_memory(model)
+    def dtype(self, entries: Mapping[str, Entry], asked: torch.dtype) -> torch.dtype:
+        """float32, but that of most weights in the file for ``LARGE`` ones beside half precision.
+
+        Encoders run once per prompt, and what small ones give in float32 is nearer to the truth.
+        """
+        numbers: dict[str, int] = {}
+        for entry in entries.values():
+            numbers[entry.dtype] = numbers.get(entry.dtype, 0) + prod(entry.shape)
+        if asked == torch.float32 or 4 * sum(numbers.values()) <= LARGE:
+            return torch.float32
+        most = DTYPES.get(max(numbers, key=numbers.__getitem__))
+        return most if most in (torch.float16, torch.bfloat16) else torch.float32
+
+    def kept(self, model: nn.Module, dtype: torch.dtype) -> Collection[str]:
+        """What transformers itself keeps in float32, such as T5's ``wo`` beside float16."""
+        always = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        beside = getattr(model, "_keep_in_fp32_modules", None) or ()
+        return (*always, *(beside if dtype == torch.float16 else ()))
 
     def named(self, model: nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
         """Also by the names that the whole model has for its part, and those of tied weights."""
@@ -96,34 +110,6 @@ def quiet_transformers(transformers: Any) -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
-
-
-@contextmanager
-def _weights_elsewhere() -> Iterator[None]:
-    """Parameters are made on the meta device; buffers, which are computed, where they belong."""
-
-    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(moved)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _with_memory(model: nn.Module) -> nn.Module:
-    """The parameters in memory, unfilled; tied ones stay one."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
-                module._parameters[name] = made[id(parameter)]
-    return model
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

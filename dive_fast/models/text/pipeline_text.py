@@ -6,23 +6,30 @@ only read from the directory, called, and packed into rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
 from dive_fast.core.condition import ConditionParts
+from dive_fast.core.memory import check_table
+from dive_fast.core.vocabulary import float_blocks, is_large
 from dive_fast.errors import ModelError
-from dive_fast.models.files.checkpoint import first_line, load_component
+from dive_fast.models.files.checkpoint import fingerprint, first_line, load_component
 from dive_fast.models.text.encoders import (
     TransformersLibrary,
     import_transformers,
     quiet_transformers,
 )
+from dive_fast.models.text.prompt_cache import PromptCache, cache_directory
 from dive_fast.models.text.prompts import ClassPrompts
+from dive_fast.models.text.towers import encoding_bar
 
 ENCODE_BATCH = 8  # prompts
 
@@ -38,6 +45,8 @@ class PipelineText:
             its VAE need not be.
         encode: calls ``encode_prompt`` and names what it gives.
         constants: the parts that are not optimised.
+        files: digest of the tokenizers' files and the configurations; None where encoded prompts
+            shall not be kept on the disk (see ``prompt_cache``).
 
     Attributes:
         parts: what a condition is made of.
@@ -45,7 +54,13 @@ class PipelineText:
 
     pooled = 0  # the parts say it all
 
-    def __init__(self, pipeline: Any, encode: Encode, constants: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        encode: Encode,
+        constants: Collection[str] = (),
+        files: str | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self._encode_prompts = encode
         self.encoders: tuple[nn.Module, ...] = tuple(
@@ -53,7 +68,9 @@ class PipelineText:
             for name in pipeline.config
             if name.startswith("text_encoder") and (part := getattr(pipeline, name)) is not None
         )
-        self.parts = ConditionParts.of(self._encode([""], torch.device("cpu")), constants)
+        self._cache = PromptCache(*self._kept(files))
+        first = next(self._encoded([""], torch.device("cpu"), encode))
+        self.parts = ConditionParts.of(first, constants)
 
     @property
     def dim(self) -> int:
@@ -82,14 +99,33 @@ class PipelineText:
             seen[prompts] = name
 
     def table(self, classes: ClassPrompts, device: torch.device) -> Tensor:
-        """The conditions of all classes, float32 [C, parts * D] on the CPU."""
+        """The conditions of all classes, [C, parts * D] on the CPU, with a bar on a terminal.
+
+        float32; where that is large (``vocabulary.is_large``) float16, or bfloat16 if a number is
+        beyond float16's range.
+
+        Raises:
+            ModelError: two classes are the same, or there is no memory for so many.
+        """
         texts = [prompt for group in classes.prompts for prompt in group]
-        rows = self.encode(texts, device)
+        counts = [len(group) for group in classes.prompts]
         if classes.average == "loss":
-            table = rows.view(len(classes.names), -1)
-        else:
-            groups = rows.split([len(group) for group in classes.prompts])
-            table = torch.stack([group.mean(dim=0) for group in groups])
+            counts = [1] * len(texts)
+        dtype = torch.float16 if is_large(len(counts), self.dim) else torch.float32
+        check_table(len(counts), self.dim, dtype.itemsize, len(classes.names))
+        table = torch.empty(len(counts), self.dim, dtype=dtype)
+        with encoding_bar(len(texts)) as bar, self._visiting(device):
+            rows = self._rows(texts, device, self._encode_prompts)
+            for number, count in enumerate(counts):
+                row = next(rows)
+                for _ in range(count - 1):
+                    row = row + next(rows)
+                row = row / count
+                if table.dtype == torch.float16 and row.abs().max() > torch.finfo(dtype).max:
+                    table = _in_bfloat16(table, number)
+                table[number] = row
+                bar.update(count)
+        table = table.view(len(classes.names), -1)
         _refuse_twins(classes.names, table)
         return table
 
@@ -97,24 +133,61 @@ class PipelineText:
         self, prompts: Sequence[str], device: torch.device, encode: Encode | None = None
     ) -> Tensor:
         """The conditions of prompts, float32 [N, D] on the CPU; another ``encode`` may be said."""
-        for encoder in self.encoders:
-            encoder.to(device)
+        encode = self._encode_prompts if encode is None else encode
+        with self._visiting(device):
+            return torch.stack(list(self._rows(prompts, device, encode)))
+
+    @contextmanager
+    def _visiting(self, device: torch.device) -> Iterator[None]:
+        """The encoders go to the device when they first run, and come back to the CPU."""
         try:
-            found = [
-                self.parts.pack(
-                    self._encode(list(prompts[i : i + ENCODE_BATCH]), device, encode)
-                ).cpu()
-                for i in range(0, len(prompts), ENCODE_BATCH)
-            ]
+            yield
         finally:
             for encoder in self.encoders:
                 encoder.to("cpu")
-        return torch.cat(found)
+
+    def _rows(
+        self, prompts: Sequence[str], device: torch.device, encode: Encode
+    ) -> Iterator[Tensor]:
+        """The condition of one prompt after the other, float32 [D] on the CPU."""
+        for parts in self._encoded(prompts, device, encode):
+            yield self.parts.pack(parts)[0]
+
+    def _encoded(
+        self, prompts: Sequence[str], device: torch.device, encode: Encode
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """The parts [1, ...] of one prompt after the other, on the CPU; what is kept is read."""
+        way = f"{encode.__module__}.{encode.__qualname__}"
+        for start in range(0, len(prompts), ENCODE_BATCH):
+            batch = list(prompts[start : start + ENCODE_BATCH])
+            found = {prompt: self._cache.read(way, prompt) for prompt in dict.fromkeys(batch)}
+            if missing := [prompt for prompt, parts in found.items() if parts is None]:
+                for encoder in self.encoders:
+                    encoder.to(device)
+                together = self._encode([*missing], device, encode)  # some change the list
+                for number, prompt in enumerate(missing):
+                    found[prompt] = {name: part[number] for name, part in together.items()}
+                    self._cache.write(found[prompt], way, prompt)
+            for prompt in batch:
+                yield {name: part.cpu()[None] for name, part in found[prompt].items()}
+
+    def _kept(self, files: str | None) -> tuple[dict[str, Any], Path | None]:
+        """What an encoded prompt depends on beside its text, and where it lies."""
+        directory = None if files is None else cache_directory()
+        if directory is None:
+            return {}, None
+        network = getattr(self.pipeline, "transformer", None)
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "files": files,
+            "encoders": [fingerprint(encoder) for encoder in self.encoders],
+            "dtypes": [str(part.dtype) for part in (*self.encoders, network) if part is not None],
+            "versions": [diffusers.__version__, import_transformers().__version__],
+        }, directory
 
     def _encode(
-        self, prompts: list[str], device: torch.device, encode: Encode | None = None
+        self, prompts: list[str], device: torch.device, encode: Encode
     ) -> Mapping[str, Tensor]:
-        encode = self._encode_prompts if encode is None else encode
         try:
             with torch.no_grad():
                 return encode(self.pipeline, prompts, device)
@@ -127,15 +200,25 @@ class PipelineText:
             ) from error
 
 
+def _in_bfloat16(table: Tensor, n: int) -> Tensor:
+    """The memory of a float16 table with its first n rows in bfloat16."""
+    coarse = table.view(torch.bfloat16)
+    for row in range(n):
+        coarse[row] = table[row].to(torch.bfloat16)
+    return coarse
+
+
 def _refuse_twins(names: Sequence[str], table: Tensor) -> None:
     """That no two rows are the same; a batch of another size may differ by its rounding.
 
     Raises:
         ModelError: two are, as of prompts that differ in what the tokenizer ignores or cuts off.
     """
-    order = table.double().sum(dim=1).argsort().tolist()
-    for i, j in pairwise(order):
-        if torch.allclose(table[i], table[j], rtol=1e-5, atol=1e-6):
+    sums = torch.cat([block.sum(dim=1) for block in float_blocks(table)])
+    # In half precision the rounding may fall on either side of a number.
+    close = {"rtol": max(1e-5, torch.finfo(table.dtype).eps), "atol": 1e-6}
+    for i, j in pairwise(sums.argsort().tolist()):
+        if torch.allclose(table[i].float(), table[j].float(), **close):
             first, second = sorted((i, j))
             raise ModelError(
                 f"the prompts of the classes {names[first]!r} and {names[second]!r} are the same "
@@ -144,9 +227,16 @@ def _refuse_twins(names: Sequence[str], table: Tensor) -> None:
 
 
 def load_encoders(
-    directory: Path, index: Mapping[str, Any], allow_pickle: bool, variant: str | None = None
+    directory: Path,
+    index: Mapping[str, Any],
+    allow_pickle: bool,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Tokenizers and text encoders of a directory by their folders; None for those left out.
+
+    Args:
+        dtype: of the network beside them; see ``TransformersLibrary.dtype`` for theirs.
 
     Raises:
         ModelError: one is missing or broken, or transformers does not have its class.
@@ -173,7 +263,14 @@ def load_encoders(
         if folder.startswith("tokenizer"):
             found[folder] = _load_tokenizer(kind, directory / folder)
         else:
-            found[folder] = _load_encoder(kind, directory / folder, allow_pickle, variant)
+            found[folder] = load_component(
+                kind,
+                directory / folder,
+                allow_pickle,
+                variant=variant,
+                library=TransformersLibrary(),
+                dtype=dtype,
+            )
     _check_tokens(found, directory)
     return found
 
@@ -191,16 +288,11 @@ def _check_tokens(found: Mapping[str, Any], directory: Path) -> None:
             )
 
 
-def _load_encoder(kind: type, folder: Path, allow_pickle: bool, variant: str | None) -> nn.Module:
-    return load_component(
-        kind, folder, allow_pickle, variant=variant, library=TransformersLibrary()
-    )
-
-
 def _load_tokenizer(kind: type, folder: Path) -> Any:
     if not folder.is_dir():
         raise ModelError(f"expected the folder {folder.name} in {folder.parent}, found none.")
     _check_vocabulary(kind, folder)
+    _check_sentencepiece(folder)
     try:
         with quiet_transformers(import_transformers()):
             return kind.from_pretrained(folder, local_files_only=True)
@@ -217,3 +309,26 @@ def _check_vocabulary(kind: type, folder: Path) -> None:
     if ways and not any(all((folder / name).is_file() for name in way) for way in ways):
         expected = ", or ".join(" and ".join(sorted(way)) for way in ways)
         raise ModelError(f"expected {expected} in {folder}, found none.")
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """That a sentencepiece model can be read, where no ``tokenizer.json`` says the same.
+
+    transformers would ask for another library.
+    """
+    if (folder / "tokenizer.json").is_file() or not any(folder.glob("*.model")):
+        return
+    needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    missing = [name for module, name in needed.items() if not _is_there(module)]
+    if missing:
+        raise ModelError(
+            f"the tokenizer in {folder} needs {' and '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install 'dive_fast[text]'."
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dive_fast.core.config import Config, shown
 from dive_fast.core.distinct import without_row
-from dive_fast.core.memory import available_bytes
+from dive_fast.core.memory import check_table
 from dive_fast.errors import ModelError
 from dive_fast.models.files.checkpoint import load_component
 from dive_fast.models.files.reading import first_line, read_config
@@ -137,11 +137,11 @@ class PromptEncoder:
         else:
             row, n_rows = torch.arange(len(counts)).repeat_interleave(counts), len(counts)
             weight = (1 / counts)[row]
-        self._check_memory(n_rows, len(classes.names))
+        check_table(n_rows, self.dim, torch.float32.itemsize, len(classes.names))
         table = torch.zeros(n_rows, self.dim)
         different, which = _different(prompts)
         users = which.argsort(stable=True).split(which.bincount().tolist())
-        with self._towers_on(device), _bar(len(different)) as bar:
+        with self._towers_on(device), encoding_bar(len(different)) as bar:
             for numbers in torch.arange(len(different)).split(ENCODE_BATCH):
                 first, last = int(numbers[0]), int(numbers[-1])
                 encoded = self._encode(different[first : last + 1])
@@ -150,15 +150,6 @@ class PromptEncoder:
                     table.index_add_(0, row[ids], encoded[which[ids] - first] * weight[ids, None])
                 bar.update(len(numbers))
         return table.view(len(classes.names), -1)
-
-    def _check_memory(self, n_rows: int, n_classes: int) -> None:
-        needed, free = n_rows * self.dim * torch.float32.itemsize, available_bytes()
-        if free is not None and needed > free:
-            raise ModelError(
-                f"the embeddings of {n_classes} classes take {needed / 1e9:.1f} GB ({n_rows} rows "
-                f"of {self.dim} numbers), and {free / 1e9:.1f} GB of memory are available; ask "
-                f"about fewer classes at a time."
-            )
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
         """The conditions of prompts, float32 [N, D] on the CPU."""
@@ -172,7 +163,7 @@ class PromptEncoder:
         """
         tower, states = self.towers[0], []
         different, which = _different(prompts)
-        with self._towers_on(device), _bar(len(different)) as bar:
+        with self._towers_on(device), encoding_bar(len(different)) as bar:
             for start in range(0, len(different), ENCODE_BATCH):
                 batch = different[start : start + ENCODE_BATCH]
                 tokens = tower.tokenizer(
@@ -233,7 +224,7 @@ def _different(prompts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
     return list(number), torch.tensor(which, dtype=torch.int64)
 
 
-def _bar(n_prompts: int) -> tqdm:
+def encoding_bar(n_prompts: int) -> tqdm:
     """Not where stderr is a file or a pipe, and not for what is done in a second."""
     return tqdm(total=n_prompts, disable=None, delay=1, leave=False, unit="prompt", desc="encode")
 
@@ -325,21 +316,6 @@ class _Clip(TransformersLibrary):
         for key in ("layer_norm_eps", "eos_token_id", "hidden_act", "num_hidden_layers", *_SIZES):
             if key in config.content and config.content[key] is None:
                 raise ModelError(f"{key} in {config.where} must be stated, got null.")
-
-    def materialise(
-        self, model_class: type, config: Mapping[str, Any], blueprint: torch.nn.Module
-    ) -> torch.nn.Module:
-        # Not built anew: to fill them all with random numbers takes seconds.
-        model = blueprint.to_empty(device="cpu")
-        weights = model.state_dict().keys()
-        for name, buffer in model.named_buffers():
-            if name.endswith(POSITIONS):
-                buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
-            elif name not in weights:
-                raise ModelError(
-                    f"{name} of a {model_class.__name__} is not known to this version."
-                )
-        return model
 
     def named(self, model: torch.nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
         # transformers 4 and 5 save the text encoder with and without this prefix.

@@ -18,6 +18,7 @@ from dive_fast.models.autoencoder import Autoencoder, image_shape
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.text.encoders import import_transformers, quiet_transformers
 from dive_fast.models.text.pipeline_text import PipelineText, load_encoders
+from dive_fast.models.text.prompt_cache import digest_of_files
 from dive_fast.models.text.prompted import PromptedModel
 
 TRANSFORMER = "transformer"  # the folder
@@ -109,13 +110,16 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
             f"expected a schedule with the target {family.target!r} for the {family.network_class} "
             f"in {directory}, got {schedule.target!r}."
         )
-    network = pipeline.component(getattr(diffusers, family.network_class), TRANSFORMER)
+    network = pipeline.network(getattr(diffusers, family.network_class), TRANSFORMER)
     family.check_network(network, directory)
     channels, *sides = family.latents(network)
     vae = pipeline.vae(channels, family.vae_class)
     shape = _resized((channels, *sides), family.sides(network), vae, pipeline)
     parts = pipeline.with_lora(_text_half(family, network, pipeline))
-    text = PipelineText(parts, family.encode_prompts, family.constants)
+    folders = [part for part in pipeline.index if part.startswith(("tokenizer", "text_encoder"))]
+    text = PipelineText(
+        parts, family.encode_prompts, family.constants, digest_of_files(directory, folders)
+    )
     for part, width in family.widths(network).items():
         if text.parts.shapes[part][-1] != width:
             raise ModelError(
@@ -155,7 +159,11 @@ def _text_half(family: type[TextTransformer], network: nn.Module, pipeline: Pipe
     with quiet_transformers(import_transformers()):  # some pipelines' imports warn
         kind = getattr(diffusers, family.pipeline_class)
     found = load_encoders(
-        pipeline.directory, pipeline.index, pipeline.allow_pickle, pipeline.variant
+        pipeline.directory,
+        pipeline.index,
+        pipeline.allow_pickle,
+        pipeline.variant,
+        pipeline.dtype,
     )
     for part in inspect.signature(kind).parameters:
         if not part.startswith(("tokenizer", "text_encoder")) or part in family.optional:
