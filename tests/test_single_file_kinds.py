@@ -67,8 +67,9 @@ def write(stored: dict, file: Path, **metadata: str) -> Path:
 
 def test_sd_2_is_the_model_of_the_directory(sd2, stored, hub, tmp_path: Path, cache: Path) -> None:
     file = write(stored, tmp_path / "sd.safetensors", **V, **SMALL)
-    model = load(file)
-    assert model.identity() == load(sd2).identity()
+    model, expected = load(file), load(sd2)
+    assert model.identity() == expected.identity()
+    torch.testing.assert_close(model.vocabulary.table, expected.vocabulary.table)
     assert load(file, prediction_type="v_prediction").identity() == model.identity()
     assert len(list(cache.iterdir())) == 1
 
@@ -78,7 +79,6 @@ def test_sd_2_is_the_model_of_the_directory(sd2, stored, hub, tmp_path: Path, ca
     [
         ({}, "epsilon", "epsilon", 512),
         ({}, "v_prediction", "v_prediction", 768),
-        (SMALL, "epsilon", "epsilon", 16),
         ({"modelspec.prediction_type": "epsilon"}, None, "epsilon", 512),
         ({"modelspec.architecture": "stable-diffusion-v2-512"}, None, "epsilon", 512),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, None, "v_prediction", 768),
@@ -174,9 +174,11 @@ def test_the_command_line(stored, hub, tmp_path: Path, capsys) -> None:
     assert_refused(call(capsys, *classify), "is for a model in one .safetensors file; of digits")
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["t5", "no t5"])
+@pytest.fixture(scope="module")
 def sd3(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sd3(tmp_path_factory.mktemp("sd3") / "model", t5=request.param)
+    """Without T5 unless asked for."""
+    t5 = getattr(request, "param", False)
+    return write_sd3(tmp_path_factory.mktemp("sd3") / "model", t5=t5)
 
 
 @pytest.fixture
@@ -190,12 +192,15 @@ def single_sd3(sd3: Path, tmp_path: Path) -> Path:
     return write_single_sd3(pipeline, tmp_path / "sd3.safetensors")
 
 
+@pytest.mark.parametrize("sd3", [True, False], ids=["t5", "no t5"], indirect=True)
 def test_sd_3_is_the_model_of_the_directory(sd3: Path, single_sd3: Path) -> None:
     """Also in half precision, and whether the file has T5 or not."""
     model, expected = load(single_sd3), load(sd3)
     assert model.identity() == expected.identity()
     torch.testing.assert_close(model.vocabulary.table, expected.vocabulary.table)
     stored = {key: value.half() for key, value in load_file(single_sd3).items()}
+    # Of what T5 has under two names, some files have one.
+    stored.pop("text_encoders.t5xxl.transformer.encoder.embed_tokens.weight", None)
     values = load(write(stored, single_sd3)).network.state_dict()
     for name, value in expected.network.state_dict().items():
         assert torch.equal(values[name], value.half().float()), name
