@@ -76,7 +76,7 @@ def make_text_encoder(
     return model.eval()
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae(**changes: object) -> AutoencoderKL:
     """RGB 16 x 16 to latents of 4 channels, 8 x 8."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -85,6 +85,7 @@ def make_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=SIZE,
+        **changes,
     ).eval()
 
 

@@ -96,7 +96,7 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
     """
     from dive_fast.predict.classifier import DiffusionClassifier
 
-    source = _found(options)
+    source = _found(options, options.prediction_type)
     classifier = DiffusionClassifier.from_pretrained(
         source,
         timestep_embedding=options.timestep_embedding or "auto",
@@ -136,12 +136,17 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     return detector
 
 
-def _found(options: argparse.Namespace) -> Source:
+def _found(options: argparse.Namespace, prediction_type: str | None = None) -> Source:
     """The model that ``--model`` names, found once; a misspelt precision does not wait for it."""
     from dive_fast.models import check_place, resolve
 
     check_place(options.dtype, options.device)
-    return resolve(options.model, allow_pickle=options.allow_pickle, variant=options.variant)
+    return resolve(
+        options.model,
+        allow_pickle=options.allow_pickle,
+        variant=options.variant,
+        prediction_type=prediction_type,
+    )
 
 
 def _common(

@@ -77,6 +77,7 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_lora(group)
     _add_timestep_embedding(group)
+    _add_prediction_type(group)
     _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
     _add_engine(parser)
     group = parser.add_argument_group("strategy")
@@ -144,6 +145,7 @@ def add_options_of_both(
     _add_strategy_extras(classifiers)
     _add_lora(classifiers)
     _add_timestep_embedding(classifiers)
+    _add_prediction_type(classifiers)
     _add_average(classifiers)
     group = parser.add_argument_group(
         "only for a detector", "(--data scenes, or a COCO annotation file)"
@@ -303,6 +305,15 @@ def _add_timestep_embedding(group: argparse._ArgumentGroup) -> None:
         "--timestep-embedding",
         metavar="auto|diffusers|original",
         help="which frequencies a DiT was trained with (default: auto)",
+    )
+
+
+def _add_prediction_type(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prediction-type",
+        choices=["epsilon", "v_prediction"],
+        help="what the network of a single file predicts (default: what the file says, else what "
+        "was published; needed for Stable Diffusion 2.x that does not say)",
     )
 
 

@@ -40,6 +40,7 @@ def load_model(
     variant: str | None = None,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
+    prediction_type: str | None = None,
 ) -> Model:
     """A model of the zoo, of a directory, a single file or the hub, frozen and in place.
 
@@ -63,6 +64,9 @@ def load_model(
             directory or a hub id, see ``files.lora.find_lora``. What was fitted to the model
             without them is not taken.
         lora_scale: what their differences are multiplied with, any number.
+        prediction_type: of a single file, what its network predicts: "epsilon" or "v_prediction".
+            None for what the file says, else what was published; a Stable Diffusion 2.x that does
+            not say it needs it.
 
     Raises:
         ModelError: the source is unknown, broken, or of a family that is not supported; a
@@ -70,7 +74,9 @@ def load_model(
             variant; LoRA weights that are broken, or another model's.
     """
     dtype, device = check_place(dtype, device)
-    source = resolve(source, allow_pickle=allow_pickle, variant=variant)
+    source = resolve(
+        source, allow_pickle=allow_pickle, variant=variant, prediction_type=prediction_type
+    )
     options: dict[str, Any] = {
         "allow_pickle": allow_pickle,
         "timestep_embedding": timestep_embedding,

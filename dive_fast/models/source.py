@@ -79,32 +79,52 @@ class Source:
 
 
 def resolve(
-    source: str | Path | Source, *, allow_pickle: bool = False, variant: str | None = None
+    source: str | Path | Source,
+    *,
+    allow_pickle: bool = False,
+    variant: str | None = None,
+    prediction_type: str | None = None,
 ) -> Source:
     """Finds a model, and fetches it if it is a hub id; a ``Source`` is handed back.
 
     Args:
         source: a zoo name ("digits"), a directory, a hub id ("facebook/DiT-XL-2-256"), or a
-            ``.safetensors`` file of Stable Diffusion 1.x or XL (see ``single_file``).
+            ``.safetensors`` file of Stable Diffusion (see ``single_file``).
         allow_pickle: of the hub, also fetch pickled weights where there are no others.
         variant: of the hub, fetch the weights of this variant where there are such.
+        prediction_type: of a single file, what its network predicts: "epsilon" or "v_prediction".
 
     Raises:
         ModelError: the source is unknown, or of a family that is not supported, or the hub has no
-            such variant of it.
+            such variant of it; a prediction_type of something else than a single file.
     """
     check_variant_name(variant)
+    if prediction_type not in (None, "epsilon", "v_prediction"):
+        raise ModelError(
+            f"expected prediction_type epsilon or v_prediction, got {shown(prediction_type)}."
+        )
     if isinstance(source, Source):
+        if prediction_type is not None:
+            raise _without_prediction_type(source)
         return source
     text = str(source)
-    if (directory := _single_file(text)) is not None:
+    if (directory := _single_file(text, prediction_type)) is not None:
         return Source(text, directory, _family_in(directory), own=False)
+    if prediction_type is not None:
+        raise _without_prediction_type(text)
     directory = find(text, lambda index: _family(index, text).folders, allow_pickle, variant)
     own = text not in zoo.names() and Path(text).expanduser().is_dir()
     return Source(text, directory, _family_in(directory), own)
 
 
-def _single_file(text: str) -> Path | None:
+def _without_prediction_type(source: object) -> ModelError:
+    return ModelError(
+        f"prediction_type is for a model in one .safetensors file; of {source} its scheduler's "
+        f"configuration says it."
+    )
+
+
+def _single_file(text: str, prediction_type: str | None) -> Path | None:
     """The converted directory of a checkpoint in one file; None for what is none."""
     try:
         path = Path(text).expanduser()
@@ -115,7 +135,7 @@ def _single_file(text: str) -> Path | None:
     # diffusers' loaders take seconds.
     from dive_fast.models.single_file import as_directory
 
-    return as_directory(path)
+    return as_directory(path, prediction_type)
 
 
 def _family_in(directory: Path) -> Family:

@@ -67,6 +67,7 @@ class DiffusionClassifier(Fitting):
         variant: str | None = None,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
+        prediction_type: str | None = None,
         **engine: Any,
     ) -> DiffusionClassifier:
         """From a model of the zoo, a diffusers directory, a single file, or a hub id.
@@ -79,7 +80,9 @@ class DiffusionClassifier(Fitting):
         """
         options = EngineOptions(**engine)
         check_place(dtype, device)
-        source = resolve(source, allow_pickle=allow_pickle, variant=variant)
+        source = resolve(
+            source, allow_pickle=allow_pickle, variant=variant, prediction_type=prediction_type
+        )
         model = load_model(
             source,
             dtype=dtype,
