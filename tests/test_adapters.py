@@ -15,15 +15,14 @@ import torch
 from command import assert_refused, call
 from diffusers import (
     DiTTransformer2DModel,
-    StableDiffusion3Pipeline,
+    FluxPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from pipelines import intercept, save
+from pipelines import intercept
 from safetensors.torch import load_file, save_file
-from test_sd3 import make_sd3
-from tiny_lora import CLASSES, CLIP, NETWORK, calm, load, same, weights, write_lora
+from tiny_lora import CLASSES, CLIP, NETWORK, calm, load, same, weights, write_flux, write_lora
 from tiny_sd import write_sd, write_to_hub
 from transformers import CLIPTextModel
 from weight_files import STEM, copied, shard
@@ -48,7 +47,7 @@ def adapt(module: Any, targets: list[str], **options: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for name, value in module.named_parameters():
         if "lora_" in name:
-            value.data = 0.2 * torch.randn(value.shape, generator=generator)
+            value.data = 0.1 * torch.randn(value.shape, generator=generator)
     module.eval()
     return config
 
@@ -74,7 +73,7 @@ def unfused(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     for name, value in unet.named_parameters():
         if "lora_" in name:
-            value.data = 0.2 * torch.randn(value.shape, generator=generator)
+            value.data = 0.1 * torch.randn(value.shape, generator=generator)
     unet.save_pretrained(directory / "unet")
     return directory
 
@@ -103,7 +102,7 @@ def test_stable_diffusion_with_adapters_of_both_parts(
     assert any(v.shape[2:] == (3, 3) for n, v in stored.items() if "lora_A" in n)
     assert any("base_layer.bias" in name for name in stored)
     asked = intercept(
-        pipeline, pipeline.unet, prompt=PROMPTS, latents=LATENTS, num_inference_steps=3,
+        pipeline, pipeline.unet, prompt=PROMPTS, latents=LATENTS, num_inference_steps=4,
         guidance_scale=1.0, height=16, width=16,
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
@@ -123,23 +122,26 @@ def test_stable_diffusion_with_adapters_of_both_parts(
         assert part in " ".join(said) and "alpha = r, at the scale 1" in message
 
 
-def test_sd3(tmp_path: Path) -> None:
-    """A transformer, and a T5 whose weights are tied."""
-    directory = save(lambda: make_sd3(tmp_path), tmp_path / "model")
-    pipeline = StableDiffusion3Pipeline.from_pretrained(directory)
-    for part, targets in (("transformer", NETWORK), ("text_encoder_3", ["q", "wi_0"])):
+def test_flux_and_its_t5(tmp_path: Path) -> None:
+    """A transformer, and a text encoder of which two names are of one weight."""
+    directory = write_flux(tmp_path / "model")
+    pipeline = FluxPipeline.from_pretrained(directory)
+    for part, targets in (("transformer", NETWORK), ("text_encoder_2", ["q", "wi_0"])):
         config = adapt(getattr(pipeline, part), targets, lora_alpha=3)
         getattr(pipeline, part).save_pretrained(directory / part)
         config.save_pretrained(directory / part)
-    asked = intercept(
-        pipeline, pipeline.transformer, prompt=PROMPTS, latents=LATENTS, num_inference_steps=2,
-        guidance_scale=1.0, height=16, width=16,
+    packed = torch.nn.functional.pixel_unshuffle(LATENTS, 2).flatten(2).transpose(1, 2)
+    (asked,) = intercept(
+        pipeline, pipeline.transformer, prompt=PROMPTS, latents=packed, num_inference_steps=1,
+        height=16, width=16,
     )  # fmt: skip
-    model = load(directory)
-    for each in asked:
-        t = each.given["timestep"].long() - 1
-        found = model.predict(each.given["hidden_states"], t, model.vocabulary.table)
-        torch.testing.assert_close(found, each.output, rtol=1e-5, atol=1e-5)
+    model, plain = load(directory), load(write_flux(tmp_path / "plain"))
+    found = model.predict(LATENTS, torch.full((2,), 999), model.vocabulary.table)
+    expected = asked.output.transpose(1, 2).unflatten(2, (4, 4))
+    expected = torch.nn.functional.pixel_shuffle(expected, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(model.vocabulary.table, plain.vocabulary.table)
+    assert model.identity()["weights"] != plain.identity()["weights"]
 
 
 def test_dit(dit_dir: Path, tmp_path: Path) -> None:
