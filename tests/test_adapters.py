@@ -370,6 +370,7 @@ def test_bad_weights(changes: dict, message: str, unfused: Path, tmp_path: Path)
         ({"alpha_pattern": {"to_k": "high"}}, "to_k in alpha_pattern in .* must be"),
         ({"alpha_pattern": [3]}, "alpha_pattern in .* must be a JSON object"),
         ({"rank_pattern": {"(": 3}}, r"rank_pattern in .* must name layers by regular .* '\('"),
+        ({"rank_pattern": {"x(?i)": 3}}, r"rank_pattern in .* must name layers by regular"),
         ({"use_rslora": "yes"}, "use_rslora in .* must be"),
         ({"use_dora": True}, "states use_dora, which is not supported"),
         ({"peft_type": "IA3"}, "expected the peft_type LORA in .*, got 'IA3'"),
@@ -442,3 +443,8 @@ def test_the_command_line(
     assert again.code == 0 and "adapter" not in again.err
     state(directory / "unet", r=3)
     assert_refused(call(capsys, *options, directory), "states the rank 3 for")
+    (directory / "unet" / "adapter_config.json").unlink()
+    rewrite(directory / UNET, lambda w: w.pop("conv_in.weight"))
+    assert_refused(call(capsys, *options, directory), "1 missing keys")  # and no warning before it
+    rewrite(directory / UNET, lambda w: w.pop(A))
+    assert_refused(call(capsys, *options, directory), f"it lacks {LINEAR}.lora_A")

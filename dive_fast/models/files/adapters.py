@@ -73,12 +73,14 @@ class WithAdapter:
 
     Attributes:
         entries: by the names without the adapter; nothing has been read of them.
+        n_layers: that have one.
     """
 
     def __init__(
         self, tensors: Tensors, entries: dict[str, Entry], added: dict[str, _Added], where: Path
     ) -> None:
-        self.entries, self._tensors, self._where = entries, tensors, where
+        self.entries, self.n_layers = entries, len(added)
+        self._tensors, self._where = tensors, where
         # Names are changed later: a key and its file belong to one weight.
         self._added = {(entries[n].file, entries[n].key): each for n, each in added.items()}
 
@@ -119,8 +121,7 @@ def with_adapter(tensors: Tensors, directory: Path) -> Tensors:
     Shapes and types are compared as the files' headers have them; no values are read.
 
     Args:
-        directory: of the files, with the adapter's ``adapter_config.json`` where there is one. One
-            warning where there is none, as alpha is then taken to be r.
+        directory: of the files, with the adapter's ``adapter_config.json``; alpha is r without it.
 
     Raises:
         ModelError: an adapter of another kind (DoRA, of embeddings), several, a layer that lacks a
@@ -128,7 +129,6 @@ def with_adapter(tensors: Tensors, directory: Path) -> Tensors:
     """
     plain, layers = _sorted(tensors.entries)
     if not layers:
-        _tell_of_config(directory)
         return tensors
     where = f"the weights in {directory} hold an unfused adapter"
     names = {name for layer, parts in layers.items() for name in _adapters(layer, parts, where)}
@@ -140,7 +140,7 @@ def with_adapter(tensors: Tensors, directory: Path) -> Tensors:
             name = f"{layer}.{part.removeprefix(_BASE)}"
             if part.startswith(_BASE) and plain.setdefault(name, entry) is not entry:
                 raise ModelError(f"{where}, and {name} beside {layer}.{part}: expected one.")
-    config = _config(directory, len(layers))
+    config = _config(directory)
     added = {
         f"{layer}.weight": _Added(a, b, _scale(layer, a.shape[0], config))
         for layer, (a, b) in halves.items()
@@ -148,15 +148,33 @@ def with_adapter(tensors: Tensors, directory: Path) -> Tensors:
     return WithAdapter(tensors, plain, added, directory)
 
 
+def tell_of_adapter(tensors: Tensors, directory: Path) -> None:
+    """One warning where alpha had to be guessed, or is that of an adapter which is not there."""
+    stated = (directory / CONFIG).is_file()
+    if isinstance(tensors, WithAdapter) and not stated:
+        log.warning(
+            "the weights in %s hold a LoRA adapter (%d layers), and no %s says its alpha: it is "
+            "added with alpha = r, at the scale 1. If it was fused when they were saved (fuse_lora "
+            "without unload_lora_weights), which the files cannot show, it is added twice.",
+            directory,
+            tensors.n_layers,
+            CONFIG,
+        )
+    # Of an adapter's own file ``beside`` tells.
+    lone = stated and not any(directory.glob("adapter_model.*"))
+    if lone and not isinstance(tensors, WithAdapter):
+        tell_of([f"{directory.name}/{CONFIG}"], directory.parent)
+
+
 def check_not_alone(directory: Path) -> None:
-    """Raises ModelError for a folder that has an adapter in place of a model's weights.
+    """Raises ModelError for a folder that has an adapter where a model's weights are missing.
 
     transformers' ``save_pretrained`` of a model with ``add_adapter`` writes nothing else.
     """
     if alone := sorted(path.name for path in directory.glob("adapter_model.*")):
         raise ModelError(
             f"{directory} holds a LoRA adapter alone ({alone[0]}), as transformers saves a model "
-            f"that has one: expected config.json and the model's weights beside it."
+            f"that has one: expected its config.json and its own weights as well."
         )
 
 
@@ -217,18 +235,10 @@ def _halves(layer: str, parts: dict[str, Entry], where: str) -> tuple[Entry, Ent
     return a, b
 
 
-def _config(directory: Path, n_layers: int) -> Config | None:
-    """What peft wrote of the adapter; None, with a warning, where nothing is there."""
+def _config(directory: Path) -> Config | None:
+    """What peft wrote of the adapter; None where nothing is there."""
     path = directory / CONFIG
     if not path.is_file():
-        log.warning(
-            "the weights in %s hold a LoRA adapter (%d layers), and no %s says its alpha: it is "
-            "added with alpha = r, at the scale 1. If it was fused when they were saved (fuse_lora "
-            "without unload_lora_weights), which the files cannot show, it is added twice.",
-            directory,
-            n_layers,
-            CONFIG,
-        )
         return None
     config = read_config(path)
     kind = config.text("peft_type", "LORA")
@@ -241,7 +251,7 @@ def _config(directory: Path, n_layers: int) -> Config | None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in Config(f"{key} in {path}", config.content.get(key) or {}).content:
             try:
-                re.compile(pattern)
+                _ends_with(pattern)
             except re.error as error:
                 raise ModelError(
                     f"{key} in {path} must name layers by regular expressions, got "
@@ -269,12 +279,11 @@ def _of_layer(layer: str, patterns: str, default: str, config: Config) -> tuple[
     """Where a layer's value stands, and its key: of the first pattern that is its name's end."""
     by_pattern = config.content.get(patterns) or {}
     for pattern in by_pattern:
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        if _ends_with(pattern).match(layer):
             return Config(f"{patterns} in {config.where}", by_pattern), pattern
     return config, default
 
 
-def _tell_of_config(directory: Path) -> None:
-    """One warning where an adapter's configuration lies beside weights that have none."""
-    if (directory / CONFIG).is_file() and not any(directory.glob("adapter_model.*")):
-        tell_of([f"{directory.name}/{CONFIG}"], directory.parent)
+def _ends_with(pattern: str) -> re.Pattern[str]:
+    """As peft takes it: of a whole name, or of its end after a dot."""
+    return re.compile(rf"(.*\.)?({pattern})$")

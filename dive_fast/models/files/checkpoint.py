@@ -16,7 +16,12 @@ from dive_fast.core.config import Config
 from dive_fast.core.distinct import told_apart
 from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
-from dive_fast.models.files.adapters import Tensors, check_not_alone, with_adapter
+from dive_fast.models.files.adapters import (
+    Tensors,
+    check_not_alone,
+    tell_of_adapter,
+    with_adapter,
+)
 from dive_fast.models.files.blueprint import build_within, check_fits, check_values
 from dive_fast.models.files.materialise import weights_elsewhere, with_memory
 from dive_fast.models.files.reading import first_line, read_config, read_json
@@ -148,6 +153,7 @@ def load_component(
                 f"{f' in {value.dtype}' if half else ''}: {name} holds NaN or inf"
                 f"{f', or numbers beyond {torch.finfo(value.dtype).max:.6g}' if half else ''}."
             )
+    tell_of_adapter(tensors, directory)
     return model.eval().requires_grad_(False)
 
 
@@ -162,6 +168,7 @@ def _tensors(directory: Path, allow_pickle: bool, variant: str | None, library: 
         return SafeTensors(directory, weights)
     weights = find_weights(names, pickled, "bin", variant, directory)
     if weights is None:
+        check_not_alone(directory)
         raise ModelError(
             f"expected weights {safe}.safetensors in {directory}, found none (pickled ones are "
             f"fetched and read only if asked for: allow_pickle=True, --allow-pickle)."
