@@ -115,11 +115,21 @@ def test_a_family_from_outside_gets_all_folders():
 
 
 def test_adapters_on_the_hub_are_told_of_and_not_fetched(caplog):
-    more = ["pytorch_lora_weights.safetensors", "unet/adapter_config.json", "lora/config.json"]
+    more = [
+        "pytorch_lora_weights.safetensors",
+        "unet/adapter_model.safetensors",
+        "lora/config.json",
+    ]
     assert fetched(SD_WANTED + more, "StableDiffusionPipeline") == sorted(SD_WANTED)
     (record,) = caplog.records
-    said = "'pytorch_lora_weights.safetensors', 'unet/adapter_config.json' in someone/model: LoRA"
+    said = "'pytorch_lora_weights.safetensors', 'unet/adapter_model.safetensors' in someone/model"
     assert record.getMessage().startswith(said)
+
+
+def test_the_alpha_of_an_unfused_adapter_is_fetched(caplog):
+    files = [*SD_WANTED, "unet/adapter_config.json"]
+    assert fetched(files, "StableDiffusionPipeline") == sorted(files)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

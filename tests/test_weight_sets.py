@@ -387,15 +387,15 @@ def test_nothing_is_told_of_a_model_alone(dit_dir, sd, caplog):
     assert not caplog.records
 
 
-def test_an_adapter_within_the_weights(dit_dir, tmp_path):
-    """As peft saves a network into which an adapter was injected, but not fused."""
-    directory = copied(dit_dir, tmp_path / "model")
-    weights = weights_of(directory)
-    name = "transformer_blocks.0.attn1.to_q"
-    for kind in ("weight", "bias"):
-        weights[f"{name}.base_layer.{kind}"] = weights.pop(f"{name}.{kind}")
-    weights[f"{name}.lora_A.default.weight"] = torch.zeros(2, 16)
-    save_file(weights, directory / "transformer" / f"{STEM}.safetensors")
-    message = r"do not fit .* 3 unexpected keys, the first is .*: they hold an unfused LoRA adapter"
-    with pytest.raises(ModelError, match=message):
-        load_model(directory)
+def test_an_adapter_of_another_kind_within_the_weights(dit_dir, tmp_path):
+    """As peft saves a network with IA3 or trained copies of layers; LoRA is in test_adapters."""
+    for i, key in enumerate(("to_q.ia3_l.default", "to_q_lora.down.weight", "norm.lora_A")):
+        directory = copied(dit_dir, tmp_path / f"model{i}")
+        weights = weights_of(directory) | {f"transformer_blocks.0.attn1.{key}": torch.zeros(2)}
+        save_file(weights, directory / "transformer" / f"{STEM}.safetensors")
+        if key == "norm.lora_A":  # no name of peft's
+            message = "1 unexpected keys, the first is transformer_blocks.0.attn1.norm.lora_A"
+        else:
+            message = "do not fit .* 1 unexpected keys, .*: they hold an unfused adapter of a kind"
+        with pytest.raises(ModelError, match=message):
+            load_model(directory)

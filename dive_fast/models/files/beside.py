@@ -41,7 +41,9 @@ def tell_what_is_not_applied(
             names += [
                 str(Path(folder, path.name))
                 for path in files
-                if applied is None or not path.samefile(applied)
+                # Of the weights beside it, perhaps: their reader says.
+                if not (folder and path.name == "adapter_config.json")
+                and (applied is None or not path.samefile(applied))
             ]
     tell_of(names, directory)
 

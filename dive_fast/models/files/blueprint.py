@@ -27,7 +27,10 @@ from dive_fast.models.files.tensors import FLOATS, Entry
 MAX_COMPUTED = 1 << 25
 LARGEST_SIDE = 4096  # of latents, or of images where there is no VAE
 MAX_LIST = 256  # entries of a list in a configuration; published ones have one per level or layer
-_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_(A|B|embedding_A|embedding_B|up|down))(\.|$)")
+# Of adapters that ``adapters`` does not read: IA3, LoHa, LoKr, and those of old diffusers.
+_ADAPTER = re.compile(
+    r"(^|\.)(base_layer|original_module|modules_to_save|(\w+_)?lora|(lora|ia3|hada|lokr)_\w+)\."
+)
 # What values of these names must lie between, in whichever class.
 _BOUNDS = {
     **dict.fromkeys(("sample_size", "patch_size", "pos_embed_max_size"), (1, LARGEST_SIDE)),
@@ -89,8 +92,9 @@ def check_fits(
     if adapters := [name for name in surplus if _ADAPTER.search(name)]:
         raise ModelError(
             f"{misfit} {len(surplus)} unexpected keys, the first is {adapters[0]}: they hold an "
-            f"unfused LoRA adapter; fuse it (diffusers' fuse_lora, unload_lora_weights, "
-            f"save_pretrained), or give the plain weights with the adapter apart (lora=, --lora)."
+            f"unfused adapter of a kind that is not read; fuse it (diffusers' fuse_lora, "
+            f"unload_lora_weights, save_pretrained), or give the plain weights with the LoRA apart "
+            f"(lora=, --lora)."
         )
     for kind, names in (("missing", missing), ("unexpected", surplus)):
         if names:

@@ -16,6 +16,12 @@ from dive_fast.core.config import Config
 from dive_fast.core.distinct import told_apart
 from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
+from dive_fast.models.files.adapters import (
+    Tensors,
+    check_not_alone,
+    tell_of_adapter,
+    with_adapter,
+)
 from dive_fast.models.files.blueprint import build_within, check_fits, check_values
 from dive_fast.models.files.materialise import weights_elsewhere, with_memory
 from dive_fast.models.files.reading import first_line, read_config, read_json
@@ -101,7 +107,7 @@ def load_component(
 
     The weights' names and shapes are compared with the configuration before memory is taken. Then
     they are made in their precision and filled one after the other from safetensors: no more memory
-    is taken than they need.
+    is taken than they need. An unfused LoRA adapter within them is fused, see ``adapters``.
 
     Args:
         model_class: its class.
@@ -119,6 +125,8 @@ def load_component(
     """
     if not directory.is_dir():
         raise ModelError(f"expected the folder {directory.name} in {directory.parent}, found none.")
+    if not (directory / "config.json").exists():
+        check_not_alone(directory)
     config = read_config(directory / "config.json")
     try:
         library.check_config(model_class, config)
@@ -127,7 +135,7 @@ def load_component(
             f"{directory} cannot be loaded as {model_class.__name__}: {error}"
         ) from error
     try:
-        tensors = _tensors(directory, allow_pickle, variant, library)
+        tensors = with_adapter(_tensors(directory, allow_pickle, variant, library), directory)
         dtype = library.dtype(tensors.entries, dtype)
         model = _filled(model_class, config.content, tensors, directory, library, dtype, keep)
     except ModelError:
@@ -145,12 +153,11 @@ def load_component(
                 f"{f' in {value.dtype}' if half else ''}: {name} holds NaN or inf"
                 f"{f', or numbers beyond {torch.finfo(value.dtype).max:.6g}' if half else ''}."
             )
+    tell_of_adapter(tensors, directory)
     return model.eval().requires_grad_(False)
 
 
-def _tensors(
-    directory: Path, allow_pickle: bool, variant: str | None, library: Library
-) -> SafeTensors | PickledTensors:
+def _tensors(directory: Path, allow_pickle: bool, variant: str | None, library: Library) -> Tensors:
     """What the one set of weights in a folder holds; safetensors before pickles."""
     try:
         names = [path.name for path in directory.iterdir() if not path.is_dir()]
@@ -161,6 +168,7 @@ def _tensors(
         return SafeTensors(directory, weights)
     weights = find_weights(names, pickled, "bin", variant, directory)
     if weights is None:
+        check_not_alone(directory)
         raise ModelError(
             f"expected weights {safe}.safetensors in {directory}, found none (pickled ones are "
             f"fetched and read only if asked for: allow_pickle=True, --allow-pickle)."
@@ -176,7 +184,7 @@ def _tensors(
 def _filled(
     model_class: type,
     config: Mapping[str, Any],
-    tensors: SafeTensors | PickledTensors,
+    tensors: Tensors,
     directory: Path,
     library: Library,
     dtype: torch.dtype,

@@ -103,7 +103,9 @@ def wanted(
     Raises:
         ModelError: the variant is not there, or as ``find_weights``.
     """
-    tell_of([file for file in listing if _is_read(file, folders)], where)
+    read = [file for file in listing if _is_read(file, folders)]
+    # Of the weights beside it, perhaps: their reader says.
+    tell_of([file for file in read if not file.endswith("/adapter_config.json")], where)
     by_folder: dict[str, list[str]] = {}
     for file in listing:
         folder, slash, name = file.partition("/")
@@ -114,8 +116,8 @@ def wanted(
     found = [file for file in listing if file in TOP_FILES]
     for folder, names in by_folder.items():
         texts = [n for n in names if n.endswith(TEXTS)]
-        # The index of another set would make two of them, and an adapter is told of above.
-        texts = [n for n in texts if not (is_index(n) or n == "adapter_config.json")]
+        # The index of another set would make two of them.
+        texts = [n for n in texts if not is_index(n)]
         weights = wanted_weights(names, variant, allow_pickle, f"{where}/{folder}")
         found += [f"{folder}/{name}" for name in (*texts, *weights)]
     return found
