@@ -13,12 +13,16 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from flow_families import check_answers, check_precisions, check_refused
 from pipelines import check_gradient, intercept, make_t5, make_t5_tokenizer, save
 from tiny_sd import make_text_encoder, write_tokenizer
 from transformers import CLIPTokenizer
 
 from dive_fast import DiffusionClassifier
+from dive_fast.core.condition import ConditionParts
+from dive_fast.core.schedule import Schedule
 from dive_fast.models import load_model
+from dive_fast.models.transformers.sd3 import StableDiffusion3
 from dive_fast.strategies import resolve_strategy
 
 CLASSES = ["cat", "dog"]
@@ -122,9 +126,39 @@ def test_the_gradient_is_that_of_finite_differences(sd3: Path) -> None:
     check_gradient(load_model(sd3, classes=CLASSES))
 
 
-@pytest.mark.parametrize("strategy", ["auto", "enumerate", "invert"])
-def test_it_answers(sd3: Path, strategy: str) -> None:
-    clf = DiffusionClassifier.from_pretrained(sd3, classes=[*CLASSES, "bird"])
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    answer = clf(pixels, strategy=strategy, probes=4)[0]
-    assert answer.label in clf.names and answer.log_posterior.isfinite().any()
+def test_it_answers(sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_answers(sd3, tmp_path, capsys)
+
+
+def test_other_precisions(sd3: Path) -> None:
+    check_precisions(sd3)
+
+
+@pytest.mark.parametrize("what", ["an epsilon schedule", "another network", "other latents"])
+def test_refused(
+    tmp_path_factory, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("sd3")
+    directory = save(lambda: make_sd3(folder), folder / "model")
+    check_refused(directory, tmp_path, what, capsys)
+
+
+def test_the_published_configuration_on_the_meta_device() -> None:
+    """Stable Diffusion 3.5 medium."""
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(
+            attention_head_dim=64, caption_projection_dim=1536, in_channels=16, out_channels=16,
+            dual_attention_layers=tuple(range(13)), joint_attention_dim=4096, patch_size=2,
+            num_attention_heads=24, num_layers=24, pooled_projection_dim=2048,
+            pos_embed_max_size=384, qk_norm="rms_norm", sample_size=128,
+        )  # fmt: skip
+    StableDiffusion3.check_network(network, Path("sd3"))
+    assert StableDiffusion3.latents(network) == (16, 128, 128)
+    assert StableDiffusion3.widths(network) == {"sequence": 4096, "pooled": 2048}
+    parts = ConditionParts({"sequence": (77 + 256, 4096), "pooled": (2048,)})
+    assert parts.dim == 1_366_016
+    model = StableDiffusion3.__new__(StableDiffusion3)
+    model.network, model.schedule = network, Schedule.flow()
+    x_t, t = torch.empty(1, 16, 128, 128, device="meta"), torch.zeros(1, dtype=torch.int64)
+    found = model.run(x_t, t.to("meta"), parts.unpack(torch.empty(1, parts.dim, device="meta")))
+    assert found.shape == (1, 16, 128, 128)
