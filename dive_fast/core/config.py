@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dive_fast.core.numbers import is_number, is_whole
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 
 LARGEST = 2**31 - 1  # of whole numbers, unless said: no size or count of a model is above
 LARGEST_FLOAT = 3e38  # what float32 can hold, in which models compute
@@ -145,12 +145,6 @@ class Config:
     def _refuse(self, key: str, expected: str, value: Any) -> NoReturn:
         got = shown(value) if key in self.content else "none"
         raise ModelError(f"{key} in {self.where} must be {expected}, got {got}.")
-
-
-def shown(value: Any, at_most: int = 80) -> str:
-    """A value for a sentence, as JSON's reader made it; a long one is cut."""
-    text = repr(value)
-    return text if len(text) <= at_most else text[: at_most - 3] + "..."
 
 
 def _range(above: float, at_least: float, at_most: float, each: str = "") -> str:

@@ -9,6 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+CACHE_VARIABLE = "DIVE_FAST_CACHE"
+
+
+def cache_folder() -> Path | None:
+    """Where what was computed once is kept; None where nobody's home is known.
+
+    ``DIVE_FAST_CACHE`` names the folder; else it is ``dive_fast`` in ``XDG_CACHE_HOME`` or
+    ``~/.cache``.
+    """
+    try:
+        if stated := os.environ.get(CACHE_VARIABLE):
+            return Path(stated).expanduser()
+        # As the XDG specification has it, a relative path is none.
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (base if base.is_absolute() else Path.home() / ".cache") / "dive_fast"
+    except RuntimeError:  # nobody's home
+        return None
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:

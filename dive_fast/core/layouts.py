@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dive_fast.core.config import LARGEST, shown
+from dive_fast.core.config import LARGEST
 from dive_fast.core.projection import SLOTS_PER_OBJECT, DiscreteProjection
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 
 Steps = TypeVar("Steps", int, Tensor)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from dive_fast.core.numbers import is_number, is_whole
-from dive_fast.errors import ModelError, some
+from dive_fast.errors import ModelError, shown, some
 
 BETA_SCHEDULES = ("linear", "scaled_linear")  # of make_betas; configurations have more
 TARGETS = ("epsilon", "v_prediction", "sample")  # of configurations; flows say theirs otherwise
@@ -196,13 +195,12 @@ def _read_flow(config: Mapping[str, Any]) -> Schedule:
     n = config.get("num_train_timesteps", 1000)
     if not is_whole(n, 1) or n > MAX_TIMESTEPS:
         raise ModelError(
-            f"num_train_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, "
-            f"got {_short(n)}."
+            f"num_train_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, got {shown(n)}."
         )
     stated = config.get("prediction_type")
     if stated not in (None, "flow_prediction"):
         raise ModelError(
-            f"the scheduler is a flow's, but its prediction_type is {_short(stated)}: expected "
+            f"the scheduler is a flow's, but its prediction_type is {shown(stated)}: expected "
             f"'flow_prediction', or the scheduler that the network was trained with."
         )
     if config.get("invert_sigmas"):
@@ -218,15 +216,15 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     """
     name = config.get("_class_name")
     if name is not None and not isinstance(name, str):
-        raise ModelError(f"expected the name of a scheduler as _class_name, got {_short(name)}.")
+        raise ModelError(f"expected the name of a scheduler as _class_name, got {shown(name)}.")
     for key in ("rescale_betas_zero_snr", "use_flow_sigmas"):
         if not isinstance(config.get(key) or False, bool):
-            raise ModelError(f"expected true or false as {key}, got {_short(config[key])}.")
+            raise ModelError(f"expected true or false as {key}, got {shown(config[key])}.")
     if config.get("timestep_type", "discrete") != "discrete":
         # The network then reads log(sigma) / 4, not t.
         raise ModelError(
             f"expected the timestep_type 'discrete' of a scheduler, "
-            f"got {_short(config['timestep_type'])}."
+            f"got {shown(config['timestep_type'])}."
         )
 
 
@@ -266,19 +264,14 @@ def _check_trained(betas: Any) -> None:
         if not is_number(beta) or not 0 < beta <= 1 or (beta == 1 and not last):
             raise ModelError(
                 f"the scheduler's betas must be a list of numbers between 0 and 1, of which only "
-                f"the last may be 1, got {_short(beta)} at place {i} of {len(betas)}."
+                f"the last may be 1, got {shown(beta)} at place {i} of {len(betas)}."
             )
 
 
 def _unreadable(expected: str, got: Any) -> ModelError:
     return ModelError(
-        f"the scheduler's betas cannot be read: expected {expected}, got {_short(got)}."
+        f"the scheduler's betas cannot be read: expected {expected}, got {shown(got)}."
     )
-
-
-def _short(value: Any) -> str:
-    """For a sentence, however long it is."""
-    return reprlib.repr(value)
 
 
 def _read_alpha_bar(config: Mapping[str, Any]) -> torch.Tensor:
@@ -339,7 +332,7 @@ def _make_scheduler(config: Mapping[str, Any]) -> Any:
         raise ModelError(f"expected a scheduler that states its betas, got {name}.")
     ignored = [key for key in _OF_THE_BETAS if key in given and key not in known]
     if ignored:
-        raise ModelError(f"{name} takes no {ignored[0]}, got {_short(config[ignored[0]])}.")
+        raise ModelError(f"{name} takes no {ignored[0]}, got {shown(config[ignored[0]])}.")
     return scheduler
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.config import LARGEST_FLOAT, shown
+from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.numbers import is_number
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 
 SLOPES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 _FIELDS = ("slope", "curvature", "classes")

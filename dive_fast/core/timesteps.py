@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.config import LARGEST, LARGEST_FLOAT, shown
+from dive_fast.core.config import LARGEST, LARGEST_FLOAT
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes, van_der_corput
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 
 BINS = 20
 _FIELDS = ("n_timesteps", "density", "weights")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from dive_fast.data.class_tables import (
     tell_numbers,
     with_prompts,
 )
-from dive_fast.errors import DataError
+from dive_fast.errors import DataError, shown
 
 _WORDNET = re.compile(r"n\d{8}")
 _YOLO = ("train", "val", "test", "nc", "path", "download", "roboflow")
@@ -92,7 +91,7 @@ def _classes(tree: Any, where: str, hint: str) -> Classes:
         return [_name(entry, f"{where}: entry {i}", hint) for i, entry in enumerate(tree)]
     raise DataError(
         f"{where}: expected a list of names, or a mapping of numbers to names or of names to "
-        f"prompts, got {'an empty one' if tree in ([], {}) else reprlib.repr(tree)}."
+        f"prompts, got {'an empty one' if tree in ([], {}) else shown(tree)}."
     )
 
 
@@ -113,7 +112,7 @@ def _inner(tree: Mapping[Any, Any], where: str) -> Any:
         if key == "classes" and isinstance(value, list | dict):
             others = ", ".join(str(key) for key in tree if key != "classes")
             raise DataError(
-                f"{where}: expected the classes alone, got {reprlib.repr(others)} beside them."
+                f"{where}: expected the classes alone, got {shown(others)} beside them."
             )
     return tree
 
@@ -123,7 +122,7 @@ def _of_categories(entries: list[Mapping[str, Any]], where: str, hint: str) -> C
     places = [f"{where}: entry {i}" for i in range(len(entries))]
     for entry, place in zip(entries, places, strict=True):
         if "name" not in entry:
-            raise DataError(f"{place}: expected an entry with a name, got {reprlib.repr(entry)}.")
+            raise DataError(f"{place}: expected an entry with a name, got {shown(entry)}.")
     names = [
         _name(entry["name"], place, hint) for entry, place in zip(entries, places, strict=True)
     ]
@@ -132,7 +131,7 @@ def _of_categories(entries: list[Mapping[str, Any]], where: str, hint: str) -> C
         return names
     for number, place in zip(numbers, places, strict=True):
         if not is_whole(number, 0):
-            raise DataError(f"{place}: expected an id of 0 or more, got {reprlib.repr(number)}.")
+            raise DataError(f"{place}: expected an id of 0 or more, got {shown(number)}.")
     return _by_number(numbers, names, where)
 
 
@@ -144,8 +143,7 @@ def _of_mapping(tree: Mapping[Any, Any], where: str, hint: str) -> Classes:
     for key, number in zip(tree, numbers, strict=True):
         if not isinstance(key, str) or number is not None:
             raise DataError(
-                f"{where}: expected names as keys, or numbers, got {reprlib.repr(key)} among "
-                f"them{hint}."
+                f"{where}: expected names as keys, or numbers, got {shown(key)} among them{hint}."
             )
     names = [_name(key, where, hint) for key in tree]
     values = list(tree.values())
@@ -185,9 +183,7 @@ def _name_of_number(key: Any, value: Any, where: str, hint: str) -> str:
 
 def _name(value: Any, where: str, hint: str) -> str:
     if not isinstance(value, str):
-        raise DataError(
-            f"{where}: expected the name of a class as text, got {reprlib.repr(value)}{hint}."
-        )
+        raise DataError(f"{where}: expected the name of a class as text, got {shown(value)}{hint}.")
     return checked_name(value, where)
 
 
@@ -196,12 +192,12 @@ def _prompts(name: str, value: Any, where: str, hint: str) -> list[str]:
     if not isinstance(prompts, list) or not prompts:
         raise DataError(
             f"{where}: expected a prompt or a list of them for the class {name!r}, got "
-            f"{reprlib.repr(value)}{hint}."
+            f"{shown(value)}{hint}."
         )
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise DataError(
                 f"{where}: expected prompts as text for the class {name!r}, got "
-                f"{reprlib.repr(prompt)}{hint}."
+                f"{shown(prompt)}{hint}."
             )
     return prompts

@@ -259,7 +259,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             image.load()
     except Exception as error:  # decoders meet damaged data with whatever they trip over
         raise ImageError(f"{name}: truncated or damaged ({_reason(error)}).") from error
-    method = _UPRIGHT.get(_orientation(image))
+    method = _UPRIGHT.get(exif_orientation(image))
     if method is None:
         return image
     upright = image.transpose(method)
@@ -268,11 +268,13 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     return upright
 
 
-def _orientation(image: Image.Image) -> object:
+def exif_orientation(image: Image.Image) -> int:
+    """How EXIF turns the stored pixels, 1 to 8; 1, upright, where it does not say."""
     try:
-        return image.getexif().get(_EXIF_ORIENTATION)
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # a damaged EXIF block does not make the pixels unreadable
-        return None
+        return 1
+    return int(orientation) if orientation in _UPRIGHT else 1
 
 
 def _each(images: object, channels: int, make: Callable[[Image.Image], T]) -> list[T]:

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 
 from dive_fast.core.numbers import is_number
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 
 ENCODE_BATCH = 16
 AUTOENCODERS = {
@@ -78,15 +78,13 @@ def normalisation(vae: Autoencoder, pipeline: str | None = None) -> Normalisatio
     known = inspect.signature(type(vae).__init__).parameters.keys() | set(_ALL)
     for key, value in config.items():
         if key not in known and key[:1] != "_" and value is not None and _NORMALISES.search(key):
-            raise ModelError(f"the VAE states {key}, which is not known: {_short(value)}.")
+            raise ModelError(f"the VAE states {key}, which is not known: {shown(value)}.")
     scale = config.get("scaling_factor")
     if not _is_float32(scale) or not torch.tensor(scale, dtype=torch.float32) > 0:
-        raise ModelError(
-            f"scaling_factor of the VAE must be a number above 0, got {_short(scale)}."
-        )
+        raise ModelError(f"scaling_factor of the VAE must be a number above 0, got {shown(scale)}.")
     shift = stated.get("shift_factor", 0.0)
     if not _is_float32(shift):
-        raise ModelError(f"shift_factor of the VAE must be a number, got {_short(shift)}.")
+        raise ModelError(f"shift_factor of the VAE must be a number, got {shown(shift)}.")
     if ("latents_mean" in stated) != ("latents_std" in stated):
         raise ModelError("expected both latents_mean and latents_std of the VAE, got one of them.")
     if "latents_mean" not in stated:
@@ -95,7 +93,7 @@ def normalisation(vae: Autoencoder, pipeline: str | None = None) -> Normalisatio
         raise ModelError("expected shift_factor or latents_mean of the VAE, got both.")
     mean, std = (_read(key, stated[key], latent_channels(vae)) for key in _ALL[1:])
     if not (std > 0).all():
-        raise ModelError(f"latents_std of the VAE must be above 0, got {_short(std.tolist())}.")
+        raise ModelError(f"latents_std of the VAE must be above 0, got {shown(std.tolist())}.")
     return Normalisation(_per_channel(mean), scale, _per_channel(std))
 
 
@@ -105,7 +103,7 @@ def _read(key: str, values: Any, channels: int) -> torch.Tensor:
     if len(listed) != channels or not all(map(_is_float32, listed)):
         raise ModelError(
             f"{key} of the VAE must be {channels} numbers, one per channel of its latents, "
-            f"got {_short(values)}."
+            f"got {shown(values)}."
         )
     return torch.tensor(listed, dtype=torch.float32)
 
@@ -116,11 +114,6 @@ def _is_float32(value: Any) -> bool:
 
 def _per_channel(values: Any) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:

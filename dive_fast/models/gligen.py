@@ -26,13 +26,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import GatedSelfAttentionDense
 
-from dive_fast.core.config import shown
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.numbers import is_whole
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.base import LayoutConditioned
 from dive_fast.models.files.checkpoint import read_json
 from dive_fast.models.pipeline import Pipeline

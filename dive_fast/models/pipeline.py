@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.config import Config, shown
+from dive_fast.core.config import Config
 from dive_fast.core.convention import Convention
 from dive_fast.core.schedule import Schedule
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.autoencoder import (
     AUTOENCODERS,
     Autoencoder,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dive_fast.core.files import CACHE_VARIABLE, cache_folder
 from dive_fast.errors import ModelError
 from dive_fast.models.files.reading import first_line
 from dive_fast.models.files.tensors import DTYPES, FLOATS, Entry, SafeTensors
@@ -244,8 +244,9 @@ def _place(file: Path, header: bytes, stated: Stated) -> Path:
     status = file.stat()
     said = f"{status.st_size} {status.st_mtime_ns} {diffusers.__version__} {stated} "
     name = hashlib.sha256(f"{said}{file.resolve()} ".encode() + header).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dive_fast" / "single_file" / name
+    if (cache := cache_folder()) is None:
+        raise ModelError(f"{file} is converted into a cache: name its folder as {CACHE_VARIABLE}.")
+    return cache / "single_file" / name
 
 
 def _convert(file: Path, tensors: SafeTensors, kind: Kind, stated: Stated, directory: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast import zoo
-from dive_fast.core.config import shown
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.files.hub import find
 from dive_fast.models.files.reading import read_json
 from dive_fast.models.files.weights import check_variant_name

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dive_fast.core.config import LARGEST_FLOAT, shown
+from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.numbers import is_number
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.files.checkpoint import load_component
 from dive_fast.models.files.reading import read_json
 from dive_fast.priors.layout_prior import LayoutPrior, table_digest

@@ -15,10 +15,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from dive_fast.data.formats import readable_formats
+from dive_fast.data.images import exif_orientation
 
-_EXIF_ORIENTATION = 0x0112
 QUARTER_TURNS = range(5, 9)
-_ORIENTATIONS = range(2, 9)  # 1 is upright
 
 
 class Header(NamedTuple):
@@ -39,17 +38,9 @@ def read_header(path: Path) -> Header | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, and of odd metadata
             with Image.open(path, formats=readable_formats()) as image:
-                return Header(image.size, _orientation(image))
+                return Header(image.size, exif_orientation(image))
     except Exception:  # damaged headers fail in many ways; reading the image says how
         return None
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # a damaged EXIF block does not make the pixels unreadable
-        return 1
-    return int(orientation) if orientation in _ORIENTATIONS else 1
 
 
 def misfit(path: Path, annotated: tuple[int, int], upright: tuple[int, int]) -> str:

@@ -24,8 +24,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dive_fast.core.config import Config, shown
-from dive_fast.errors import ModelError, some
+from dive_fast.core.config import Config
+from dive_fast.errors import ModelError, shown, some
 from dive_fast.models.files.beside import tell_of
 from dive_fast.models.files.reading import read_config
 from dive_fast.models.files.tensors import FLOATS, Entry

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dive_fast.core.config import LARGEST, LARGEST_FLOAT, Config, shown
+from dive_fast.core.config import LARGEST, LARGEST_FLOAT, Config
 from dive_fast.core.numbers import is_number
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.files.tensors import FLOATS, Entry
 
 # Of what is computed from the configuration, such as tables of positions: 128 MiB in float32.

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast import zoo
-from dive_fast.core.config import shown
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.files.beside import tell_of
 from dive_fast.models.files.reading import first_line, read_json
 from dive_fast.models.files.sidecar import FILE

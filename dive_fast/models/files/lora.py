@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dive_fast.core.config import shown
 from dive_fast.core.numbers import is_number
-from dive_fast.errors import ModelError, some
+from dive_fast.errors import ModelError, shown, some
 from dive_fast.models.files.reading import first_line
 from dive_fast.models.files.tensors import PickledTensors, SafeTensors
 from dive_fast.models.files.weights import WeightSet

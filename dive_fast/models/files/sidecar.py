@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dive_fast.core.config import LARGEST_FLOAT, shown
+from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.files import replacing
 from dive_fast.core.numbers import is_number
 from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
-from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.files.reading import read_json
 from dive_fast.models.protocol import Model, optional
 

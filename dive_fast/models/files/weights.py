@@ -19,8 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dive_fast.core.config import shown
-from dive_fast.errors import ModelError, some
+from dive_fast.errors import ModelError, shown, some
 
 FULL = ""  # the variant that has no name
 # Of the weights' files: diffusers' and transformers'.

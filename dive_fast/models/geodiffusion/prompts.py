@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dive_fast.core.config import shown
 from dive_fast.core.numbers import is_whole
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.files.checkpoint import read_json
 from dive_fast.models.files.sidecar import FILE, read_extra
 from dive_fast.models.text.prompts import Classes, ClassPrompts, require_classes

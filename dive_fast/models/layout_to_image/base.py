@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
-from dive_fast.core.config import LARGEST, shown
+from dive_fast.core.config import LARGEST
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.numbers import is_whole
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.autoencoder import Autoencoder, latent_channels, normalisation
 from dive_fast.models.base import LayoutConditioned
 from dive_fast.models.files.checkpoint import fingerprint

@@ -19,32 +19,21 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dive_fast.core.files import replacing
+from dive_fast.core.files import CACHE_VARIABLE, cache_folder, replacing
 from dive_fast.models.files.hub import TEXTS
 
 log = logging.getLogger(__name__)
 
 REVISION = 1  # of what this package makes of a prompt; a new one makes all entries old
-VARIABLE = "DIVE_FAST_CACHE"
 _ORDER, _CONTENT = "order", "content"  # of the metadata: the names as they came; the digest
 
 
 def cache_directory() -> Path | None:
-    """Where encoded prompts lie; None where they are not kept.
-
-    ``DIVE_FAST_CACHE`` names the folder, and turns the cache off if it is empty; else it is
-    ``dive_fast`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    stated = os.environ.get(VARIABLE)
-    try:
-        if stated is not None:
-            return Path(stated).expanduser() / "prompts" if stated else None
-        # As the XDG specification has it, a relative path is none.
-        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        base = base if base.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # nobody's home
+    """Where encoded prompts lie; None where they are not kept: ``DIVE_FAST_CACHE`` is empty."""
+    if os.environ.get(CACHE_VARIABLE) == "":
         return None
-    return base / "dive_fast" / "prompts"
+    folder = cache_folder()
+    return None if folder is None else folder / "prompts"
 
 
 class PromptCache:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from dive_fast.core.config import Config, shown
+from dive_fast.core.config import Config
 from dive_fast.core.distinct import without_row
 from dive_fast.core.memory import check_table
-from dive_fast.errors import ModelError
+from dive_fast.errors import ModelError, shown
 from dive_fast.models.files.checkpoint import load_component
 from dive_fast.models.files.reading import first_line, read_config
 from dive_fast.models.files.tensors import Entry
