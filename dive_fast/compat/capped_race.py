@@ -29,7 +29,7 @@ class CappedRace:
     def search(self, task: Task) -> Search:
         c, k, race, keep = len(task.vocabulary), len(task.probes), Race(), dict(self.caps)
         looks = tuple(sorted({*looks_every(race.min_probes, race.round_probes, k), *keep}))
-        test = PairedTest(race.error / (len(looks) * max(c - 1, 1)), k)
+        test = PairedTest(race.error / (len(looks) * max(c - 1, 1)), k, task.probes.unit)
         contest = Contest(task, looks, test)
         contest.enter(torch.arange(c))
         for n in looks:

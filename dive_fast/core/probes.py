@@ -27,14 +27,18 @@ class ProbeList:
         noise: float32 [N, C, h, w].
         noise_index: int64 [K], the row of ``noise`` that is eps_k; counts 0, 1, 2, ... if left out.
         weights: float32 [K], w_k, multiplied into each probe's loss; None stands for ones.
+        unit: probes that stand for one independent draw, in their order: 2 where eps and -eps come
+            in pairs. Statistics take their variance between units.
     """
 
     timesteps: torch.Tensor
     noise: torch.Tensor
     noise_index: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    unit: int = 1
 
     def __post_init__(self) -> None:
+        whole("unit", self.unit, 1)
         t, noise = _tensor("timesteps", self.timesteps), _tensor("noise", self.noise)
         if t.ndim != 1 or len(t) == 0 or not _is_whole(t):
             raise DiveFastError(
@@ -106,26 +110,30 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 
 def low_discrepancy_probes(
-    k: int, n_timesteps: int, shape: tuple[int, ...], seed: int = 0
+    k: int, n_timesteps: int, shape: tuple[int, ...], seed: int = 0, antithetic: bool = True
 ) -> ProbeList:
-    """K probes whose timesteps follow the van der Corput sequence, each with a noise of its own.
+    """K probes whose timesteps follow the van der Corput sequence, with noises in pairs eps, -eps.
 
     Every prefix covers the timesteps evenly, and a shorter list is a prefix of a longer one, so a
-    strategy may stop anywhere.
+    strategy may stop anywhere. What is odd in eps nearly cancels within a pair (antithetic
+    variates), though its two timesteps differ.
 
     Args:
         k: number of probes.
         n_timesteps: T of the schedule.
         shape: of a latent, (C, h, w).
         seed: of the noises.
+        antithetic: False gives every probe a noise of its own.
     """
     k, seed = check_count(k), whole_seed(seed)
     # Index 0 would be t = 0, where every condition explains the noise equally badly.
     timesteps = [int(u * n_timesteps) for u in van_der_corput(k)]
     generator = torch.Generator().manual_seed(seed)
-    # One draw per probe: a single draw of [k, ...] would not be a prefix of a longer one.
-    noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(k)])
-    return ProbeList(torch.tensor(timesteps), noise)
+    unit = 2 if antithetic else 1
+    # One draw per unit: a single draw of [k, ...] would not be a prefix of a longer one.
+    drawn = [torch.randn(shape, generator=generator) for _ in range(-(-k // unit))]
+    noise = torch.stack([drawn[i // unit] * (-1) ** (i % unit) for i in range(k)])
+    return ProbeList(torch.tensor(timesteps), noise, unit=unit)
 
 
 def published_probes(

@@ -35,13 +35,19 @@ class Losses(Request):
     """Asks for the losses of conditions on probes; answered by float32 [n, k] on the CPU."""
 
 
+@dataclass(frozen=True)
 class Gradients(Request):
     """Asks for losses and for each embedding's gradient of its mean loss over the probes.
 
     Answered by ``LossesAndGradients``.
+
+    Attributes:
+        per: instead of one gradient over all probes one for every ``per`` of them, in their order
+            (the last over what is left). Every row owns its condition, so this costs no more.
     """
 
-    passes = 2
+    per: int | None = None
+    passes: ClassVar[int] = 2
 
 
 class ErrorMaps(Request):
@@ -54,6 +60,8 @@ class ErrorMaps(Request):
 
 class LossesAndGradients(NamedTuple):
     """losses float32 [n, k]; gradients float32 [n, D] of ``losses.mean(dim=1)``; on the CPU.
+
+    Where a gradient for every ``per`` probes was asked for, gradients are [ceil(k / per), n, D].
 
     ``exact`` is False where activations of an earlier condition were reused (cache level
     "encoder"): good enough for a direction, not for a comparison of classes.

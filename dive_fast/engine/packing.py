@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from dive_fast.core.requests import ErrorMaps, Gradients, Losses
-from dive_fast.engine.running import Result, Running
+from dive_fast.core.requests import ErrorMaps, Gradients, Losses, Request
+from dive_fast.engine.running import Result, Running, probes_per_mean
 
 
 class Chunk(NamedTuple):
@@ -32,10 +32,11 @@ class Batch(NamedTuple):
         x0: float32 [B, C, h, w].
         classes: int64 [N], the row of the vocabulary that each condition is, -1 if it is relaxed.
         relaxed: float32 [R, D], the embeddings of the relaxed ones in their order; None if R = 0.
-        position: int64 [N], each condition's place in its request.
+        position: int64 [N], each condition's place among the means of its request.
         image_numbers: the number of each image, [B].
         image_index, probe_index, condition_index: int64 [M].
-        weight: float32 [M], one over the number of probes of the row's request.
+        weight: float32 [M], one over the number of probes of the mean that the row is part of.
+        named: how many of the N conditions belong to each image, [B].
     """
 
     x0: torch.Tensor
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     probe_index: torch.Tensor
     condition_index: torch.Tensor
     weight: torch.Tensor
+    named: list[int]
 
 
 def fullest(running: Iterable[Running], batch_size: int) -> tuple[type, int]:
@@ -85,23 +87,24 @@ def to_batch(chunks: list[Chunk], device: torch.device) -> Batch:
     """The rows of all chunks, one chunk after the other."""
     classes, relaxed, positions = [], [], []
     image_index, probe_index, condition_index, weight = [], [], [], []
-    n_conditions = 0
+    counts: list[int] = []
     for i, (image, start, stop) in enumerate(chunks):
         request = image.request
         n, row = len(request.conditions), torch.arange(start, stop)
         # Probe by probe: the conditions that share an (x_t, t) stand side by side.
         probe_index.append(request.probe_ids[row // n])
-        position, index = (row % n).unique(return_inverse=True)
-        named = request.conditions[position]
+        place, share = _means(image.request, row)
+        position, index = place.unique(return_inverse=True)
+        named = request.conditions[position % n]
         if request.relaxed:
             relaxed.append(named.float())
             named = torch.full_like(position, -1)
         classes.append(named)
         positions.append(position)
-        condition_index.append(index + n_conditions)
+        condition_index.append(index + sum(counts))
         image_index.append(torch.full_like(row, i))
-        weight.append(torch.full((len(row),), 1 / len(request.probe_ids)))
-        n_conditions += len(position)
+        weight.append(share)
+        counts.append(len(position))
     return Batch(
         x0=torch.stack([chunk.image.job.x0 for chunk in chunks]).to(device),
         classes=torch.cat(classes),
@@ -112,20 +115,31 @@ def to_batch(chunks: list[Chunk], device: torch.device) -> Batch:
         probe_index=torch.cat(probe_index),
         condition_index=torch.cat(condition_index),
         weight=torch.cat(weight),
+        named=counts,
     )
 
 
 def scatter(chunks: list[Chunk], batch: Batch, result: Result, seconds: float) -> None:
     """Hands every image its part of what a batch gave, and its share of the seconds."""
     row = condition = 0
-    for image, start, stop in chunks:
+    for (image, start, stop), named in zip(chunks, batch.named, strict=True):
         count = stop - start
-        # Rows go through the conditions in turn.
-        named = min(count, len(image.request.conditions))
         rows, conditions = slice(row, row + count), slice(condition, condition + named)
         image.add(result.part(rows, conditions), batch.position[conditions])
         image.seconds += seconds * count / len(result.losses)
         row, condition = rows.stop, conditions.stop
+
+
+def _means(request: Request, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which mean each row is part of, int64 [m], and its share in it, float32 [m].
+
+    Rows go through the conditions, probe by probe; means of a request are counted likewise.
+    """
+    n, k = len(request.conditions), len(request.probe_ids)
+    per = probes_per_mean(request)
+    group = row // n // per
+    size = (k - group * per).clamp(max=per)
+    return group * n + row % n, 1 / size
 
 
 def _share(batch_size: int) -> int:

@@ -95,7 +95,9 @@ class Running:
         self.losses.view(-1)[self.done_rows : self.done_rows + n] = result.losses
         if result.means is not None:
             if self.means is None:
-                self.means = torch.zeros(self.losses.shape[1], *result.means.shape[1:])
+                groups = -(-len(self.losses) // probes_per_mean(self.request))
+                means = groups * self.losses.shape[1]
+                self.means = torch.zeros(means, *result.means.shape[1:])
             self.means[position] += result.means
         self.reused_rows += result.reused_rows
         self.evaluations += self.request.passes * n
@@ -108,8 +110,17 @@ class Running:
             return self.means
         losses = self.losses.T.contiguous()
         if isinstance(self.request, Gradients):
-            return LossesAndGradients(losses, self.means, self.reused_rows == 0)
+            means = self.means
+            if self.request.per is not None:
+                means = means.unflatten(0, (-1, losses.shape[0]))
+            return LossesAndGradients(losses, means, self.reused_rows == 0)
         return losses
+
+
+def probes_per_mean(request: Request) -> int:
+    """Over how many of its probes a request wants each of its means."""
+    per = request.per if isinstance(request, Gradients) else None
+    return len(request.probe_ids) if per is None else per
 
 
 def _check(request: Request, n_classes: int) -> None:
@@ -117,6 +128,8 @@ def _check(request: Request, n_classes: int) -> None:
     conditions, n, k = request.conditions, len(request.conditions), len(request.probe_ids)
     if n * k == 0:
         raise DiveFastError(f"a request needs conditions and probes, got {n} and {k}.")
+    if isinstance(request, Gradients) and request.per is not None and request.per < 1:
+        raise DiveFastError(f"a gradient needs at least 1 probe, got per={request.per}.")
     got = f"{str(conditions.dtype).removeprefix('torch.')} {list(conditions.shape)}"
     if request.relaxed:
         good = conditions.ndim == 2

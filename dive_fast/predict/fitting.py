@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from dive_fast.core.numbers import whole, whole_seed
-from dive_fast.core.probes import check_count, low_discrepancy_probes
-from dive_fast.core.requests import Answer, Gradients, Losses, Search
-from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
+from dive_fast.core.probes import MOST_PROBES, check_count, low_discrepancy_probes
+from dive_fast.core.requests import Answer, Losses, Search
+from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights, estimate
-from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError
-from dive_fast.models.protocol import optional
 from dive_fast.predict.calibration import Calibration, as_labels, calibrate
+from dive_fast.predict.fitting_shortlist import surveyed_shortlist
 from dive_fast.predict.predictor import Predictor
 from dive_fast.predict.sampling import sample
 from dive_fast.strategies import Strategy
@@ -90,14 +89,14 @@ class Fitting(Predictor):
         seed: int = 0,
         progress: bool = False,
     ) -> TimestepWeights:
-        """Learns which timesteps part the right class from its rivals, and sets it on the model.
+        """Learns which timesteps part the best class from its rivals, and sets it on the model.
 
         Strategies then take their probes there, unless told ``timesteps="uniform"``. The expected
         losses stay what they were, so ``beta`` does too. ``save_fitted`` keeps the result.
 
         Args:
             images, latents: as in ``__call__``.
-            labels: whole numbers [B], rows of the vocabulary.
+            labels: whole numbers [B], rows of the vocabulary; the lowest loss on 20 probes if None.
             generate: instead of images, how many the model shall generate itself, its classes in
                 turn, by 50 steps of DDIM.
             guidance: of the generation; see ``sampling.sample``.
@@ -122,11 +121,12 @@ class Fitting(Predictor):
                     raise DiveFastError("expected images with labels, or generate, got both.")
                 labels = _turns(generate, n_classes)
             x0 = self._given_or_generated(images, latents, generate, seed, progress, guidance)
-            labels = as_labels(labels, len(x0), n_classes)
+            known = labels is not None
+            labels = as_labels(labels, len(x0), n_classes) if known else [None] * len(x0)
             n_timesteps = len(self.model.schedule)
             probe_list = low_discrepancy_probes(probes, n_timesteps, self.model.latent_shape, seed)
             jobs = (
-                self._job(i, x, _compare(n_classes, int(y), probes, rivals))
+                self._job(i, x, _compare(n_classes, None if y is None else int(y), probes, rivals))
                 for i, (x, y) in enumerate(zip(x0, labels, strict=True))
             )
             losses = torch.empty(len(x0), 1 + min(rivals, n_classes - 1), probes)
@@ -171,42 +171,31 @@ class Fitting(Predictor):
     ) -> Shortlist:
         """Learns to rank the classes from one gradient, for ``auto``; see ``core.shortlist``.
 
-        Costs probes x (C + 2) evaluations an image, once; a few dozen images do, labels are not
-        needed. ``save_fitted`` keeps the result.
+        A few dozen images do, labels are not needed. What is learned is tried on every image with
+        what the others say of it, against enumeration over 100 probes: ``checks`` of the result,
+        and ``auto`` keeps its ``min_agreement`` accordingly. It is not set on the model, and a
+        warning says so, if ``auto`` does no better with it. ``save_fitted`` keeps it.
+
+        Costs about probes x (C + 2) + 76 x min(C, 16) evaluations an image, once.
 
         Args:
-            images, latents: as in ``__call__``.
-            generate: instead, how many the model shall generate itself, its classes in turn.
-            probes: on which every class is measured.
+            images, latents: as in ``__call__``; best such as will be classified.
+            generate: instead, how many the model shall generate itself, its classes in turn. They
+                are easier than real images: the promise is then one for such.
+            probes: on which every class is measured and the gradient taken, at least 4. The 16
+                best classes go on to 100.
             seed: of the noises.
 
         Raises:
             DiveFastError: fewer than 2 images, or bad input as in ``__call__``.
         """
-        probes, seed = check_count(probes), whole_seed(seed)
+        probes, seed = whole("probes", probes, 4, MOST_PROBES), whole_seed(seed)
         with torch.inference_mode(False):
             x0 = self._given_or_generated(images, latents, generate, seed, progress)
             if len(x0) < 2:
                 raise DiveFastError(f"a shortlist is learned from 2 images or more, got {len(x0)}.")
-            n_timesteps, shape = len(self.model.schedule), self.model.latent_shape
-            learned = optional(self.model, "timesteps")
-            probe_list = (
-                low_discrepancy_probes(probes, n_timesteps, shape, seed)
-                if learned is None
-                else learned.probes(probes, shape, seed)
-            )
-            vocabulary = self.model.vocabulary
-            jobs = (self._job(i, x, _survey(vocabulary, probes)) for i, x in enumerate(x0))
-            found: dict[int, dict[str, torch.Tensor]] = {}
-            for finished in self._run(jobs, probe_list, progress=len(x0) if progress else None):
-                found[finished.key] = finished.answer.trace
-        losses, base, linear = (
-            torch.stack([found[i][key] for i in range(len(x0))])
-            for key in ("losses", "base", "linear")
-        )
-        slope, curvature = estimate_shortlist(losses, base, linear)
-        learned = Shortlist(slope, tuple(curvature.tolist()), digest(vocabulary.names))
-        self.model.shortlist = learned
+            learned, better = surveyed_shortlist(self, x0, probes, seed, progress)
+        self.model.shortlist = learned if better else None
         return learned
 
 
@@ -215,24 +204,14 @@ def _turns(n: int, n_classes: int) -> torch.Tensor:
     return torch.arange(n) * max(n_classes, n) // n % n_classes
 
 
-def _survey(vocabulary: Vocabulary, k: int) -> Search:
-    """All classes measured and estimated: ``trace`` has losses [C], base [] and linear [C]."""
-    n, v0, probes = len(vocabulary), vocabulary.mean(), torch.arange(k)
-    reply = yield Gradients(v0[None], probes)
-    losses = yield Losses(torch.arange(n), probes)
-    means = losses.mean(dim=1)
-    linear = vocabulary.linear(v0, reply.gradients[0])
-    trace = {"losses": means, "base": reply.losses.mean(), "linear": linear}
-    return Answer(int(means.argmin()), means, torch.full((n,), k), trace)
-
-
-def _compare(n_classes: int, label: int, k: int, rivals: int) -> Search:
+def _compare(n_classes: int, label: int | None, k: int, rivals: int) -> Search:
     """Losses of the right class and its nearest rivals: ``trace["losses"]`` [1 + R, k]."""
-    others = torch.tensor([c for c in range(n_classes) if c != label])
-    if len(others) > rivals:
-        losses = yield Losses(others, torch.arange(min(SCREEN_PROBES, k)))
-        others = others[losses.mean(dim=1).argsort()[:rivals]]
-    compared = torch.cat([torch.tensor([label]), others])
+    order = torch.arange(n_classes)
+    if label is None or n_classes - 1 > rivals:
+        losses = yield Losses(order, torch.arange(min(SCREEN_PROBES, k)))
+        order = losses.mean(dim=1).argsort()
+    label = int(order[0]) if label is None else label
+    compared = torch.cat([torch.tensor([label]), order[order != label][:rivals]])
     losses = yield Losses(compared, torch.arange(k))
     means = torch.full((n_classes,), torch.nan)
     means[compared] = losses.mean(dim=1)

@@ -187,13 +187,16 @@ class Predictor:
     ) -> dict[str, Any]:
         """What decides the answers of a run, for JSON: model, strategy, probes and seed."""
         weights = self.learned_timesteps(strategy, probes, timesteps)
+        probe_list = self.probe_list(strategy, probes, seed, timesteps)
         found = {
             "model": self._model_identity(),
             "strategy": {"name": strategy.name, **_settings(strategy)},
-            "probes": len(self.probe_list(strategy, probes, seed, timesteps)),
+            "probes": len(probe_list),
             "beta": self.model.inverse_temperature,
             "seed": seed,
         }
+        if probe_list.unit > 1:
+            found["noise"] = "antithetic pairs"
         if weights is not None:
             found["timesteps"] = weights.to_dict()
         # Only what changes answers: a run may go on under another cache, but not another precision.

@@ -1,70 +1,91 @@
-"""``auto``: one gradient ranks the whole vocabulary, and the few that it names race.
+"""``auto``: a gradient looks at all classes at once, those that may be best are measured.
 
-The gradient shortlist is the library's own; the race is that of ``elimination``.
+What both say together is ``evidence``; this is the order in which they are asked.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
+from scipy.special import ndtri
 
-from dive_fast.core.requests import Gradients, Search
+from dive_fast.core.requests import Gradients, Losses, Search
+from dive_fast.core.shortlist import Shortlist
 from dive_fast.errors import DiveFastError
 from dive_fast.strategies.base import DefaultProbes, Task
-from dive_fast.strategies.elimination import Contest, PairedTest
+from dive_fast.strategies.evidence import Evidence, Standing
+
+# Of so few classes all are measured at once: a gradient costs two evaluations a probe.
+FEW = 3
+# Unfitted, so many classes are measured at least before the gradient is judged.
+FEWEST = 4
 
 
 @dataclass(frozen=True)
 class Auto(DefaultProbes):
-    """Gradient shortlist, then a race among the shortlisted, widened until they hold the answer.
+    """Looks by gradient, measures what may be best, until one class is left.
 
-        L(y_c) ~ L(v0) + slope g . (v_c - v0) + curvature_c,   g = dL/dv at v0 = mean of the rows
+    1. The gradient at the mean of the vocabulary, a few probes at a time, gives every class an
+       estimate and a standard error. Where the model was fitted (``fit_shortlist``) that says which
+       classes may be the best; otherwise the lowest 2 C^0.41 are measured, and what the gradient
+       missed of them says how far to trust it for the others.
+    2. Classes that may be best by z(n) standard errors are measured on more probes, with the
+       gradient as control variate. A class comes (again) into question when the estimates move.
+    3. More probes for the gradient, or for the classes: whichever lowers the errors more by
+       evaluation.
 
-    with slope 1 and curvature 0 unless the model's shortlist was fitted (``fit_shortlist``).
+    The answer stands when no other class is left within
 
-    1. Shortlist: the classes of the lowest estimates on ``gradient_probes`` probes.
-    2. First look: each of them on ``first_look`` probes. While the leader is not among the better
-       half of the shortlist, the estimates are not to be trusted so far: twice as many enter.
-    3. The race goes on by the paired test of ``PairedTest`` at level (1 - min_agreement) / looks,
-       with looks at ``growth`` times as many probes.
-    4. Where the estimates are in doubt, because the shortlist was not fitted or had to be widened,
-       the race re-linearises at the leader of the first look, whose embedding is nearer to the
-       answer's than the mean is. The classes that its gradient puts in front enter
-       too, if they have not raced; again for other leaders, ``relinearise`` times at most.
+        z(n) = z (4 / n)^gamma,   n: units (antithetic pairs) of the class,   gamma = 1/3
 
-    Where the gradient says nothing (it is zero, or not finite), all classes race from the start.
+    standard errors: near ties, which cost most and say least, are settled earlier than clear cases.
+    z comes from ``min_agreement``: (1 - min_agreement) / 2 of a normal distribution, or what was
+    needed on the images that the model was fitted on (``Shortlist.checks``), if that is more.
+
+    Where the gradient says nothing (it is zero, or not finite), all classes are measured.
 
     Attributes:
         min_agreement: the share of answers that shall equal those of enumeration over the same
-            probes. It bounds the error of the race; what the shortlist misses comes on top.
-            docs/strategies.md has measured curves.
-        shortlist: classes of the first shortlist; C^0.41 if None (3 of ten, 10 of 242), twice that
-            where the model's shortlist was not fitted.
-        gradient_probes: probes of a gradient; 2 evaluations each.
-        first_look: probes before the first test.
+            probes. docs/strategies.md has measured curves.
+        budget: evaluations of an image at most, whatever they then say; None for no limit. The
+            classes in question share what is left in as many rounds as halving them takes
+            (sequential halving on common probes, arXiv 1906.04356).
+        shortlist: classes that an unfitted model measures first; 2 C^0.41 if None.
+        gradient_probes: probes of the gradient at most; 2 evaluations each.
+        first_gradient: probes of its first part.
+        final_probes: of the answer and its nearest rival, at least.
         growth: probes at a look over those at the look before.
-        relinearise: gradients at leaders, at most.
         loss: "l2", "l1" or "huber".
     """
 
     name: ClassVar[str] = "auto"
-    min_agreement: float = 0.9
+    min_agreement: float = 0.95
+    budget: int | None = None
     shortlist: int | None = None
     gradient_probes: int = 24
-    first_look: int = 12
+    first_gradient: int = 8
+    final_probes: int = 6
     growth: float = 1.5
-    relinearise: int = 1
     loss: str = "l2"
+    gamma: float = 0.33
 
     def __post_init__(self) -> None:
         if not 0 < self.min_agreement < 1:
             raise DiveFastError(
                 f"min_agreement must lie between 0 and 1, got {self.min_agreement}."
             )
-        least = {"gradient_probes": 1, "first_look": 2, "relinearise": 0, "shortlist": 1}
+        least = {
+            "budget": 1,
+            "shortlist": 1,
+            "gradient_probes": 0,
+            "first_gradient": 1,
+            "final_probes": 1,
+        }
         for key, bound in least.items():
             value = getattr(self, key)
             if value is not None and value < bound:
@@ -73,63 +94,190 @@ class Auto(DefaultProbes):
             raise DiveFastError(f"growth must be greater than 1, got {self.growth}.")
 
     def search(self, task: Task) -> Search:
-        vocabulary, k = task.vocabulary, len(task.probes)
-        c = len(vocabulary)
-        looks = growing_looks(self.first_look, self.growth, k)
-        contest = Contest(task, looks, PairedTest((1 - self.min_agreement) / len(looks), k))
-        probes = torch.arange(min(self.gradient_probes, k))
+        return (yield from _Hunt(self, task).run())
 
-        v0 = vocabulary.mean()
-        reply = yield Gradients(v0[None], probes)
-        estimate = vocabulary.linear(v0, reply.gradients[0])
-        if task.shortlist is not None:
-            estimate = task.shortlist.correct(estimate)
-        order = (estimate + task.penalty()).argsort(stable=True)
-        m = first = self._size(task) if _tells(reply.gradients) else c
-        contest.enter(order[:m])
-        yield from contest.advance()
-        while m < c and int((order == contest.leader()).nonzero()) >= m / 2:
-            m = min(2 * m, c)
-            contest.enter(order[:m])
-            yield from contest.advance()
 
-        in_doubt = task.shortlist is None or m > first
-        linearised: list[int] = []
+class _Hunt:
+    """One image's search: its evidence, the classes that were measured, what it may still cost."""
+
+    def __init__(self, settings: Auto, task: Task) -> None:
+        self.settings = settings
+        if task.shortlist is not None and task.shortlist.needed(settings.min_agreement) is None:
+            # What was learned did not do on images that were left out.
+            task = replace(task, shortlist=None)
+        self.z = _z(settings.min_agreement, task.shortlist)
+        self.task, self.evidence = task, Evidence(task)
+        self.possible = np.isfinite(self.evidence.penalty)
+        self.looks = growing_looks(1, settings.growth, self.evidence.units)
+        self.v0 = task.vocabulary.mean()
+        self.left = math.inf if settings.budget is None else settings.budget
+        self.most_looked = self._units(settings.gradient_probes) if self._worth_looking() else 0
+        self.rounds: list[list[int]] = []
+
+    def run(self) -> Search:
+        evidence = self.evidence
+        if self.most_looked:
+            yield from self._look(self._units(self.settings.first_gradient))
         while True:
-            leader = contest.leader()
-            new = leader not in linearised and len(linearised) < self.relinearise
-            if in_doubt and new and not contest.entered.all():
-                linearised.append(leader)
-                yield from self._relinearise(task, contest, leader, probes, first)
-            if contest.decided():
+            standing = evidence.standing()
+            classes = self._in_question(standing)
+            self.rounds.append(classes.tolist())
+            if len(classes) == 1:
+                classes = self._final(standing)
+                target = self._units(self.settings.final_probes)
+            else:
+                classes = self._affordable(classes, standing)
+                target = self._next_look(classes)
+            behind = classes[evidence.measured[classes] < target]
+            if len(behind) == 0 or self._price(behind, target) > self.left:
                 break
-            yield from contest.advance()
-        return contest.answer(order=order, shortlist=m, linearised=linearised)
+            if len(classes) > 2 and self._look_rather(classes):
+                yield from self._look(min(evidence.looked * 3 // 2 + 1, self.most_looked))
+            else:
+                yield from self._measure(behind, target)
+        return self._answer(standing)
 
-    def _relinearise(self, task: Task, contest: Contest, leader: int, probes: torch.Tensor, m: int):
-        """Lets the classes enter that the gradient at the leader puts in front."""
-        vocabulary, at = task.vocabulary, torch.tensor([leader])
-        reply = yield Gradients(at, probes)
-        contest.ledger.add(at, probes, reply.losses)
-        if _tells(reply.gradients):
-            estimate = vocabulary.linear(vocabulary.rows(at)[0], reply.gradients[0])
-            contest.enter((estimate + task.penalty()).argsort(stable=True)[:m])
+    def _answer(self, standing: Standing):
+        evidence = self.evidence
+        measured = evidence.measured > 0
+        leader = standing.leader
+        if not measured[leader]:
+            leader = int(np.where(measured, standing.gap, np.inf).argmin())
+        known = measured & (evidence.measured < evidence.measured.max())
+        bound = np.where(known, standing.gap - self._reach() * standing.error, np.nan)
+        bound = bound - np.where(known, evidence.penalty - evidence.penalty[leader], 0.0)
+        bound[leader] = np.nan
+        return evidence.ledger.answer(
+            leader,
+            bound=torch.from_numpy(bound).float(),
+            losses=evidence.ledger.losses,
+            left=self.rounds,
+            order=torch.from_numpy(standing.gap.argsort(kind="stable")),
+            looked=evidence.looked * evidence.unit,
+        )
 
-    def _size(self, task: Task) -> int:
-        """Classes of the first shortlist."""
-        c = len(task.vocabulary)
-        if self.shortlist is not None:
-            return min(self.shortlist, c)
-        return min(math.ceil(c**0.41) * (2 if task.shortlist is None else 1), c)
+    def _units(self, probes: int) -> int:
+        unit = self.evidence.unit
+        return min(-(-probes // unit), self.evidence.units)
+
+    def _worth_looking(self) -> bool:
+        return int(self.possible.sum()) > FEW and self.settings.gradient_probes > 0
+
+    def _reach(self) -> np.ndarray:
+        """z(n) of every class, [C]."""
+        n = self.evidence.measured
+        n = np.where(n > 0, n, max(self.evidence.looked, 1))
+        return self.z * (4 / n) ** self.settings.gamma
+
+    def _in_question(self, standing: Standing) -> np.ndarray:
+        """The classes that may be the best, leader included, int64."""
+        evidence, measured = self.evidence, self.evidence.measured > 0
+        if not measured.any() and (evidence.looked == 0 or evidence.fitted is None):
+            # Nothing judges the gradient yet.
+            return self._first_classes()
+        alive = self.possible & (standing.gap <= self._reach() * standing.error)
+        new = (alive & ~measured).nonzero()[0]
+        most = max(int(measured.sum()), FEWEST)
+        if len(new) > most:
+            alive[new[standing.gap[new].argsort(kind="stable")[most:]]] = False
+        alive[standing.leader] = True
+        return alive.nonzero()[0]
+
+    def _first_classes(self) -> np.ndarray:
+        possible = self.possible.nonzero()[0]
+        if self.evidence.looked == 0:
+            return possible
+        m = self.settings.shortlist
+        m = max(2 * math.ceil(len(self.possible) ** 0.41), FEWEST) if m is None else m
+        expected = (self.evidence.expected() + self.evidence.penalty)[possible]
+        return np.sort(possible[expected.argsort(kind="stable")[:m]])
+
+    def _final(self, standing: Standing) -> np.ndarray:
+        """The answer and its nearest rival: both are measured before it stands."""
+        order = standing.gap.argsort(kind="stable")
+        order = order[self.possible[order] & (order != standing.leader)]
+        return np.array([standing.leader, *order[:1]])
+
+    def _next_look(self, classes: np.ndarray) -> int:
+        least = int(self.evidence.measured[classes].min())
+        return next((look for look in self.looks if look > least), self.looks[-1])
+
+    def _affordable(self, classes: np.ndarray, standing: Standing) -> np.ndarray:
+        """As many of the best as this round's share of what is left of the budget pays for."""
+        if self.left == math.inf:
+            return classes
+        target = self._next_look(classes)
+        share = self.left / max(math.ceil(math.log2(len(classes))), 1)
+        order = classes[standing.gap[classes].argsort(kind="stable")]
+        for m in range(len(order), 2, -1):
+            kept = order[:m]
+            if self._price(kept[self.evidence.measured[kept] < target], target) <= share:
+                return np.sort(kept)
+        return np.sort(order[:2])
+
+    def _price(self, classes: np.ndarray, target: int) -> int:
+        return int((target - self.evidence.measured[classes]).sum()) * self.evidence.unit
+
+    def _look_rather(self, classes: np.ndarray) -> bool:
+        """Whether more of the gradient lowers the errors more by evaluation than measuring does."""
+        evidence, g = self.evidence, self.evidence.looked
+        n = int(evidence.measured[classes].min())
+        if not 0 < g < self.most_looked or 2 * evidence.unit > self.left or n >= g:
+            return False
+        expected = evidence.slopes[classes] - evidence.slopes[classes[0]]
+        spread = _spread(expected)
+        if n == 0:
+            fitted = evidence.fitted
+            return fitted is not None and spread * fitted.slope**2 / g > 2 * fitted.error**2
+        control = evidence.control()
+        rest = evidence.differences(classes, n) - control * expected[:, :n]
+        rest = _spread(rest) if n > 1 else spread
+        # d(var)/d(evaluations): a unit of the gradient costs two for all classes.
+        return control**2 * spread / g**2 / 2 > rest / n**2 / len(classes)
+
+    def _look(self, last: int) -> Iterator:
+        """The gradient at v0 on its next units; looks no further where it says nothing."""
+        evidence = self.evidence
+        probes = evidence.probes(evidence.looked, last)
+        if 2 * len(probes) > self.left:
+            self.most_looked = evidence.looked
+            return
+        reply = yield Gradients(self.v0[None], probes, per=evidence.unit)
+        self.left -= 2 * len(probes)
+        gradients = reply.gradients[:, 0]
+        if not (bool(gradients.isfinite().all()) and bool((gradients != 0).any())):
+            self.most_looked = evidence.looked
+            return
+        slopes = [self.task.vocabulary.linear(self.v0, g) for g in gradients]
+        evidence.add_gradients(reply.losses[0], torch.stack(slopes, dim=1))
+
+    def _measure(self, classes: np.ndarray, target: int) -> Iterator:
+        """The losses that these classes lack up to unit ``target``."""
+        evidence = self.evidence
+        have = evidence.measured[classes]
+        for n in np.unique(have).tolist():
+            group = classes[have == n]
+            probes = evidence.probes(n, target)
+            losses = yield Losses(torch.from_numpy(group), probes)
+            self.left -= losses.numel()
+            evidence.add_losses(group, target, losses)
 
 
-def _tells(gradient: torch.Tensor) -> bool:
-    """Whether a gradient ranks the classes at all."""
-    return bool(gradient.isfinite().all()) and bool((gradient != 0).any())
+def _z(min_agreement: float, shortlist: Shortlist | None) -> float:
+    """Standard errors at which enough answers are enumeration's."""
+    needed = min_agreement if shortlist is None else shortlist.needed(min_agreement)
+    return float(ndtri((1 + needed) / 2))
+
+
+def _spread(by_class: np.ndarray) -> float:
+    """Variance between units, mean over the rivals of the first class."""
+    if by_class.shape[1] < 2:
+        return float((by_class[1:] ** 2).mean())
+    return float(by_class[1:].var(axis=1, ddof=1).mean())
 
 
 def growing_looks(first: int, growth: float, k: int) -> tuple[int, ...]:
-    """The numbers of probes at which a race looks: each ``growth`` times the last, k at the end."""
+    """The numbers of units at which a race looks: each ``growth`` times the last, k at the end."""
     looks, n = [], first
     while n < k:
         looks.append(n)

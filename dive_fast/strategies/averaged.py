@@ -45,5 +45,5 @@ def _join(
         return reply.unflatten(0, (-1, parts)).mean(dim=1)
     losses = reply.losses.unflatten(0, (-1, parts)).mean(dim=1)
     # Each condition owns its part of the row, and a share of the mean.
-    gradients = reply.gradients.unflatten(0, (-1, parts)).flatten(1) / parts
+    gradients = reply.gradients.unflatten(-2, (-1, parts)).flatten(-2) / parts
     return reply._replace(losses=losses, gradients=gradients)

@@ -25,6 +25,9 @@ class PairedTest:
 
         c is worse than b  if  mean(d) > h,   h = t_{n-1}(1 - tail) std(d) sqrt((1 - n/K) / n)
 
+    Where probes come in antithetic pairs, a pair is one d: n and K count pairs. Single probes would
+    overstate the variance of their mean.
+
     The question is which class has the lower mean over all K probes, so the margin h shrinks to
     zero as n reaches K (the finite population correction). It takes the differences for normal;
     probes in low-discrepancy order are spread more evenly than independent ones, so their means
@@ -32,21 +35,27 @@ class PairedTest:
 
     Attributes:
         tail: probability that a class that is no worse is called worse.
-        n_probes: K.
+        n_probes: K, in probes.
+        unit: probes that are one d.
     """
 
     tail: float
     n_probes: int
+    unit: int = 1
 
     def margin(self, difference: torch.Tensor) -> torch.Tensor:
-        """h of differences [..., n], float64 [...]; infinite where n = 1 says nothing of K."""
-        n = difference.shape[-1]
-        if n >= self.n_probes:
+        """h of differences [..., n] by probe, float64 [...]; infinite where one says nothing of K.
+
+        What is left over of a unit takes no part in the variance.
+        """
+        if difference.shape[-1] >= self.n_probes:
             return torch.zeros(difference.shape[:-1], dtype=torch.float64)
+        n = difference.shape[-1] // self.unit
         if n < 2:
             return torch.full(difference.shape[:-1], math.inf, dtype=torch.float64)
-        scale = student_t_quantile(1 - self.tail, n - 1) * math.sqrt((1 - n / self.n_probes) / n)
-        return scale * difference.double().std(dim=-1)
+        whole = difference[..., : n * self.unit].double().unflatten(-1, (n, self.unit)).mean(dim=-1)
+        left = (1 - n * self.unit / self.n_probes) / n
+        return student_t_quantile(1 - self.tail, n - 1) * math.sqrt(left) * whole.std(dim=-1)
 
 
 class Contest:

@@ -53,13 +53,13 @@ class Race(DefaultProbes):
     def search(self, task: Task) -> Search:
         c, k = len(task.vocabulary), len(task.probes)
         if self.stages is None:
-            looks = looks_every(self.min_probes, self.round_probes, k)
+            looks = looks_every(self.min_probes, self.round_probes, k, task.probes.unit)
             keep = [None] * len(looks)
         else:
             looks, keep = zip(*self.stages, strict=True)
             if looks[-1] > k:
                 raise DiveFastError(f"the stages take {looks[-1]} probes, got a list of {k}.")
-        test = PairedTest(self.error / (len(looks) * max(c - 1, 1)), k)
+        test = PairedTest(self.error / (len(looks) * max(c - 1, 1)), k, task.probes.unit)
         contest = Contest(task, looks, test)
         contest.enter(torch.arange(c))
         for n in keep:
@@ -69,9 +69,13 @@ class Race(DefaultProbes):
         return contest.answer()
 
 
-def looks_every(first: int, step: int, k: int) -> tuple[int, ...]:
-    """The numbers of probes at which a race looks: first, first + step, ... and k at last."""
-    return (*range(first, k, step), k)
+def looks_every(first: int, step: int, k: int, unit: int = 1) -> tuple[int, ...]:
+    """The numbers of probes at which a race looks: first, first + step, ... and k at last.
+
+    Each is made up to whole units.
+    """
+    looks = sorted({-(-n // unit) * unit for n in range(first, k, step)})
+    return (*(n for n in looks if n < k), k)
 
 
 def _checked_stages(stages) -> tuple[tuple[int, int], ...]:

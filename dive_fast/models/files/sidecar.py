@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.files import replacing
 from dive_fast.core.numbers import is_number
-from dive_fast.core.shortlist import Shortlist
+from dive_fast.core.shortlist import OLD_FIELDS, Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.files.reading import read_json
 from dive_fast.models.protocol import Model, optional
 
 FILE = "dive_fast.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
     beta = content.get("beta")
     if beta is not None and not (is_number(beta) and 0 < beta <= LARGEST_FLOAT):
         raise ModelError(f"beta in {path} must be above 0 and below 3e38, got {shown(beta)}.")
+    if isinstance(content.get("shortlist"), dict) and set(content["shortlist"]) == OLD_FIELDS:
+        log.warning("the shortlist in %s is of an earlier version: fit it again.", path)
+        content = content | {"shortlist": None}
     learned = {}
     for key, kind in (("timesteps", TimestepWeights), ("shortlist", Shortlist)):
         try:

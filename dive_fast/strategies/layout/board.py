@@ -63,7 +63,8 @@ class LayoutProbes:
     def probes(
         self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int
     ) -> ProbeList:
-        whole = low_discrepancy_probes(DEFAULT_PROBES if k is None else k, 1000, shape, seed)
+        k = DEFAULT_PROBES if k is None else k
+        whole = low_discrepancy_probes(k, 1000, shape, seed, antithetic=False)
         low, high = (share * n_timesteps for share in T_RANGE)
         return replace(whole, timesteps=(low + whole.timesteps / 1000 * (high - low)).long())
 
