@@ -22,6 +22,11 @@ from dive_fast.strategies.evidence import Evidence, Standing
 
 # Of so few classes all are measured at once: a gradient costs two evaluations a probe.
 FEW = 3
+# z(n) = z (USUAL_UNITS / n)^GAMMA of a class measured on n units.
+USUAL_UNITS, GAMMA = 4, 1 / 3
+# Of classes that only the gradient speaks of, unfitted and fitted: they are many, and each of them
+# has to be measured if it is in question.
+ENTRY = (1.0, 0.4)
 # Unfitted, so many classes are measured at least before the gradient is judged.
 FEWEST = 4
 
@@ -72,7 +77,6 @@ class Auto(DefaultProbes):
     final_probes: int = 6
     growth: float = 1.5
     loss: str = "l2"
-    gamma: float = 0.33
 
     def __post_init__(self) -> None:
         if not 0 < self.min_agreement < 1:
@@ -105,7 +109,7 @@ class _Hunt:
         if task.shortlist is not None and task.shortlist.needed(settings.min_agreement) is None:
             # What was learned did not do on images that were left out.
             task = replace(task, shortlist=None)
-        self.z = _z(settings.min_agreement, task.shortlist)
+        self.z = _z(settings.min_agreement, task)
         self.task, self.evidence = task, Evidence(task)
         self.possible = np.isfinite(self.evidence.penalty)
         self.looks = growing_looks(1, settings.growth, self.evidence.units)
@@ -166,8 +170,8 @@ class _Hunt:
     def _reach(self) -> np.ndarray:
         """z(n) of every class, [C]."""
         n = self.evidence.measured
-        n = np.where(n > 0, n, max(self.evidence.looked, 1))
-        return self.z * (4 / n) ** self.settings.gamma
+        reach = self.z * (USUAL_UNITS / np.maximum(n, 1)) ** GAMMA
+        return np.where(n > 0, reach, self.z * ENTRY[self.evidence.fitted is not None])
 
     def _in_question(self, standing: Standing) -> np.ndarray:
         """The classes that may be the best, leader included, int64."""
@@ -263,10 +267,16 @@ class _Hunt:
             evidence.add_losses(group, target, losses)
 
 
-def _z(min_agreement: float, shortlist: Shortlist | None) -> float:
-    """Standard errors at which enough answers are enumeration's."""
-    needed = min_agreement if shortlist is None else shortlist.needed(min_agreement)
-    return float(ndtri((1 + needed) / 2))
+def _z(min_agreement: float, task: Task) -> float:
+    """Standard errors at which enough answers are enumeration's.
+
+    The leader is the luckiest of all classes: where no check on left-out images tells how much that
+    matters, the level is shared among log10(C).
+    """
+    if task.shortlist is not None:
+        return float(ndtri((1 + task.shortlist.needed(min_agreement)) / 2))
+    shared = max(math.log10(len(task.vocabulary)), 1)
+    return float(-ndtri((1 - min_agreement) / 2 / shared))
 
 
 def _spread(by_class: np.ndarray) -> float:
