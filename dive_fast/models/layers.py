@@ -55,7 +55,8 @@ def find_layer(model: Model, layer: str | int) -> tuple[str, nn.Module]:
     network, names = _network(model), layer_names(model)
     if isinstance(layer, str):
         module = dict(network.named_modules()).get(layer)
-        if layer and module is not None and not isinstance(module, _CONTAINERS):
+        known = module is not None and not isinstance(module, _CONTAINERS)
+        if known and layer and layer.split(".")[0] not in _BESIDE:
             return layer, module
     elif is_whole(layer) and -len(names) <= layer < len(names):
         return names[layer], network.get_submodule(names[layer])
