@@ -53,7 +53,7 @@ def main() -> None:
             print(t, *(f"{100 * value:.1f}%" for value in row), sep=" | ", flush=True)
             record = {
                 "model": options.model, "pool": pool, "timestep": t, "labelled": options.labelled,
-                "held_out": HELD_OUT, "accuracy": row, "environment": environment(),
+                "held_out": HELD_OUT, "accuracy": row, "environment": environment(classifier),
             }  # fmt: skip
             with RESULTS.open("a") as file:
                 file.write(json.dumps(record) + "\n")
