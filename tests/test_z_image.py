@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from feature_checks import check_features, flow
 from flow_families import (
     CLASSES,
     DAMAGES,
+    PROMPTS,
     check_answers,
     check_losses,
     check_precisions,
@@ -22,8 +24,9 @@ from flow_families import (
 from pipelines import check_gradient, intercept, save
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from dive_fast import DiffusionClassifier
 from dive_fast.core.condition import ConditionParts
-from dive_fast.errors import ModelError
+from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import load_model
 from dive_fast.models.transformers.z_image import ZImage
 
@@ -119,6 +122,28 @@ def predict(pipeline: ZImagePipeline, x_t: torch.Tensor, sigma: float, prompt: s
 
 def test_losses_are_those_of_the_training(z_image: Path) -> None:
     check_losses(z_image, ZImagePipeline.from_pretrained(z_image), predict)
+
+
+def test_features_are_what_the_blocks_give(z_image: Path) -> None:
+    pipeline = ZImagePipeline.from_pretrained(z_image)
+    clf = DiffusionClassifier.from_pretrained(z_image, classes=CLASSES)
+    check_features(
+        clf,
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, (t + 1) / 1000, PROMPTS[c]),
+        flow,
+        {
+            # 16 tokens of the image, then padding to 32, and the prompt.
+            "noise_refiner.0": lambda output: output[:, :16],
+            "layers.0": lambda output: output[:, :16],
+        },
+    )
+
+
+def test_blocks_that_see_the_prompt_alone_are_no_layers(z_image: Path) -> None:
+    clf = DiffusionClassifier.from_pretrained(z_image, classes=CLASSES)
+    with pytest.raises(DiveFastError, match="expected a layer of .* got 'context_refiner.0'"):
+        clf.features(latents=torch.zeros(1, 4, 8, 8), layer="context_refiner.0")
 
 
 def test_the_gradient_is_that_of_finite_differences(z_image: Path) -> None:

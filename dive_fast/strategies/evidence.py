@@ -162,7 +162,9 @@ class Evidence:
             use = (n > 0) & (n < self.looked)
             if use.any():
                 paired = self._paired(b, difference, n, near, spread, left)
-                gap, variance = (np.where(use, x, y) for x, y in zip(paired, (gap, variance)))
+                gap, variance = (
+                    np.where(use, x, y) for x, y in zip(paired, (gap, variance), strict=True)
+                )
         gap = gap + self.penalty - self.penalty[b]
         gap[b], variance[b] = 0.0, 0.0
         return gap, np.sqrt(np.maximum(variance, 0))

@@ -71,6 +71,12 @@ class ZImage(TextTransformer):
         ).sample
         return -torch.stack(found).squeeze(2)
 
+    def image_tokens(self, layer: str, found: Tensor, condition: Tensor) -> Tensor:
+        """Before the prompt's, and before what fills them up to a multiple of 32."""
+        if not layer.startswith(("noise_refiner.", "layers.")):
+            return found
+        return found[:, : self.n_tokens(PATCH)]
+
 
 def load(directory: Path, **asked: Any) -> ZImage:
     """See ``load_transformer``."""
