@@ -12,7 +12,7 @@ classes, nothing of ``dive_fast.training``. ``OUT`` gets
   weights over the training (EMA);
 - ``data.npz``: ``x0_train``, ``y_train``, ``x0_test``, ``y_test``; x0 is float32 [N, C, h, w] as
   ``clf(latents=x0)`` takes it: pixels in [-1, 1], with EDM divided by sigma_data. Labels are int64
-  [N]. All that is in it as ``train`` was trained on, nothing of ``test`` was.
+  [N]. ``train`` is of the part that training drew from, nothing of ``test`` is.
 
 ``--check`` prints the accuracy of enumeration and the CPU time of an evaluation, with one thread.
 """
