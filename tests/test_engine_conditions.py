@@ -45,7 +45,7 @@ def test_a_batch_has_no_more_conditions_than_its_rows_name(batch_size, start):
         running(1, Losses(v, PROBES), 5),
         running(2, Losses(torch.tensor([7]), PROBES)),
     ]
-    batch = to_batch(pack(images, Losses, batch_size), CPU)
+    batch = to_batch(pack(images, (Losses,), batch_size), CPU)
     rows = list(
         zip(batch.image_index.tolist(), batch.position[batch.condition_index].tolist(), strict=True)
     )

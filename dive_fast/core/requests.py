@@ -5,11 +5,16 @@ A strategy is a generator for one image: it yields requests, the engine answers 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+from dive_fast.errors import DiveFastError, shown
+
+POOLS = ("mean", "attention", None)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,11 @@ class Request:
     @property
     def relaxed(self) -> bool:
         return self.conditions.is_floating_point()
+
+    @property
+    def group(self) -> tuple[Hashable, ...]:
+        """Its kind, and what else rows must have in common to be one batch."""
+        return (type(self),)
 
 
 class Losses(Request):
@@ -50,6 +60,45 @@ class ErrorMaps(Request):
     Answered by float32 [n, h, w] on the CPU, the mean over the probes; its mean over the pixels is
     the mean loss.
     """
+
+
+@dataclass(frozen=True)
+class Features(Request):
+    """Asks what a block of the network makes of x_t, t and the conditions.
+
+    Answered by float32 on the CPU: [n, k, D] with a pool; without one [n, k, D, h, w] of a block of
+    feature maps, [n, k, N, D] of a block of N tokens. A row counts as one evaluation, although the
+    network stops behind the block.
+
+    Attributes:
+        layer: a name or an index of ``models.layers.layer_names``, or another module of the
+            network in dots.
+        pool: over the positions z_i: "mean"; "attention", sum_i softmax_i(z_i . m / sqrt(D)) z_i
+            with their mean m; None for none.
+
+    Raises:
+        DiveFastError: a layer that is neither text nor whole number, or another pool.
+    """
+
+    layer: str | int
+    pool: str | None = "mean"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, Integral) and not isinstance(self.layer, bool):
+            object.__setattr__(self, "layer", int(self.layer))
+        elif not isinstance(self.layer, str):
+            raise DiveFastError(
+                f"expected a layer by its name or its index, got {shown(self.layer)}."
+            )
+        if not isinstance(self.pool, str | None) or self.pool not in POOLS:
+            raise DiveFastError(
+                f"expected a pool of 'mean', 'attention' or None, got {shown(self.pool)}."
+            )
+
+    @property
+    def group(self) -> tuple[Hashable, ...]:
+        """Of other layers and pools the rows have other shapes."""
+        return (type(self), self.layer, self.pool)
 
 
 class LossesAndGradients(NamedTuple):

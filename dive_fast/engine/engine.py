@@ -146,13 +146,13 @@ class Engine:
 
     def _step(self, running: list[Running], forward: Forward) -> list[Chunk]:
         """One batch, smaller if memory runs out."""
-        kind, _ = fullest(running, self.batch_size)
+        group, _ = fullest(running, self.batch_size)
         while True:
-            chunks = pack(running, kind, self.batch_size)
+            chunks = pack(running, group, self.batch_size)
             start = time.perf_counter()
             try:
                 batch = to_batch(chunks, self.model.device)
-                result = forward.run(kind, batch)
+                result = forward.run(group, batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -162,7 +162,7 @@ class Engine:
                 continue
             seconds = time.perf_counter() - start
             scatter(chunks, batch, result, seconds)
-            self._record(result, kind.passes, seconds, forward)
+            self._record(result, chunks[0].image.request.passes, seconds, forward)
             return chunks
 
     def _make_room(self, tried: int, forward: Forward) -> bool:
@@ -181,7 +181,7 @@ class Engine:
         return True
 
     def _record(self, result: Result, passes: int, seconds: float, forward: Forward) -> None:
-        record, rows = self.record, len(result.losses)
+        record, rows = self.record, len(result.values)
         record.batches += 1
         record.rows += rows
         record.capacity_rows += self.batch_size

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.requests import ErrorMaps, Gradients, Losses, Request
+from dive_fast.core.requests import ErrorMaps, Features, Gradients, Losses
 from dive_fast.engine.cache import ActivationCache, Key, merge, take
 from dive_fast.engine.classes import ClassTable
+from dive_fast.engine.features import activations, pooled
 from dive_fast.engine.model_checks import FirstBatch, check_finite, gradient, told
 from dive_fast.engine.objective import DeviceProbes, Objective
 from dive_fast.engine.options import EngineOptions
-from dive_fast.engine.packing import Batch
+from dive_fast.engine.packing import Batch, Group
 from dive_fast.engine.running import Result
 from dive_fast.errors import DiveFastError
 from dive_fast.models.failing import naming
@@ -54,10 +55,16 @@ class Forward:
         self._first = FirstBatch(model)
         self._run = {part: self._looked_at(part) for part in parts}
 
-    def run(self, kind: type[Request], batch: Batch) -> Result:
-        """What the requests of one kind, packed into a batch, have asked for."""
-        kinds = {Losses: self.losses, Gradients: self.gradients, ErrorMaps: self.error_maps}
-        return kinds[kind](batch)
+    def run(self, group: Group, batch: Batch) -> Result:
+        """What the requests of one group, packed into a batch, have asked for."""
+        kinds = {
+            Losses: self.losses,
+            Gradients: self.gradients,
+            ErrorMaps: self.error_maps,
+            Features: self.features,
+        }
+        kind, *settings = group
+        return kinds[kind](batch, *settings)
 
     def losses(self, batch: Batch) -> Result:
         """The losses, exact at every cache level."""
@@ -73,6 +80,19 @@ class Forward:
         sums = maps.new_zeros(len(batch.classes), *maps.shape[1:])
         sums.index_add_(0, batch.condition_index, maps * batch.weight[:, None, None])
         return Result(maps.mean(dim=(1, 2)), sums)
+
+    def features(self, batch: Batch, layer: str | int, pool: str | None) -> Result:
+        """What a block gives for every row, pooled; by the whole network at every cache level.
+
+        A row's condition enters every block, so that the cache has nothing for it.
+        """
+        x_t, t = self._noised(batch.x0, batch.image_index, batch.probe_index)
+        with torch.no_grad():
+            condition = self._conditions(batch)[batch.condition_index.to(x_t.device)]
+            # Compiled code does not call hooks.
+            network = self._prepared(self.model.predict, compiles=False)
+            found = pooled(activations(self.model, network, layer, x_t, t, condition), pool)
+        return Result(check_finite(self.model, "activations", found.cpu()))
 
     def gradients(self, batch: Batch) -> Result:
         """Losses, and dL/dv of every condition; at level "encoder", which rows are exact."""
@@ -228,9 +248,9 @@ class Forward:
 
         return run
 
-    def _prepared(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _prepared(self, function: Callable[..., Any], compiles: bool = True) -> Callable[..., Any]:
         """A part of the network under this engine's precision and compilation."""
-        if self.options.compile:
+        if self.options.compile and compiles:
             function = _compiled(function)
         # A model of the user's own raises what it raises.
         if hasattr(optional(self.model, "network"), "config"):

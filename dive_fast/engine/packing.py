@@ -5,13 +5,16 @@ A row is one (image, probe, condition).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
 
 from dive_fast.core.requests import ErrorMaps, Gradients, Losses
 from dive_fast.engine.running import Result, Running
+
+# Of a request (``Request.group``): a batch is of one group.
+Group = tuple[Hashable, ...]
 
 
 class Chunk(NamedTuple):
@@ -49,25 +52,27 @@ class Batch(NamedTuple):
     weight: torch.Tensor
 
 
-def fullest(running: Iterable[Running], batch_size: int) -> tuple[type, int]:
-    """The kind of request with the most open rows, an image counting for its share at most.
+def fullest(running: Iterable[Running], batch_size: int) -> tuple[Group, int]:
+    """The group of requests with the most open rows, an image counting for its share at most.
 
-    Serving that kind keeps batches full. Counting shares, an image of very many rows neither keeps
+    Serving that group keeps batches full. Counting shares, an image of very many rows neither keeps
     other images from being started nor its own kind in service for good.
     """
-    share, rows = _share(batch_size), dict.fromkeys((Losses, Gradients, ErrorMaps), 0)
+    share = _share(batch_size)
+    rows: dict[Group, int] = dict.fromkeys(((Losses,), (Gradients,), (ErrorMaps,)), 0)
     for image in running:
-        rows[type(image.request)] += min(share, image.pending_rows)
-    kind = max(rows, key=rows.__getitem__)
-    return kind, rows[kind]
+        group = image.request.group
+        rows[group] = rows.get(group, 0) + min(share, image.pending_rows)
+    group = max(rows, key=rows.__getitem__)
+    return group, rows[group]
 
 
-def pack(running: Iterable[Running], kind: type, batch_size: int) -> list[Chunk]:
-    """Takes open rows of one kind until the batch is full.
+def pack(running: Iterable[Running], group: Group, batch_size: int) -> list[Chunk]:
+    """Takes open rows of one group until the batch is full.
 
     Oldest image first, each up to its share; what then is left of the batch goes to the oldest.
     """
-    images = [image for image in running if isinstance(image.request, kind)]
+    images = [image for image in running if image.request.group == group]
     counts, room = [0] * len(images), batch_size
     for limit in (_share(batch_size), batch_size):
         for i, image in enumerate(images):
@@ -124,7 +129,7 @@ def scatter(chunks: list[Chunk], batch: Batch, result: Result, seconds: float) -
         named = min(count, len(image.request.conditions))
         rows, conditions = slice(row, row + count), slice(condition, condition + named)
         image.add(result.part(rows, conditions), batch.position[conditions])
-        image.seconds += seconds * count / len(result.losses)
+        image.seconds += seconds * count / len(result.values)
         row, condition = rows.stop, conditions.stop
 
 

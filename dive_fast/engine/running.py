@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +32,13 @@ class Result(NamedTuple):
     """What the network said of a batch of M rows and N conditions, on the CPU.
 
     Attributes:
-        losses: float32 [M].
+        values: float32 [M], the loss of every row; or [M, ...], the activations asked for.
         means: the mean over a request's probes, as far as they are in the batch: float32 [N, D] of
             every condition's gradient, or [N, h, w] of its error map. None for losses alone.
         exact: bool [M], the rows that reused no other condition's activations; None if all.
     """
 
-    losses: torch.Tensor
+    values: torch.Tensor
     means: torch.Tensor | None = None
     exact: torch.Tensor | None = None
 
@@ -49,7 +49,7 @@ class Result(NamedTuple):
     def part(self, rows: slice, conditions: slice) -> Result:
         means, exact = self.means, self.exact
         return Result(
-            self.losses[rows],
+            self.values[rows],
             None if means is None else means[conditions],
             None if exact is None else exact[rows],
         )
@@ -64,7 +64,8 @@ class Running:
     n_classes: int  # rows of the vocabulary that a request may name
     request: Request | None = None
     done_rows: int = 0
-    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [k, n], probe by probe
+    n_rows: int = 0  # of the open request
+    values: torch.Tensor | None = None  # of its rows, [k n, ...], probe by probe
     means: torch.Tensor | None = None  # over the probes: gradients [n, D] or error maps [n, h, w]
     reused_rows: int = 0  # of the open request, that took another condition's activations
     answer: Answer | None = None
@@ -73,7 +74,7 @@ class Running:
 
     @property
     def pending_rows(self) -> int:
-        return self.losses.numel() - self.done_rows
+        return self.n_rows - self.done_rows
 
     def resume(self) -> None:
         """Lets the strategy think until its next request or its answer, once it has the reply."""
@@ -83,19 +84,22 @@ class Running:
         try:
             self.request = self.job.search.send(self._reply())
             _check(self.request, self.n_classes)
-            self.losses = torch.empty(len(self.request.probe_ids), len(self.request.conditions))
-            self.means, self.done_rows, self.reused_rows = None, 0, 0
+            self.n_rows = len(self.request.probe_ids) * len(self.request.conditions)
+            self.values = self.means = None
+            self.done_rows = self.reused_rows = 0
         except StopIteration as stop:
             self.request, self.answer = None, stop.value
         self.seconds += time.perf_counter() - start
 
     def add(self, result: Result, position: torch.Tensor) -> None:
         """Takes the results of its next rows; ``position`` of the conditions that they name."""
-        n = len(result.losses)
-        self.losses.view(-1)[self.done_rows : self.done_rows + n] = result.losses
+        n = len(result.values)
+        if self.values is None:
+            self.values = torch.empty(self.n_rows, *result.values.shape[1:])
+        self.values[self.done_rows : self.done_rows + n] = result.values
         if result.means is not None:
             if self.means is None:
-                self.means = torch.zeros(self.losses.shape[1], *result.means.shape[1:])
+                self.means = torch.zeros(len(self.request.conditions), *result.means.shape[1:])
             self.means[position] += result.means
         self.reused_rows += result.reused_rows
         self.evaluations += self.request.passes * n
@@ -106,10 +110,11 @@ class Running:
             return None
         if isinstance(self.request, ErrorMaps):
             return self.means
-        losses = self.losses.T.contiguous()
+        by_probe = self.values.unflatten(0, (-1, len(self.request.conditions)))
+        values = by_probe.transpose(0, 1).contiguous()
         if isinstance(self.request, Gradients):
-            return LossesAndGradients(losses, self.means, self.reused_rows == 0)
-        return losses
+            return LossesAndGradients(values, self.means, self.reused_rows == 0)
+        return values
 
 
 def _check(request: Request, n_classes: int) -> None:

@@ -36,12 +36,13 @@ from dive_fast.predict.classification import (
     log_posterior,
     lowest_twin,
 )
+from dive_fast.predict.features import FeatureExtractor
 from dive_fast.predict.fitting import Fitting
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
 
 
-class DiffusionClassifier(Fitting):
+class DiffusionClassifier(Fitting, FeatureExtractor):
     """A frozen conditional diffusion model as classifier.
 
     Args:

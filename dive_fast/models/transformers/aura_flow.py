@@ -52,6 +52,12 @@ class AuraFlow(TextTransformer):
             timestep=self.sigma(t),
         ).sample
 
+    def image_tokens(self, layer: str, found: Tensor, condition: Tensor) -> Tensor:
+        """Behind the prompt's in the single blocks."""
+        if not layer.startswith("single_transformer_blocks."):
+            return found
+        return found[:, -self.n_tokens(self.network.config.patch_size) :]
+
 
 def load(directory: Path, **asked: Any) -> AuraFlow:
     """See ``load_transformer``."""

@@ -87,6 +87,11 @@ class TextTransformer(PromptedModel):
         parts = self.text.parts.unpack(condition.to(self.dtype))
         return self.run(x_t.to(self.dtype), t, parts)
 
+    def n_tokens(self, patch: int) -> int:
+        """The number of the image's tokens, for patches of so many latents a side."""
+        _, h, w = self.latent_shape
+        return (h // patch) * (w // patch)
+
     def sigma(self, t: Tensor) -> Tensor:
         """sigma of a flow's timesteps, float32 [M]."""
         return self.schedule.s.to(t.device)[t]

@@ -63,6 +63,15 @@ class Lumina2(GemmaTransformer):
             encoder_attention_mask=tokens(parts["mask"]),
         ).sample
 
+    def image_tokens(self, layer: str, found: Tensor, condition: Tensor) -> Tensor:
+        """Behind the prompt's own tokens, however many a row has."""
+        if not layer.startswith("layers."):
+            return found
+        seen = tokens(self.text.parts.unpack(condition)["mask"]).sum(dim=1)
+        place = torch.arange(self.n_tokens(self.network.config.patch_size), device=found.device)
+        index = (seen[:, None] + place)[:, :, None]
+        return found.gather(1, index.expand(-1, -1, found.shape[2]))
+
 
 def load(directory: Path, **asked: Any) -> Lumina2:
     """See ``load_transformer``."""

@@ -71,6 +71,10 @@ class ZImage(TextTransformer):
         ).sample
         return -torch.stack(found).squeeze(2)
 
+    def image_tokens(self, layer: str, found: Tensor, condition: Tensor) -> Tensor:
+        """Before the prompt's, and before what fills them up to a multiple of 32."""
+        return found[:, : self.n_tokens(PATCH)]
+
 
 def load(directory: Path, **asked: Any) -> ZImage:
     """See ``load_transformer``."""
