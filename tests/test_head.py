@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dive_fast import DiveFastError, ModelError
-from dive_fast.core.head import Head, recall_at
+from dive_fast.core.head import Head, in_cells, recall_at
 from dive_fast.core.shortlist import digest
 from dive_fast.core.vocabulary import Vocabulary
 
@@ -25,7 +25,7 @@ def make_head(kind: str = "linear", **changes) -> Head:
     values = {
         "layer": "blocks.1",
         "timestep": 7,
-        "pool": None if kind == "attention" else "mean",
+        "grid": None if kind == "attention" else 1,
         "kind": kind,
         "weight": torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]),
         "bias": torch.tensor([0.0, 0.5, 0.0]),
@@ -65,7 +65,7 @@ def test_the_file_gives_back_the_head(tmp_path: Path, kind: str) -> None:
     again = Head.load(path)
     features = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(again.scores(features), head.scores(features), rtol=0, atol=0)
-    names = ("layer", "timestep", "pool", "kind", "classes", "recall")
+    names = ("layer", "timestep", "grid", "kind", "classes", "recall")
     assert [getattr(again, n) for n in names] == [getattr(head, n) for n in names]
     assert again.digest() == head.digest()
 
@@ -83,6 +83,44 @@ def test_it_fits_its_classes_only() -> None:
     assert not head.fits(Vocabulary(torch.zeros(2, 4), NAMES[:2]))
 
 
+def test_activations_are_averaged_over_cells() -> None:
+    rows = torch.arange(16.0).reshape(4, 4)  # of an image of 4 x 4 positions
+    maps = torch.stack([rows, 10 * rows])[None]  # D = 2
+    tokens = maps.flatten(2).mT
+    cells = torch.tensor([2.5, 4.5, 10.5, 12.5])  # means of 2 x 2, row by row
+    expected = torch.stack([cells, 10 * cells], dim=1).flatten()[None]
+    for found in (maps, tokens):
+        torch.testing.assert_close(in_cells(found, 2), expected)
+        torch.testing.assert_close(in_cells(found, None), tokens)
+    torch.testing.assert_close(in_cells(tokens, 1), torch.tensor([[7.5, 75.0]]))
+    pooled = torch.randn(3, 2)
+    assert in_cells(pooled, 1) is pooled
+    with pytest.raises(DiveFastError, match="tokens of a square image, got 6"):
+        in_cells(torch.zeros(1, 6, 2), 2)
+    with pytest.raises(DiveFastError, match=r"expected activations .* got \[3, 2\]"):
+        in_cells(pooled, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "pool"), [("linear", 1, "mean"), ("attention", None, None)]
+)
+def test_it_reads_what_its_request_gives(kind: str, grid: int | None, pool: str | None) -> None:
+    head = make_head(kind, grid=grid)
+    assert head.pool == pool
+    tokens = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    given = tokens.mean(dim=1) if pool else tokens
+    torch.testing.assert_close(head.read(given), head.scores(given))
+
+
+def test_a_head_of_cells_reads_tokens() -> None:
+    weight = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1.0]])
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    head = make_head("losses", grid=2, weight=weight, bias=torch.zeros(3), mean=zeros, scale=ones)
+    assert head.pool is None
+    tokens = torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None]  # 2 x 2 positions, D = 1
+    torch.testing.assert_close(head.read(tokens), torch.tensor([[-1.0, -2.0, -4.0]]))
+
+
 def test_recall_counts_the_ranks() -> None:
     scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0], [0.0, 5.0, 1.0]])
     answers = torch.tensor([0, 0, 1, 2])  # ranks 0, 2, 1 (a tie), 1
@@ -98,7 +136,8 @@ def test_recall_counts_the_ranks() -> None:
         ({"layer": 3}, "layer must be a text"),
         ({"layer": ""}, "layer must be a text"),
         ({"classes": None}, "classes must be a text"),
-        ({"pool": None}, "needs pool 'mean', got None"),
+        ({"grid": None}, "grid must be a whole number of at least 1, got None"),
+        ({"grid": 0}, "grid must be at least 1, got 0"),
         ({"timestep": -1}, "timestep must be at least 0"),
         ({"timestep": 1.5}, "timestep must be a whole number"),
         ({"weight": torch.zeros(3)}, r"weight must be a tensor \[C, D\], got \[3\]"),
@@ -119,7 +158,9 @@ def test_what_a_head_is_not(changes: dict, message: str) -> None:
         make_head(**changes)
 
 
-def test_attention_needs_a_query() -> None:
+def test_attention_needs_a_query_and_no_grid() -> None:
+    with pytest.raises(DiveFastError, match="attention has no grid, got 1"):
+        make_head("attention", grid=1)
     with pytest.raises(DiveFastError, match=r"query must be a tensor \[2\], got None"):
         make_head("attention", query=None)
 

@@ -1,12 +1,13 @@
 """A linear head on the network's features: what one forward says of every class.
 
-    z = (f - mean) / scale,    out = z W^T + b,    f = features of one block at one timestep
+    z = (f - mean) / scale,    out = z W^T + b
 
-``kind`` says what was learned. "linear": out are the logits of the labels. "losses": out are
-enumeration's losses, less their mean over the classes. "attention": as "linear", over tokens that
-a learned query q pools,
+f are the activations of one block at one timestep, their means over the cells of a grid laid on the
+image, one cell after the other. ``kind`` says what was learned. "linear": out are the logits of the
+labels. "losses": out are enumeration's losses, less their mean over the classes. "attention": as
+"linear", but the tokens z_n are pooled by a learned query q,
 
-    z = sum over the tokens n of softmax_n(q . z_n / sqrt(D)) z_n
+    z = sum over n of softmax_n(q . z_n / sqrt(D)) z_n
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from dive_fast.errors import DiveFastError, ModelError, shown
 
 KINDS = ("linear", "losses", "attention")
 MOST_RANKS = 64  # of ``recall``
+MOST_CELLS = 64  # along a side
 _FORMAT = "dive_fast.head"
 _TENSORS = ("weight", "bias", "mean", "scale", "query")
-_WORDS = ("layer", "timestep", "pool", "kind", "classes", "recall")
+_WORDS = ("layer", "timestep", "grid", "kind", "classes", "recall")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +46,9 @@ class Head:
     Attributes:
         layer: the block whose features it reads, a name of ``DiffusionClassifier.layers``.
         timestep: of x_t.
-        pool: how the tokens of the block are pooled before they come here: "mean", or None for
-            kind "attention", which pools itself.
+        grid: cells along a side, 1 for the mean over all positions; None of kind "attention".
         kind: "linear", "losses" or "attention".
-        weight: float32 [C, D].
+        weight: float32 [C, D]; D counts the values of all cells.
         bias: float32 [C].
         mean, scale: float32 [D], of the features that it was trained on; scale above 0.
         classes: digest of the names that it was learned for (``core.shortlist.digest``).
@@ -61,7 +62,7 @@ class Head:
 
     layer: str
     timestep: int
-    pool: str | None
+    grid: int | None
     kind: str
     weight: torch.Tensor
     bias: torch.Tensor
@@ -81,11 +82,11 @@ class Head:
                 raise DiveFastError(
                     f"a head's {name} must be a text, got {shown(getattr(self, name))}."
                 )
-        pool = None if self.kind == "attention" else "mean"
-        if self.pool != pool:
-            raise DiveFastError(
-                f"a head of kind {self.kind} needs pool {pool!r}, got {shown(self.pool)}."
-            )
+        if self.kind != "attention":
+            grid = whole("a head's grid", self.grid, 1, MOST_CELLS)
+            object.__setattr__(self, "grid", grid)
+        elif self.grid is not None:
+            raise DiveFastError(f"a head of kind attention has no grid, got {shown(self.grid)}.")
         object.__setattr__(self, "timestep", whole("a head's timestep", self.timestep, 0))
         self._check_tensors()
         recall = self.recall
@@ -132,6 +133,11 @@ class Head:
         names = vocabulary.names
         return len(self.weight) == len(names) and self.classes == digest(names)
 
+    @property
+    def pool(self) -> str | None:
+        """How the request ``Features`` shall pool for it."""
+        return "mean" if self.grid == 1 else None
+
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """How well each class suits, higher is better.
 
@@ -155,6 +161,10 @@ class Head:
             z = attend(z, self.query)
         out = z @ self.weight.T + self.bias
         return -out if self.kind == "losses" else out.log_softmax(dim=-1)
+
+    def read(self, found: torch.Tensor) -> torch.Tensor:
+        """``scores`` of activations as ``Features`` gives them with ``pool``: float32 [B, C]."""
+        return self.scores(in_cells(found, self.grid))
 
     def digest(self) -> str:
         """Tells one head from another, as 16 hexadecimal digits: for the identity of a run."""
@@ -216,6 +226,36 @@ class Head:
     def _tensors(self) -> dict[str, torch.Tensor]:
         found = {name: getattr(self, name) for name in _TENSORS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def in_cells(found: torch.Tensor, grid: int | None) -> torch.Tensor:
+    """Activations of B images as a head takes them.
+
+    Args:
+        found: [B, D], pooled, for a grid of 1; else [B, D, h, w] or [B, N, D], tokens row by row.
+        grid: cells along a side; None leaves tokens.
+
+    Returns:
+        [B, grid grid D], means over the cells, one after the other, row by row; or [B, N, D].
+
+    Raises:
+        DiveFastError: activations of another shape, or tokens that are no square.
+    """
+    if grid == 1 and found.ndim == 2:
+        return found
+    if found.ndim not in (3, 4):
+        raise DiveFastError(
+            f"expected activations [B, D, h, w] or [B, tokens, D], got {list(found.shape)}."
+        )
+    if grid is None:
+        return found.flatten(2).mT.contiguous() if found.ndim == 4 else found
+    if found.ndim == 3:
+        side = math.isqrt(found.shape[1])
+        if side * side != found.shape[1]:
+            raise DiveFastError(f"expected tokens of a square image, got {found.shape[1]}.")
+        found = found.mT.unflatten(2, (side, side))
+    cells = torch.nn.functional.adaptive_avg_pool2d(found.float(), grid)
+    return cells.flatten(2).mT.flatten(1).contiguous()
 
 
 def attend(z: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

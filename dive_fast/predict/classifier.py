@@ -36,13 +36,13 @@ from dive_fast.predict.classification import (
     log_posterior,
     lowest_twin,
 )
-from dive_fast.predict.features import FeatureExtractor
 from dive_fast.predict.fitting import Fitting
+from dive_fast.predict.probing import Probing
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
 
 
-class DiffusionClassifier(Fitting, FeatureExtractor):
+class DiffusionClassifier(Fitting, Probing):
     """A frozen conditional diffusion model as classifier.
 
     Args:

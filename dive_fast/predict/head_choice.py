@@ -11,18 +11,19 @@ from dive_fast.errors import DiveFastError
 from dive_fast.predict.head_training import (
     PENALTIES,
     Weights,
+    as_losses,
     train_attention,
     train_linear,
     train_losses,
 )
 
 CHOICE_IMAGES = 1000  # on which layer and timestep are chosen
-CHOICE_PENALTY = 0.1  # of the logistic regression meanwhile
+GRIDS = (1, 2, 4)  # that are tried, the layers and timesteps under the last
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a layer and a timestep are worth.
+    """What a layer, a timestep and a grid are worth to a ridge, which is learned at once.
 
     Attributes:
         score: on the validation part, accuracy; of kind "losses" the mean of 1 / rank of the class
@@ -31,6 +32,7 @@ class Trial:
 
     layer: str
     timestep: int
+    grid: int
     score: float
 
 
@@ -50,10 +52,6 @@ class Learner:
     n_classes: int
     seed: int
 
-    @property
-    def pool(self) -> str | None:
-        return None if self.kind == "attention" else "mean"
-
     def train(self, features: torch.Tensor, rows: torch.Tensor, penalty: float | None) -> Weights:
         """A head of the features [n, ...] of the images ``rows`` [n]."""
         targets = self.targets[rows]
@@ -63,36 +61,33 @@ class Learner:
             return train_attention(features, targets, self.n_classes, self.seed)
         return train_linear(features, targets, self.n_classes, penalty)
 
-    def score(self, weights: Weights, features: torch.Tensor, rows: torch.Tensor) -> float:
-        """See ``Trial.score``; of the features [n, ...] of held-out images ``rows`` [n]."""
-        scores = self.head(weights, "trial", 0, "trial").scores(features)
+    def score(self, scores: torch.Tensor, rows: torch.Tensor) -> float:
+        """See ``Trial.score``; of what a head says [n, C] of held-out images ``rows`` [n]."""
         if self.kind != "losses":
             return (scores.argmax(dim=1) == self.targets[rows]).double().mean().item()
         best = self.targets[rows].argmin(dim=1, keepdim=True)
         rank = 1 + (scores > scores.gather(1, best)).sum(dim=1)
         return (1 / rank.double()).mean().item()
 
-    def tried(
+    def tried(self, features: torch.Tensor, rows: torch.Tensor, n: int) -> float:
+        """The score of a ridge on features.
+
+        Args:
+            features: float32 [B, D] of the images ``rows`` [B], of which the first ``n`` train.
+        """
+        targets = self.targets[rows[:n]]
+        losses = targets if self.kind == "losses" else as_losses(targets, self.n_classes)
+        found = train_losses(features[:n], losses)
+        z = (features[n:] - found.mean) / found.scale
+        return self.score(-(z @ found.weight.T + found.bias), rows[n:])
+
+    def best(
         self,
         features: torch.Tensor,
         train: torch.Tensor,
         held: torch.Tensor,
-        all_rows: torch.Tensor,
-    ) -> float:
-        """The score of one layer and timestep, under a penalty that suits most.
-
-        Args:
-            features: of the images ``all_rows`` [n], among them those of both parts.
-        """
-        at = torch.empty(int(all_rows.max()) + 1, dtype=torch.int64)
-        at[all_rows] = torch.arange(len(all_rows))
-        weights = self.train(features[at[train]], train, CHOICE_PENALTY)
-        return self.score(weights, features[at[held]], held)
-
-    def best(
-        self, features: torch.Tensor, train: torch.Tensor, held: torch.Tensor
-    ) -> tuple[Weights, float]:
-        """The head of the best penalty, of the training part alone, and its score.
+    ) -> tuple[Weights, torch.Tensor]:
+        """The head of the best penalty, of the training part alone, and its scores [held, C].
 
         Args:
             features: of all images.
@@ -102,21 +97,17 @@ class Learner:
         found = []
         for penalty in penalties:
             weights = self.train(features[train], train, penalty)
-            found.append((weights, self.score(weights, features[held], held)))
-        return max(found, key=lambda pair: pair[1])
+            head = self.head(weights, Trial("trial", 0, 1, 0.0), "trial")
+            found.append((weights, head.scores(features[held])))
+        return max(found, key=lambda pair: self.score(pair[1], held))
 
     def head(
-        self,
-        weights: Weights,
-        layer: str,
-        timestep: int,
-        classes: str,
-        recall: tuple[float, ...] = (),
+        self, weights: Weights, at: Trial, classes: str, recall: tuple[float, ...] = ()
     ) -> Head:
         return Head(
-            layer=layer,
-            timestep=timestep,
-            pool=self.pool,
+            layer=at.layer,
+            timestep=at.timestep,
+            grid=None if self.kind == "attention" else at.grid,
             kind=self.kind,
             weight=weights.weight,
             bias=weights.bias,

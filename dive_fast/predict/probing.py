@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dive_fast.core.head import KINDS, Head, recall_at
+from dive_fast.core.head import KINDS, MOST_CELLS, Head, in_cells, recall_at
 from dive_fast.core.numbers import is_number, whole, whole_seed
 from dive_fast.core.probes import ProbeList, check_count
 from dive_fast.core.requests import Answer, Features, Search
@@ -27,7 +29,7 @@ from dive_fast.predict.arguments import check_head
 from dive_fast.predict.calibration import as_labels
 from dive_fast.predict.chunks import Chunks
 from dive_fast.predict.features import FeatureExtractor
-from dive_fast.predict.head_choice import CHOICE_IMAGES, Learner, Trial, split, subset
+from dive_fast.predict.head_choice import CHOICE_IMAGES, GRIDS, Learner, Trial, split, subset
 from dive_fast.strategies import Auto
 
 LAYERS = 6  # blocks that are tried, spread over all
@@ -43,8 +45,9 @@ class FittedHead:
 
     Attributes:
         head: trained on all images; its ``recall`` is that of one trained without the held-out.
-        trials: every layer and timestep that was tried; none where both were given.
-        score: of the chosen ones on the held-out images, as in ``Trial``.
+        trials: every layer, timestep and grid that was tried, under a ridge; of score 0 where there
+            was nothing to choose.
+        score: of the head of the training part on the held-out images, as in ``Trial``.
         held_out: how many those are.
         penalty: of the training: C of the logistic regression, alpha of the ridge, decay of AdamW.
     """
@@ -68,6 +71,7 @@ class Probing(FeatureExtractor):
         head: str = "linear",
         layer: str | int | None = None,
         timestep: int | None = None,
+        grid: int | None = None,
         validation: float = 0.2,
         probes: int = 24,
         seed: int = 0,
@@ -79,11 +83,13 @@ class Probing(FeatureExtractor):
         Args:
             images, latents: as in ``__call__``.
             labels: whole numbers [B], rows of the vocabulary; none for "losses".
-            head: "linear", logistic regression of the labels on pooled features; "attention", the
-                same on tokens that a learned query pools; "losses", ridge regression of the losses
+            head: "linear", logistic regression of the labels on features; "attention", the same on
+                tokens that a learned query pools; "losses", ridge regression of the losses
                 of all classes, which needs no labels.
             layer: a name of ``layers``, or an index into them; chosen among ``LAYERS`` if None.
             timestep: chosen among ``TIMESTEPS`` if None.
+            grid: activations are averaged over so many times so many cells; chosen among ``GRIDS``
+                if None. Of kind "attention" for the choice of the layer alone.
             validation: share of the images that choices are made by.
             probes: of kind "losses", on which every class is measured.
             seed: of the noises, the validation part and the training.
@@ -104,6 +110,8 @@ class Probing(FeatureExtractor):
             raise DiveFastError(f"validation must lie between 0 and 1, got {shown(validation)}.")
         probes, seed = check_count(probes), whole_seed(seed)
         layers, timesteps = self.blocks_to_try(layer, timestep)
+        grids = GRIDS if grid is None else (whole("grid", grid, 1, MOST_CELLS),)
+        grids = grids[-1:] if head == "attention" else grids
         with torch.inference_mode(False):
             x0 = self._latents(images, latents)
             labels = None if labels is None else as_labels(labels, len(x0), len(self.names))
@@ -111,25 +119,21 @@ class Probing(FeatureExtractor):
             chunks = self._chunks(cache, seed)
             targets = self._mean_losses(x0, probes, seed, chunks) if labels is None else labels
             learner = Learner(head, targets, len(self.names), seed)
-            grid = [(name, t) for name in layers for t in timesteps]
-            trials = self._trials(learner, grid, x0, parts, chunks, seed, progress)
-            best = max(trials, key=lambda trial: trial.score, default=Trial(*grid[0], 0.0))
-            block = best.layer, best.timestep
-            features = self._features(x0, *block, learner.pool, seed, chunks)
-            weights, score = learner.best(features, *parts)
-            asked = parts[1][:RECALL_IMAGES]
+            look = partial(self._features, seed=seed, chunks=chunks)
+            trials = self._trials(learner, x0, parts, layers, timesteps, grids, look, progress)
+            at = max(trials, key=lambda trial: trial.score)
+            features = look(x0, at.layer, at.timestep, None if head == "attention" else at.grid)
+            weights, scores = learner.best(features, *parts)
             answers = (
-                targets[asked].argmin(dim=1)
+                targets.argmin(dim=1)[parts[1]]
                 if labels is None
-                else self._answers(x0[asked], seed, chunks)
+                else self._answers(x0[parts[1][:RECALL_IMAGES]], seed, chunks)
             )
-            classes = digest(self.model.vocabulary.names)
-            recall = recall_at(
-                learner.head(weights, *block, classes).scores(features[asked]), answers
-            )
+            recall = recall_at(scores[: len(answers)], answers)
             final = learner.train(features, torch.arange(len(x0)), weights.penalty)
-        made = learner.head(final, *block, classes, recall)
-        return FittedHead(made, trials, score, len(parts[1]), final.penalty)
+        made = learner.head(final, at, digest(self.model.vocabulary.names), recall)
+        score = learner.score(scores, parts[1])
+        return FittedHead(made, tuple(trials), score, len(parts[1]), final.penalty)
 
     def head_scores(
         self,
@@ -157,7 +161,8 @@ class Probing(FeatureExtractor):
         with torch.inference_mode(False):
             x0 = self._latents(images, latents)
             chunks = self._chunks(cache, seed)
-            features = self._features(x0, head.layer, head.timestep, head.pool, seed, chunks)
+            where = head.layer, head.timestep, head.grid
+            features = self._features(x0, *where, seed=seed, chunks=chunks)
         return head.scores(features)
 
     def blocks_to_try(
@@ -185,48 +190,58 @@ class Probing(FeatureExtractor):
     def _trials(
         self,
         learner: Learner,
-        grid: list[tuple[str, int]],
         x0: torch.Tensor,
         parts: tuple[torch.Tensor, torch.Tensor],
-        chunks: Chunks,
-        seed: int,
+        layers: Sequence[str],
+        timesteps: Sequence[int],
+        grids: Sequence[int],
+        look: Callable[..., torch.Tensor],
         progress: bool,
-    ) -> tuple[Trial, ...]:
-        """The score of every layer and timestep, on ``CHOICE_IMAGES``; none of a single one."""
-        if len(grid) == 1:
-            return ()
+    ) -> list[Trial]:
+        """Every layer and timestep under the finest grid, then the best of them under the others.
+
+        Where there is nothing to choose, that one, with a score of 0.
+        """
+        finest, *others = sorted(grids, reverse=True)
+        pairs = [(name, t) for name in layers for t in timesteps]
+        if len(pairs) == 1 and not others:
+            return [Trial(*pairs[0], finest, 0.0)]
         train, held = subset(*parts, CHOICE_IMAGES)
-        rows = torch.cat([train, held]).sort().values
-        trials = []
-        for layer, timestep in tqdm(grid, unit="trial", disable=not progress):
-            features = self._features(x0[rows], layer, timestep, learner.pool, seed, chunks)
-            trials.append(Trial(layer, timestep, learner.tried(features, train, held, rows)))
-        return tuple(trials)
+        rows = torch.cat([train, held])
+
+        def tried(layer: str, timestep: int, grid: int) -> Trial:
+            features = look(x0[rows], layer, timestep, grid)
+            return Trial(layer, timestep, grid, learner.tried(features, rows, len(train)))
+
+        trials = [tried(*pair, finest) for pair in tqdm(pairs, unit="trial", disable=not progress)]
+        best = max(trials, key=lambda trial: trial.score)
+        return trials + [tried(best.layer, best.timestep, grid) for grid in others]
 
     def _features(
         self,
         x0: torch.Tensor,
         layer: str,
         timestep: int,
-        pool: str | None,
+        grid: int | None,
+        *,
         seed: int,
         chunks: Chunks,
     ) -> torch.Tensor:
-        """float32 [B, D], or [B, tokens, D] without a pool."""
+        """Activations as ``head.in_cells`` lays them out, float32; image i with its own noise."""
         generator = torch.Generator().manual_seed(seed)
         shape = self.model.latent_shape
         noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(NOISES)])
         probes = ProbeList(torch.full((NOISES,), timestep), noise)
         v0 = self.model.vocabulary.mean()[None]
+        at, pool = torch.arange(NOISES)[:, None], "mean" if grid == 1 else None
 
         def compute(start: int, stop: int) -> torch.Tensor:
             jobs = (
-                self._job(i, x0[i], _ask(Features(v0, torch.tensor([i % NOISES]), layer, pool)))
+                self._job(i, x0[i], _ask(Features(v0, at[i % NOISES], layer, pool), grid))
                 for i in range(start, stop)
             )
             found = {f.key: f.answer.trace["features"] for f in self._run(jobs, probes)}
             features = torch.stack([found[i] for i in range(start, stop)])
-            features = features if pool is not None else as_tokens(features)
             if (size := features[0].nbytes * len(x0)) > MOST_BYTES:
                 raise DiveFastError(
                     f"the features of {len(x0)} images would take {size / 2**30:.1f} GiB, more "
@@ -234,7 +249,7 @@ class Probing(FeatureExtractor):
                 )
             return features
 
-        name = f"{layer}@{timestep}-{'tokens' if pool is None else pool}-{_content(x0)}"
+        name = f"{layer}@{timestep}-{'tokens' if grid is None else grid}-{_content(x0)}"
         return chunks.get(name, len(x0), compute)
 
     def _mean_losses(
@@ -267,15 +282,11 @@ class Probing(FeatureExtractor):
         return Chunks(Path(cache) / digest([how]))
 
 
-def as_tokens(found: torch.Tensor) -> torch.Tensor:
-    """Activations [B, D, h, w] or [B, N, D] as tokens [B, N, D]."""
-    return found.flatten(2).mT.contiguous() if found.ndim == 4 else found
-
-
-def _ask(request: Features) -> Search:
+def _ask(request: Features, grid: int | None) -> Search:
     reply = yield request
     nothing = torch.empty(0)
-    return Answer(0, nothing, nothing, {"features": reply[0, 0]})
+    # Laid out at once: the activations of many images at all positions may not fit.
+    return Answer(0, nothing, nothing, {"features": in_cells(reply[0], grid)[0]})
 
 
 def _content(x0: torch.Tensor) -> str:

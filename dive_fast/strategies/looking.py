@@ -22,7 +22,4 @@ def look(task: Task) -> Generator[Features, torch.Tensor, torch.Tensor]:
     nearest = (task.probes.timesteps - head.timestep).abs().argmin()
     v0 = task.vocabulary.mean()[None]
     reply = yield Features(v0, nearest[None], head.layer, head.pool)
-    found = reply[0, 0]
-    if head.pool is None and found.ndim == 3:  # maps [D, h, w] as tokens
-        found = found.flatten(1).mT
-    return head.scores(found)
+    return head.read(reply[0])[0]
