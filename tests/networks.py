@@ -1,4 +1,4 @@
-"""Three networks as their authors might write them: none knows of this library."""
+"""Networks as their authors might write them: none knows of this library."""
 
 from __future__ import annotations
 
@@ -74,3 +74,37 @@ class RectifiedUNet(nn.Module):
         added = self.time(batch["time"][:, None]) + batch["class_vector"]
         h = h + F.silu(self.middle(h) * added[:, :, None, None])
         return {"velocity": self.up(h)}
+
+
+class Nested(nn.Module):
+    """Lists in lists, a list in a block, a container, and a middle that is in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(CLASSES, 6)
+        self.into = nn.Conv2d(1, 6, 3, padding=1)
+        self.downs = nn.ModuleList(
+            nn.ModuleList([Shifted(), nn.Conv2d(6, 6, 3, padding=1)]) for _ in range(2)
+        )
+        self.middle = nn.Conv2d(6, 6, 1)
+        self.wrapped = nn.Sequential(nn.Identity(), nn.Module())
+        self.wrapped[1].ups = nn.ModuleList([nn.Conv2d(6, 6, 3, padding=1)])
+        self.unused = nn.ModuleList([nn.Linear(2, 2)])
+        self.out = nn.Conv2d(6, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.into(x), self.labels(y)
+        for block, conv in self.downs:
+            h = F.silu(conv(block(h, c)[0]))
+        return self.out(self.wrapped[1].ups[0](self.middle(h)))
+
+
+class Shifted(nn.Module):
+    """Gives a tuple, and has a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(6, 6, 3, padding=1)])
+
+    def forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return h + self.convs[0](h) * c[:, :, None, None], [h]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from feature_checks import check_features, flow, second
 from flow_families import (
     CLASSES,
     DAMAGES,
+    PROMPTS,
     check_answers,
     check_losses,
     check_precisions,
@@ -21,6 +23,7 @@ from flow_families import (
 from pipelines import check_gradient, intercept, make_t5_tokenizer, save
 from transformers import UMT5Config, UMT5EncoderModel
 
+from dive_fast import DiffusionClassifier
 from dive_fast.core.condition import ConditionParts
 from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
@@ -92,6 +95,22 @@ def predict(
 
 def test_losses_are_those_of_flow_matching(aura_flow: Path) -> None:
     check_losses(aura_flow, AuraFlowPipeline.from_pretrained(aura_flow), predict, shift=0)
+
+
+def test_features_are_what_the_blocks_give(aura_flow: Path) -> None:
+    pipeline = AuraFlowPipeline.from_pretrained(aura_flow)
+    clf = DiffusionClassifier.from_pretrained(aura_flow, classes=CLASSES)
+    check_features(
+        clf,
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, (t + 1) / 1000, PROMPTS[c]),
+        flow,
+        {
+            "joint_transformer_blocks.0": second,
+            # The registers and the prompt, then the image.
+            "single_transformer_blocks.0": lambda output: output[:, -16:],
+        },
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(aura_flow: Path) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from feature_checks import check_features, flow, second
 from flow_families import (
     CLASSES,
     DAMAGES,
@@ -25,6 +26,7 @@ from pipelines import check_gradient, intercept, make_t5, make_t5_tokenizer, sav
 from tiny_sd import make_text_encoder, write_tokenizer
 from transformers import CLIPTokenizer
 
+from dive_fast import DiffusionClassifier
 from dive_fast.core.condition import ConditionParts
 from dive_fast.core.schedule import Schedule
 from dive_fast.errors import ModelError
@@ -113,6 +115,18 @@ def predict(pipeline: FluxPipeline, x_t: torch.Tensor, sigma: float, prompt: str
 
 def test_losses_are_those_of_the_training(flux: Path) -> None:
     check_losses(flux, FluxPipeline.from_pretrained(flux), predict)
+
+
+def test_features_are_what_the_blocks_give(flux: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(flux)
+    clf = DiffusionClassifier.from_pretrained(flux, classes=CLASSES)
+    check_features(
+        clf,
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, (t + 1) / 1000, PROMPTS[c]),
+        flow,
+        {"transformer_blocks.0": second, "single_transformer_blocks.0": second},
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(flux: Path) -> None:

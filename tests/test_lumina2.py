@@ -16,6 +16,7 @@ from diffusers import (
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
 )
+from feature_checks import check_features, flow, plain
 from PIL import Image
 from pipelines import (
     change_json,
@@ -116,6 +117,13 @@ def test_no_condition_is_what_guidance_leaves_out(lumina: Path) -> None:
     assert int(nothing.given["encoder_attention_mask"].sum()) == 1
 
 
+def predict(pipeline: Lumina2Pipeline, x: torch.Tensor, tau: float, prompt: str) -> torch.Tensor:
+    sequence, mask, _, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    return pipeline.transformer(
+        x, encoder_hidden_states=sequence, encoder_attention_mask=mask, timestep=torch.tensor([tau])
+    ).sample
+
+
 def test_losses_are_those_of_flow_matching(lumina: Path) -> None:
     """The training's loss || x0 - eps - f(x, tau) ||^2 at x = tau x0 + (1 - tau) eps."""
     clf = DiffusionClassifier.from_pretrained(lumina, classes=CLASSES)
@@ -126,13 +134,9 @@ def test_losses_are_those_of_flow_matching(lumina: Path) -> None:
     with torch.no_grad():
         x0 = (pipeline.vae.encode(images).latent_dist.mean - 0.06) * 1.5
         for c, prompt in enumerate(PROMPTS):
-            sequence, mask, _, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
             for k, t in enumerate(probes.timesteps.tolist()):
                 tau, eps = 1 - (t + 1) / 1000, probes.noise[probes.noise_index[k]][None]
-                predicted = pipeline.transformer(
-                    tau * x0 + (1 - tau) * eps, encoder_hidden_states=sequence,
-                    encoder_attention_mask=mask, timestep=torch.tensor([tau]),
-                ).sample  # fmt: skip
+                predicted = predict(pipeline, tau * x0 + (1 - tau) * eps, tau, prompt)
                 expected = (x0 - eps - predicted).square().mean()
                 torch.testing.assert_close(found[0, c, k], expected, rtol=1e-4, atol=1e-5)
 
@@ -144,6 +148,18 @@ def test_a_prompt_does_not_depend_on_those_beside_it(lumina: Path) -> None:
     x_t, t = torch.randn(1, 4, 8, 8).expand(3, -1, -1, -1), torch.tensor([10, 500, 900])
     alone = torch.cat([model.predict(x_t[i : i + 1], t[i : i + 1], rows[[i]]) for i in range(3)])
     torch.testing.assert_close(model.predict(x_t, t, rows), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_what_the_blocks_give(lumina: Path) -> None:
+    pipeline = Lumina2Pipeline.from_pretrained(lumina)
+    joint = lambda output: output[:, -16:]  # noqa: E731 - alone, a row has no padding
+    check_features(
+        DiffusionClassifier.from_pretrained(lumina, classes=CLASSES),
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, 1 - (t + 1) / 1000, PROMPTS[c]),
+        flow,
+        {"noise_refiner.0": plain, "layers.0": joint, "layers.1": joint},
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(lumina: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
+from feature_checks import check_features, diffusion, plain
 from PIL import Image
 from pipelines import (
     change_json,
@@ -112,6 +113,18 @@ def test_the_network_is_asked_what_the_pipeline_asks(pixart: Path) -> None:
     assert (sizes is not None) == model.network.use_additional_conditions == (side == 128)
 
 
+def predict(pipeline, x_t: torch.Tensor, t: int, prompt: str) -> torch.Tensor:
+    """eps of x_t [1, C, h, w]; of 256 pixels, where the network is told the size."""
+    sizes = {"resolution": None, "aspect_ratio": None}
+    if pipeline.transformer.use_additional_conditions:
+        sizes = {"resolution": torch.tensor([[256.0, 256]]), "aspect_ratio": torch.ones(1, 1)}
+    sequence, mask, _, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    return pipeline.transformer(
+        x_t, encoder_hidden_states=sequence, encoder_attention_mask=mask,
+        timestep=torch.tensor([t]), added_cond_kwargs=sizes,
+    ).sample.chunk(2, dim=1)[0]  # fmt: skip
+
+
 def test_losses_are_those_of_the_published_training(pixart: Path) -> None:
     """|| eps - eps_theta ||^2 at x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps; no variances."""
     clf = DiffusionClassifier.from_pretrained(pixart, classes=CLASSES)
@@ -121,25 +134,27 @@ def test_losses_are_those_of_the_published_training(pixart: Path) -> None:
     found = clf.losses(pixels, probes=probes)
     pipeline = read(pixart)
     images = torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    sizes = {"resolution": None, "aspect_ratio": None}
-    if pipeline.transformer.use_additional_conditions:
-        sizes = {"resolution": torch.tensor([[256.0, 256]]), "aspect_ratio": torch.ones(1, 1)}
     with torch.no_grad():
         x0 = pipeline.vae.encode(images).latent_dist.mean * 0.18215
         for k, t in enumerate(probes.timesteps.tolist()):
             eps = probes.noise[probes.noise_index[k]][None]
-            x_t = alpha_bar[t].sqrt().float() * x0 + (1 - alpha_bar[t]).sqrt().float() * eps
+            a, s = diffusion(t)
+            x_t = a * x0 + s * eps
             for c, prompt in enumerate(PROMPTS):
-                sequence, mask, _, _ = pipeline.encode_prompt(
-                    prompt, do_classifier_free_guidance=False
-                )
-                predicted = pipeline.transformer(
-                    x_t, encoder_hidden_states=sequence, encoder_attention_mask=mask,
-                    timestep=torch.tensor([t]), added_cond_kwargs=sizes,
-                ).sample.chunk(2, dim=1)[0]  # fmt: skip
+                predicted = predict(pipeline, x_t, t, prompt)
                 expected = (eps - predicted).square().mean()
                 torch.testing.assert_close(found[0, c, k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_what_the_blocks_give(pixart: Path) -> None:
+    pipeline = read(pixart)
+    check_features(
+        DiffusionClassifier.from_pretrained(pixart, classes=CLASSES),
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, t, PROMPTS[c]),
+        diffusion,
+        {"transformer_blocks.0": plain, "transformer_blocks.1": plain},
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(pixart: Path) -> None:

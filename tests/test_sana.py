@@ -18,6 +18,7 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
+from feature_checks import check_features, flow, plain
 from PIL import Image
 from pipelines import (
     change_json,
@@ -139,6 +140,16 @@ def test_no_condition_is_what_guidance_leaves_out(sana: Path) -> None:
     assert (rows[0] != model.text.encode([""], torch.device("cpu"))[0]).any()
 
 
+def predict(pipeline: SanaPipeline, x_t: torch.Tensor, sigma: float, prompt: str) -> torch.Tensor:
+    sequence, mask, _, _ = pipeline.encode_prompt(
+        prompt, do_classifier_free_guidance=False, complex_human_instruction=INSTRUCTION.default
+    )
+    return pipeline.transformer(
+        x_t, encoder_hidden_states=sequence, encoder_attention_mask=mask,
+        timestep=torch.tensor([sigma * 1000]),
+    ).sample  # fmt: skip
+
+
 def test_losses_are_those_of_flow_matching(sana: Path) -> None:
     """The training's loss, || eps - x0 - f ||^2, at x_t = (1 - sigma) x0 + sigma eps."""
     clf = DiffusionClassifier.from_pretrained(sana, classes=CLASSES)
@@ -149,18 +160,22 @@ def test_losses_are_those_of_flow_matching(sana: Path) -> None:
     with torch.no_grad():
         x0 = pipeline.vae.encode(images).latent * 1.5
         for c, prompt in enumerate(PROMPTS):
-            sequence, mask, _, _ = pipeline.encode_prompt(
-                prompt, do_classifier_free_guidance=False,
-                complex_human_instruction=INSTRUCTION.default,
-            )  # fmt: skip
             for k, t in enumerate(probes.timesteps.tolist()):
                 sigma, eps = (t + 1) / 1000, probes.noise[probes.noise_index[k]][None]
-                predicted = pipeline.transformer(
-                    (1 - sigma) * x0 + sigma * eps, encoder_hidden_states=sequence,
-                    encoder_attention_mask=mask, timestep=torch.tensor([sigma * 1000]),
-                ).sample  # fmt: skip
+                predicted = predict(pipeline, (1 - sigma) * x0 + sigma * eps, sigma, prompt)
                 expected = (eps - x0 - predicted).square().mean()
                 torch.testing.assert_close(found[0, c, k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_what_the_blocks_give(sana: Path) -> None:
+    pipeline = SanaPipeline.from_pretrained(sana)
+    check_features(
+        DiffusionClassifier.from_pretrained(sana, classes=CLASSES),
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, (t + 1) / 1000, PROMPTS[c]),
+        flow,
+        {"transformer_blocks.0": plain, "transformer_blocks.1": plain},
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(sana: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from feature_checks import check_features, flow, second
 from flow_families import check_answers, check_precisions, check_refused
 from pipelines import check_gradient, intercept, make_t5, make_t5_tokenizer, save
 from tiny_sd import make_text_encoder, write_tokenizer
@@ -97,6 +98,18 @@ def test_the_network_is_asked_what_the_pipeline_asks(sd3: Path) -> None:
     assert (asked[0].output[0] - asked[0].output[1]).abs().max() > 1e-3  # the prompt is seen
 
 
+def predict(
+    pipeline: StableDiffusion3Pipeline, x_t: torch.Tensor, sigma: float, prompt: str
+) -> torch.Tensor:
+    sequence, _, pooled, _ = pipeline.encode_prompt(
+        prompt, None, None, do_classifier_free_guidance=False
+    )
+    return pipeline.transformer(
+        x_t, encoder_hidden_states=sequence, pooled_projections=pooled,
+        timestep=torch.tensor([sigma * 1000]),
+    ).sample  # fmt: skip
+
+
 def test_losses_are_those_of_flow_matching(sd3: Path) -> None:
     """The training's loss, || eps - x0 - f ||^2, at x_t = (1 - sigma) x0 + sigma eps."""
     clf = DiffusionClassifier.from_pretrained(sd3, classes=CLASSES)
@@ -111,15 +124,21 @@ def test_losses_are_those_of_flow_matching(sd3: Path) -> None:
         for k, t in enumerate(probes.timesteps.tolist()):
             sigma, eps = (t + 1) / 1000, probes.noise[probes.noise_index[k]][None]
             for c, prompt in enumerate(PROMPTS):
-                sequence, _, pooled, _ = pipeline.encode_prompt(
-                    prompt, None, None, do_classifier_free_guidance=False
-                )
-                predicted = pipeline.transformer(
-                    (1 - sigma) * x0 + sigma * eps, encoder_hidden_states=sequence,
-                    pooled_projections=pooled, timestep=torch.tensor([sigma * 1000]),
-                ).sample  # fmt: skip
+                predicted = predict(pipeline, (1 - sigma) * x0 + sigma * eps, sigma, prompt)
                 expected = (eps - x0 - predicted).square().mean()
                 torch.testing.assert_close(found[0, c, k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_what_the_blocks_give(sd3: Path) -> None:
+    pipeline = read_sd3(sd3)
+    check_features(
+        DiffusionClassifier.from_pretrained(sd3, classes=CLASSES),
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, (t + 1) / 1000, PROMPTS[c]),
+        flow,
+        # The last block gives no prompt, and None in its place.
+        {"transformer_blocks.0": second, "transformer_blocks.1": second},
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(sd3: Path) -> None:

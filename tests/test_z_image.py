@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from feature_checks import check_features, flow
 from flow_families import (
     CLASSES,
     DAMAGES,
+    PROMPTS,
     check_answers,
     check_losses,
     check_precisions,
@@ -22,6 +24,7 @@ from flow_families import (
 from pipelines import check_gradient, intercept, save
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from dive_fast import DiffusionClassifier
 from dive_fast.core.condition import ConditionParts
 from dive_fast.errors import ModelError
 from dive_fast.models import load_model
@@ -119,6 +122,22 @@ def predict(pipeline: ZImagePipeline, x_t: torch.Tensor, sigma: float, prompt: s
 
 def test_losses_are_those_of_the_training(z_image: Path) -> None:
     check_losses(z_image, ZImagePipeline.from_pretrained(z_image), predict)
+
+
+def test_features_are_what_the_blocks_give(z_image: Path) -> None:
+    pipeline = ZImagePipeline.from_pretrained(z_image)
+    clf = DiffusionClassifier.from_pretrained(z_image, classes=CLASSES)
+    check_features(
+        clf,
+        pipeline.transformer,
+        lambda x_t, t, c: predict(pipeline, x_t, (t + 1) / 1000, PROMPTS[c]),
+        flow,
+        {
+            # 16 tokens of the image, then padding to 32, and the prompt.
+            "noise_refiner.0": lambda output: output[:, :16],
+            "layers.0": lambda output: output[:, :16],
+        },
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(z_image: Path) -> None:

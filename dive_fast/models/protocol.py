@@ -19,8 +19,8 @@ _OPTIONAL: dict[str, Any] = {
     "network": None,  # its ``torch.nn.Module``: for ``channels_last`` and the default batch size
     "timesteps": None,  # a ``TimestepWeights`` that the strategies' probes follow
     "shortlist": None,  # a ``Shortlist``, used while the classes are those it was learned for
-    # (layer, what it gives [M, T, D], condition [M, D]) to the image's tokens of it, [M, N, D], where
-    # a block holds the prompt's among them
+    # (layer, what it gives [M, T, D], condition [M, D]) to the image's tokens of it, [M, N, D]:
+    # where a block holds the prompt's among them
     "image_tokens": None,
     "layout_format": None,  # a ``LayoutFormat``, of a layout-to-image model
     "default_cache": "exact",  # of a ``StagedModel``: the level that measurement found best

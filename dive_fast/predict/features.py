@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from dive_fast.core.numbers import whole, whole_seed
 from dive_fast.core.probes import MOST_PROBES, ProbeList
 from dive_fast.core.requests import Answer, Features, Search
-from dive_fast.errors import DiveFastError, ModelError, shown
+from dive_fast.errors import DiveFastError, ImageError, ModelError, shown
 from dive_fast.models.layers import find_layer, layer_names
 from dive_fast.predict.predictor import Predictor
 
@@ -67,6 +68,8 @@ class FeatureExtractor(Predictor):
         request = Features(self._told(condition), torch.arange(len(probes)), layer, pool)
         find_layer(self.model, request.layer)
         x0 = self._latents(images, latents)
+        if len(x0) == 0:
+            raise ImageError("expected at least one image, got none.")
         jobs = (self._job(i, x, _ask(request)) for i, x in enumerate(x0))
         total = len(x0) if progress else None
         found = {f.key: f.answer.trace["features"] for f in self._run(jobs, probes, progress=total)}
@@ -86,21 +89,21 @@ class FeatureExtractor(Predictor):
     def _told(self, condition: str | int) -> torch.Tensor:
         """One condition of a request: int64 [1], or float32 [1, D]."""
         vocabulary = self.model.vocabulary
-        if isinstance(condition, str):
-            if condition == "mean":
-                return vocabulary.mean()[None]
-            if condition == "null" and vocabulary.unconditional is not None:
-                return vocabulary.unconditional[None]
-            if condition == "null":
-                raise ModelError(
-                    f"expected a model that knows no condition for 'null', got {self.model.name}, "
-                    f"which does not."
-                )
+        if isinstance(condition, Integral) and not isinstance(condition, bool):
+            return torch.tensor([whole("condition", condition, 0, len(vocabulary) - 1)])
+        known = {"mean": vocabulary.mean, "null": lambda: vocabulary.unconditional}
+        if not isinstance(condition, str) or condition not in known:
             raise DiveFastError(
                 f"expected a condition 'mean', 'null' or the index of a class, got "
                 f"{shown(condition)}."
             )
-        return torch.tensor([whole("condition", condition, 0, len(vocabulary) - 1)])
+        row = known[condition]()
+        if row is None:
+            raise ModelError(
+                f"expected a model that has learned what no condition is for 'null', got "
+                f"{self.model.name}, which has not."
+            )
+        return row[None]
 
 
 def default_timestep(n_timesteps: int) -> int:
