@@ -1,6 +1,7 @@
-"""Heads on features by the number of training images, beside the generative answer.
+r"""Heads on features by the number of training images, beside the generative answer.
 
-    python -m bench.probe_table --model digits --data digits --images 100 1000 1400 --runs runs/probe
+    python -m bench.probe_table --model digits --data digits --images 100 1000 1400 \
+        --runs runs/probe
     python -m bench.probe_table --model omniglot --data omniglot242_32px.npz --per-class 2 5 15 \
         --runs runs/probe
 
