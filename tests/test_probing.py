@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,7 +295,7 @@ def test_bad_input_is_refused(classifier, changes: dict, message: str) -> None:
 
 
 def test_without_scikit_learn_it_says_what_to_install(classifier, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     x0, labels = brightness(12)
     with pytest.raises(DiveFastError, match=r"pip install 'dive_fast\[probe\]'"):
         classifier.fit_head(latents=x0, labels=labels)

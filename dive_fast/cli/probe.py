@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -24,12 +25,13 @@ DESCRIPTION = """\
 Learns a head on the features of a frozen model's network, and measures it beside the generative
 answer on the same images. One evaluation answers an image.
 
-  linear     logistic regression of the labels on the features, pooled over the positions
-  attention  the same, pooled by a learned query
+  linear     logistic regression of the labels on the activations of a block, averaged over 1, 4 or
+             16 cells of the image
+  attention  the same on its tokens, pooled by a learned query
   losses     ridge regression of the losses that enumeration measures; the labels are not used, but
              learning costs classes x 24 evaluations an image
 
-Layer and timestep are chosen on a validation part of --data unless said. The test images take no
+Layer, timestep and cells are chosen on a validation part of --data. The test images take no
 part in any choice. All is written below RUN: the head (head.safetensors), which 'dive-fast
 evaluate --head' takes, the figures (probe.json), and what was computed; interrupted and run again
 with the same options it goes on where it stopped.
@@ -113,9 +115,7 @@ def run(options: argparse.Namespace) -> int:
     asked = {"strategy": strategy, "probes": options.probes, "timesteps": options.timesteps}
     config = {
         **classifier.identity(**asked, seed=options.seed),
-        "head": options.head,
-        "layers": layers,
-        "at": timesteps,
+        "learned": {"head": options.head, "layers": layers, "timesteps": timesteps},
         "data": train.identity(),
         "test": test.identity(),
     }
@@ -174,11 +174,12 @@ def _measured(
         "head": head.kind,
         "layer": head.layer,
         "timestep": head.timestep,
+        "grid": head.grid,
         "penalty": fitted.penalty,
         "trained_on": len(train.examples),
         "held_out": fitted.held_out,
         "score": fitted.score,
-        "trials": [[trial.layer, trial.timestep, trial.score] for trial in fitted.trials],
+        "trials": [dataclasses.asdict(trial) for trial in fitted.trials],
         "recall": list(head.recall),
         "n": len(test.examples),
         "accuracy": right,
@@ -215,41 +216,49 @@ def _write(path: Path, figures: dict[str, Any]) -> None:
 
 def as_text(figures: dict[str, Any], fitted: FittedHead) -> str:
     """The validation table, and both answers."""
-    lines = [*validation_table(fitted), ""] if fitted.trials else []
-    lines.append(
-        f"chosen: {figures['layer']} at t = {figures['timestep']}, penalty {fitted.penalty:g}; "
-        f"{_measure(figures['head'])} {fitted.score:.2%} on {fitted.held_out} held-out images"
-    )
-    recall = figures["recall"]
+    recall, generative = figures["recall"], figures["generative"]
     shares = [f"{recall[n - 1]:.1%} in {n}" for n in RANKS if n <= len(recall)]
-    lines.append(f"the generative answer is among the head's first: {', '.join(shares)}")
-    generative = figures["generative"]
-    lines += ["", f"{'':12} {'accuracy':>18} {'evaluations':>12}   ({figures['n']} test images)"]
-    lines.append(_row(figures["head"], figures["accuracy"], figures["standard_error"], 1))
+    lines = [
+        *validation_table(fitted),
+        f"chosen: {_where(figures)}; {_measure(figures['head'])} {fitted.score:.2%} "
+        f"on {fitted.held_out} held-out images",
+        f"the generative answer is among the head's first: {', '.join(shares)}",
+        "",
+        f"{figures['n']:>6} test images {'accuracy':>17} {'evaluations':>12}",
+        _row(figures["head"], figures["accuracy"], figures["standard_error"], 1),
+    ]
     if generative["n"]:
-        lines.append(
-            _row(
-                "generative",
-                generative["accuracy"],
-                generative["standard_error"],
-                generative["evaluations_per_image"],
-            )
-        )
+        keys = ("accuracy", "standard_error", "evaluations_per_image")
+        lines.append(_row("generative", *(generative[key] for key in keys)))
     return "\n".join(lines)
 
 
 def validation_table(fitted: FittedHead) -> list[str]:
-    """A line of every layer, a column of every timestep."""
-    scores = {(trial.layer, trial.timestep): trial.score for trial in fitted.trials}
-    layers = list(dict.fromkeys(trial.layer for trial in fitted.trials))
-    timesteps = sorted({trial.timestep for trial in fitted.trials})
+    """Lines of layers, columns of timesteps, under the finest grid; [] where nothing was chosen."""
+    if len(fitted.trials) == 1:
+        return []
+    grid = fitted.trials[0].grid
+    scores = {(t.layer, t.timestep): t.score for t in fitted.trials if t.grid == grid}
+    layers = list(dict.fromkeys(layer for layer, _ in scores))
+    timesteps = sorted({timestep for _, timestep in scores})
     width = max(map(len, layers))
-    head = f"{_measure(fitted.head.kind)}, by layer and timestep:"
-    lines = [head, " " * width + "".join(f"{t:>8}" for t in timesteps)]
+    title = (
+        f"{_measure(fitted.head.kind)} of a ridge, {grid} x {grid} cells, by layer and timestep:"
+    )
+    lines = [title, " " * width + "".join(f"{t:>8}" for t in timesteps)]
     for layer in layers:
-        shares = "".join(f"{scores[layer, t]:>8.1%}" for t in timesteps)
-        lines.append(f"{layer:{width}}{shares}")
-    return lines
+        lines.append(f"{layer:{width}}" + "".join(f"{scores[layer, t]:>8.3f}" for t in timesteps))
+    for trial in fitted.trials:
+        if trial.grid != grid:
+            cells = f"{trial.grid} x {trial.grid} cells"
+            lines.append(f"{cells} of {trial.layer}, t = {trial.timestep}: {trial.score:.3f}")
+    return [*lines, ""]
+
+
+def _where(figures: dict[str, Any]) -> str:
+    grid = figures["grid"]
+    cells = "tokens" if grid is None else f"{grid} x {grid} cells"
+    return f"{cells} of {figures['layer']} at t = {figures['timestep']}"
 
 
 def _measure(kind: str) -> str:
@@ -257,4 +266,4 @@ def _measure(kind: str) -> str:
 
 
 def _row(name: str, accuracy: float, error: float, evaluations: float) -> str:
-    return f"{name:12} {f'{accuracy:.2%} +- {error:.2%}':>18} {evaluations:>12,.0f}"
+    return f"{name:18} {f'{accuracy:.2%} +- {error:.2%}':>17} {evaluations:>12,.0f}"
