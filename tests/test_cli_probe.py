@@ -109,6 +109,8 @@ def test_heads_of_losses_need_no_labels(probe, tmp_path: Path) -> None:
         (["--timestep", "1000"], "timestep must be at most 999"),
         (["--timestep", "-1"], "timestep must be at least 0"),
         (["--timestep", "x"], "--timestep: expected a whole number, got 'x'"),
+        (["--grid", "0"], "--grid: expected a whole number of at least 1"),
+        (["--grid", "65"], "grid must be at most 64, got 65"),
         (["--head", "deep"], "--head: invalid choice"),
         (["--data", "nowhere.npz"], "nothing is there"),
         (["--test", "nowhere.npz"], "nothing is there"),

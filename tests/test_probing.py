@@ -384,3 +384,32 @@ def test_heads_that_are_none_of_this_model_are_refused(classifier, fitted, tmp_p
         classifier.head_scores(narrow, latents=x0)
     with pytest.raises(DiveFastError, match="seed must be"):
         classifier.head_scores(head, latents=x0, seed=-1)
+
+
+# -- families -------------------------------------------------------------------------------------
+
+
+def test_a_model_with_a_vae(latent_dit_dir: Path) -> None:
+    classifier = DiffusionClassifier.from_pretrained(latent_dit_dir)
+    images = np.random.default_rng(0).integers(0, 80, (16, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(16) % 2
+    images[labels == 1, :4] += 150
+    made = classifier.fit_head(images, labels, timestep=20)
+    assert classifier.head_scores(made.head, images[:3]).shape == (3, 4)
+    assert classifier(images[:2], strategy=OneLook(), head=made.head)[0].evaluations == 1
+
+
+@pytest.mark.parametrize("average", ["embedding", "loss"])
+def test_a_unet_of_prompts(sd: Path, average: str) -> None:
+    """Feature maps in the place of tokens; with "loss" a row of the vocabulary is two prompts."""
+    given = {"classes": ["cat", "dog"], "templates": ["a {}", "the {}"], "average": average}
+    classifier = DiffusionClassifier.from_pretrained(sd, **given)
+    side = classifier.model.image_shape[1]
+    images = np.random.default_rng(0).integers(0, 80, (12, side, side, 3), dtype=np.uint8)
+    labels = np.arange(12) % 2
+    images[labels == 1] += 150
+    layer = classifier.layers[0]
+    made = classifier.fit_head(images, labels, layer=layer, timestep=50, grid=2)
+    read = classifier(images[:2], strategy=OneLook(), head=made.head, trace=True)
+    assert [answer.evaluations for answer in read] == [2 if average == "loss" else 1] * 2
+    assert read[0].trace["scores"].shape == (2,)

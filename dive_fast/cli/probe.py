@@ -77,6 +77,9 @@ def add_parser(commands) -> None:
         "--timestep", type=_timestep, metavar="T", help="of x_t (default: the best of five)"
     )
     parser.add_argument(
+        "--grid", type=count, metavar="G", help="average over G x G cells (default: 1, 2 or 4)"
+    )
+    parser.add_argument(
         "--train-limit", type=count, metavar="N", help="a random subset of N images to learn from"
     )
     parser.add_argument(
@@ -115,7 +118,12 @@ def run(options: argparse.Namespace) -> int:
     asked = {"strategy": strategy, "probes": options.probes, "timesteps": options.timesteps}
     config = {
         **classifier.identity(**asked, seed=options.seed),
-        "learned": {"head": options.head, "layers": layers, "timesteps": timesteps},
+        "learned": {
+            "head": options.head,
+            "layers": layers,
+            "timesteps": timesteps,
+            "grid": options.grid,
+        },
         "data": train.identity(),
         "test": test.identity(),
     }
@@ -151,6 +159,7 @@ def _measured(
         head=options.head,
         layer=options.layer,
         timestep=options.timestep,
+        grid=options.grid,
         seed=options.seed,
         cache=cache,
         progress=bar,
