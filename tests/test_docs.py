@@ -34,6 +34,7 @@ PAGES = (
     "docs/compat.md",
     "docs/timesteps.md",
     "docs/probe.md",
+    "docs/features.md",
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",

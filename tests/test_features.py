@@ -173,7 +173,7 @@ def test_the_pools_of_feature_maps_are_over_their_pixels() -> None:
 def test_defaults_are_the_middle_block_little_noise_and_the_mean_condition() -> None:
     clf = classifier()
     v0 = clf.model.vocabulary.table.mean(dim=0, keepdim=True)
-    expected = by_hand(clf, 50, drawn(1)[0], v0, 1).mean(dim=1)
+    expected = by_hand(clf, 100, drawn(1)[0], v0, 1).mean(dim=1)
     torch.testing.assert_close(clf.features(latents=latents()), expected, rtol=1e-4, atol=1e-5)
     assert clf.layers == tuple(f"transformer_blocks.{i}" for i in range(3))
 

@@ -29,7 +29,7 @@ from pipelines import (
 )
 from tiny_sd import make_vae as make_plain_vae
 
-from dive_fast import DiffusionClassifier
+from dive_fast import DiffusionClassifier, DiveFastError
 from dive_fast.models import load_model
 from dive_fast.models.autoencoder import image_shape, latent_channels
 from dive_fast.models.transformers.lumina2 import Lumina2
@@ -160,6 +160,12 @@ def test_features_are_what_the_blocks_give(lumina: Path) -> None:
         flow,
         {"noise_refiner.0": plain, "layers.0": joint, "layers.1": joint},
     )
+
+
+def test_blocks_that_see_the_prompt_alone_are_no_layers(lumina: Path) -> None:
+    clf = DiffusionClassifier.from_pretrained(lumina, classes=CLASSES)
+    with pytest.raises(DiveFastError, match="expected a layer of .* got 'context_refiner.0'"):
+        clf.features(latents=torch.zeros(1, 4, 8, 8), layer="context_refiner.0")
 
 
 def test_the_gradient_is_that_of_finite_differences(lumina: Path) -> None:

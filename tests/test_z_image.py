@@ -26,7 +26,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from dive_fast import DiffusionClassifier
 from dive_fast.core.condition import ConditionParts
-from dive_fast.errors import ModelError
+from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import load_model
 from dive_fast.models.transformers.z_image import ZImage
 
@@ -138,6 +138,12 @@ def test_features_are_what_the_blocks_give(z_image: Path) -> None:
             "layers.0": lambda output: output[:, :16],
         },
     )
+
+
+def test_blocks_that_see_the_prompt_alone_are_no_layers(z_image: Path) -> None:
+    clf = DiffusionClassifier.from_pretrained(z_image, classes=CLASSES)
+    with pytest.raises(DiveFastError, match="expected a layer of .* got 'context_refiner.0'"):
+        clf.features(latents=torch.zeros(1, 4, 8, 8), layer="context_refiner.0")
 
 
 def test_the_gradient_is_that_of_finite_differences(z_image: Path) -> None:

@@ -38,10 +38,10 @@ def layer_names(model: Model) -> tuple[str, ...]:
     if not names:
         parts = network.named_children()
         names = [name for name, part in parts if not isinstance(part, (nn.Embedding, *_CONTAINERS))]
-    if getattr(network, _MIDDLE, None) is not None and _MIDDLE not in names:
+    ups = [name for name in names if name.startswith(f"{_UP}.")]
+    if ups and getattr(network, _MIDDLE, None) is not None:
         names = [name for name in names if not name.startswith(f"{_MIDDLE}.")]
-        place = next((i for i, name in enumerate(names) if name.startswith(_UP)), len(names))
-        names.insert(place, _MIDDLE)
+        names.insert(names.index(ups[0]), _MIDDLE)
     return tuple(names)
 
 
@@ -55,13 +55,14 @@ def find_layer(model: Model, layer: str | int) -> tuple[str, nn.Module]:
     network, names = _network(model), layer_names(model)
     if isinstance(layer, str):
         module = dict(network.named_modules()).get(layer)
-        if layer and module is not None and not isinstance(module, _CONTAINERS):
+        known = module is not None and not isinstance(module, _CONTAINERS)
+        if known and layer and layer.split(".")[0] not in _BESIDE:
             return layer, module
     elif is_whole(layer) and -len(names) <= layer < len(names):
         return names[layer], network.get_submodule(names[layer])
     raise DiveFastError(
         f"expected a layer of {model.name} as an index in [{-len(names)}, {len(names)}) or one of "
-        f"{_listed(names)}, or another module of its network in dots, got {shown(layer)}."
+        f"{_listed(names) or 'none'}, or another module of its network in dots, got {shown(layer)}."
     )
 
 

@@ -107,8 +107,8 @@ class FeatureExtractor(Predictor):
 
 
 def default_timestep(n_timesteps: int) -> int:
-    """t where features are taken unless said: T / 20, of little noise."""
-    return n_timesteps // 20
+    """t where features are taken unless said: T / 10, of little noise."""
+    return n_timesteps // 10
 
 
 def _ask(request: Features) -> Search:

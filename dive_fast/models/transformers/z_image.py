@@ -73,6 +73,8 @@ class ZImage(TextTransformer):
 
     def image_tokens(self, layer: str, found: Tensor, condition: Tensor) -> Tensor:
         """Before the prompt's, and before what fills them up to a multiple of 32."""
+        if not layer.startswith(("noise_refiner.", "layers.")):
+            return found
         return found[:, : self.n_tokens(PATCH)]
 
 
