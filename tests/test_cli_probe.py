@@ -66,7 +66,7 @@ def test_it_learns_measures_and_writes(probe, dit_dir: Path, data, tmp_path: Pat
     hits = sum(record["index"] == record["truth"] for record in records)
     assert figures["generative"]["accuracy"] == hits / 13
     lines = said.out.splitlines()
-    assert lines[0].startswith("validation accuracy of a ridge, 4 x 4 cells")
+    assert lines[0].startswith("mean 1 / rank by a ridge on 4 x 4 cells")
     assert sum(line.startswith("transformer_blocks.") for line in lines) == len(classifier.layers)
     assert any(line.split() == ["linear", "100.00%", "+-", "0.00%", "1"] for line in lines)
     assert lines[-1].startswith("generative")

@@ -19,7 +19,7 @@ from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer
 from dive_fast.predict import probing
 from dive_fast.predict.chunks import CHUNK, Chunks
-from dive_fast.predict.head_choice import split, subset
+from dive_fast.predict.head_choice import Learner, split, subset
 from dive_fast.predict.head_training import (
     train_attention,
     train_linear,
@@ -147,6 +147,16 @@ def test_a_subset_keeps_the_proportion() -> None:
     train, held = torch.arange(80), torch.arange(80, 100)
     assert [len(part) for part in subset(train, held, 10)] == [8, 2]
     assert [len(part) for part in subset(train, held, 100)] == [80, 20]
+
+
+def test_a_choice_counts_the_ranks() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [0.0, 5.0, 1.0]])
+    labels = torch.tensor([9, 0, 0, 2])  # the images' rows are 1 to 3: ranks 1, 3, 2
+    rows = torch.tensor([1, 2, 3])
+    expected = pytest.approx((1 + 1 / 3 + 1 / 2) / 3)
+    assert Learner("linear", labels, 3, 0).score(scores, rows) == expected
+    losses = torch.ones(4, 3).scatter(1, labels[:, None].clamp(max=2), 0.5)
+    assert Learner("losses", losses, 3, 0).score(scores, rows) == expected
 
 
 # -- chunks ---------------------------------------------------------------------------------------

@@ -229,8 +229,8 @@ def as_text(figures: dict[str, Any], fitted: FittedHead) -> str:
     shares = [f"{recall[n - 1]:.1%} in {n}" for n in RANKS if n <= len(recall)]
     lines = [
         *validation_table(fitted),
-        f"chosen: {_where(figures)}; {_measure(figures['head'])} {fitted.score:.2%} "
-        f"on {fitted.held_out} held-out images",
+        f"chosen: {_where(figures)}; mean 1 / rank {fitted.score:.3f} on "
+        f"{fitted.held_out} held-out images",
         f"the generative answer is among the head's first: {', '.join(shares)}",
         "",
         f"{figures['n']:>6} test images {'accuracy':>17} {'evaluations':>12}",
@@ -251,9 +251,7 @@ def validation_table(fitted: FittedHead) -> list[str]:
     layers = list(dict.fromkeys(layer for layer, _ in scores))
     timesteps = sorted({timestep for _, timestep in scores})
     width = max(map(len, layers))
-    title = (
-        f"{_measure(fitted.head.kind)} of a ridge, {grid} x {grid} cells, by layer and timestep:"
-    )
+    title = f"mean 1 / rank by a ridge on {grid} x {grid} cells, layer by timestep:"
     lines = [title, " " * width + "".join(f"{t:>8}" for t in timesteps)]
     for layer in layers:
         lines.append(f"{layer:{width}}" + "".join(f"{scores[layer, t]:>8.3f}" for t in timesteps))
@@ -268,10 +266,6 @@ def _where(figures: dict[str, Any]) -> str:
     grid = figures["grid"]
     cells = "tokens" if grid is None else f"{grid} x {grid} cells"
     return f"{cells} of {figures['layer']} at t = {figures['timestep']}"
-
-
-def _measure(kind: str) -> str:
-    return "mean 1 / rank" if kind == "losses" else "validation accuracy"
 
 
 def _row(name: str, accuracy: float, error: float, evaluations: float) -> str:

@@ -17,7 +17,7 @@ from dive_fast.predict.head_training import (
     train_losses,
 )
 
-CHOICE_IMAGES = 1000  # on which layer and timestep are chosen
+CHOICE_IMAGES = 1000  # on which layer and timestep are chosen; five of each class if those are more
 GRIDS = (1, 2, 4)  # that are tried, the layers and timesteps under the last
 
 
@@ -26,8 +26,9 @@ class Trial:
     """What a layer, a timestep and a grid are worth to a ridge, which is learned at once.
 
     Attributes:
-        score: on the validation part, accuracy; of kind "losses" the mean of 1 / rank of the class
-            that has the lowest loss.
+        score: on the validation part, the mean of 1 / rank of the right class; of kind "losses" of
+            the class that has the lowest loss. Less a matter of luck than accuracy, if classes are
+            many.
     """
 
     layer: str
@@ -63,10 +64,9 @@ class Learner:
 
     def score(self, scores: torch.Tensor, rows: torch.Tensor) -> float:
         """See ``Trial.score``; of what a head says [n, C] of held-out images ``rows`` [n]."""
-        if self.kind != "losses":
-            return (scores.argmax(dim=1) == self.targets[rows]).double().mean().item()
-        best = self.targets[rows].argmin(dim=1, keepdim=True)
-        rank = 1 + (scores > scores.gather(1, best)).sum(dim=1)
+        targets = self.targets[rows]
+        best = targets.argmin(dim=1) if self.kind == "losses" else targets
+        rank = 1 + (scores > scores.gather(1, best[:, None])).sum(dim=1)
         return (1 / rank.double()).mean().item()
 
     def tried(self, features: torch.Tensor, rows: torch.Tensor, n: int) -> float:

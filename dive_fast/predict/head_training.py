@@ -15,7 +15,7 @@ from dive_fast.core.head import attend
 from dive_fast.errors import DiveFastError
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of the logistic regression
-ALPHAS = tuple(10.0**k for k in range(7))  # of the ridge
+ALPHAS = tuple(10.0**k for k in range(8))  # of the ridge
 ITERATIONS = 100  # of L-BFGS; what is left to gain then lies below the noise of a validation part
 UNSEEN = -1e4  # logit of classes without a training image
 STEPS, ROWS, RATE, DECAY = 400, 256, 0.01, 0.01  # of AdamW for the attention head

@@ -206,7 +206,7 @@ class Probing(FeatureExtractor):
         pairs = [(name, t) for name in layers for t in timesteps]
         if len(pairs) == 1 and not others:
             return [Trial(*pairs[0], finest, 0.0)]
-        train, held = subset(*parts, CHOICE_IMAGES)
+        train, held = subset(*parts, max(CHOICE_IMAGES, 5 * len(self.names)))
         rows = torch.cat([train, held])
 
         def tried(layer: str, timestep: int, grid: int) -> Trial:
