@@ -181,6 +181,8 @@ def test_chunks_are_computed_once_and_damaged_ones_again(tmp_path: Path) -> None
     assert len(asked) == 4
     Chunks().get("odd/name", n, compute)
     assert len(asked) == 6
+    assert torch.equal(chunks.get("small", 5, compute, 2), expected[:5])
+    assert asked[6:] == [(0, 2), (2, 4), (4, 5)]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

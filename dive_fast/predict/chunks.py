@@ -12,11 +12,11 @@ import torch
 from dive_fast.core.files import replacing
 from dive_fast.errors import RunError
 
-CHUNK = 256  # images a file: what a kill may lose
+CHUNK = 256  # images a file unless said: what a kill may lose
 
 
 class Chunks:
-    """Tensors [B, ...] by name, in memory or, with a folder, in files of ``CHUNK`` images.
+    """Tensors [B, ...] by name, in memory or, with a folder, in files of some images each.
 
     Whoever names a folder sees to it that a name means one thing there.
     """
@@ -25,7 +25,11 @@ class Chunks:
         self.folder = folder
 
     def get(
-        self, name: str, count: int, compute: Callable[[int, int], torch.Tensor]
+        self,
+        name: str,
+        count: int,
+        compute: Callable[[int, int], torch.Tensor],
+        chunk: int = CHUNK,
     ) -> torch.Tensor:
         """float32 [count, ...]: read where it is there, else computed and written.
 
@@ -33,13 +37,14 @@ class Chunks:
             name: of the tensor.
             count: B.
             compute: of images from start to stop, float32 [stop - start, ...].
+            chunk: images a file.
 
         Raises:
             RunError: the folder cannot be written.
         """
         parts = []
-        for start in range(0, count, CHUNK):
-            stop = min(start + CHUNK, count)
+        for start in range(0, count, chunk):
+            stop = min(start + chunk, count)
             parts.append(self._part(name, start, stop, compute))
         return torch.cat(parts)
 

@@ -36,6 +36,7 @@ LAYERS = 6  # blocks that are tried, spread over all
 TIMESTEPS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of T; the nearest of the default probe list are tried
 RECALL_IMAGES = 200  # held-out images that are answered by ``auto`` for ``Head.recall``
 NOISES = 64  # image i meets the noise i mod 64, so that a head suits the noise of any probe list
+ROWS_A_FILE, SEARCHES_A_FILE = 60_000, 20  # of losses and of answers: what a kill may lose
 MOST_BYTES = 4 << 30  # of the features of all images
 
 
@@ -261,7 +262,8 @@ class Probing(FeatureExtractor):
         def compute(start: int, stop: int) -> torch.Tensor:
             return self.losses(latents=x0[start:stop], probes=probe_list).mean(dim=2)
 
-        return chunks.get(f"losses-{probes}-{_content(x0)}", len(x0), compute)
+        chunk = max(1, ROWS_A_FILE // (probes * len(self.names)))
+        return chunks.get(f"losses-{probes}-{_content(x0)}", len(x0), compute, chunk)
 
     def _answers(self, x0: torch.Tensor, seed: int, chunks: Chunks) -> torch.Tensor:
         """The classes that ``auto`` names, int64 [B]."""
@@ -270,7 +272,7 @@ class Probing(FeatureExtractor):
             found = self(latents=x0[start:stop], strategy="auto", seed=seed)
             return torch.tensor([answer.index for answer in found])
 
-        return chunks.get(f"answers-{_content(x0)}", len(x0), compute).long()
+        return chunks.get(f"answers-{_content(x0)}", len(x0), compute, SEARCHES_A_FILE).long()
 
     def _chunks(self, cache: str | Path | None, seed: int) -> Chunks:
         """Where what is computed is kept, under this model and seed."""
