@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from dive_fast import DiffusionClassifier, DiveFastError, ModelError, RunError
 from dive_fast.core.head import Head
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer
+from dive_fast.data import open_dataset
+from dive_fast.evaluation import evaluate
 from dive_fast.predict import probing
 from dive_fast.predict.chunks import CHUNK, Chunks
 from dive_fast.predict.head_choice import Learner, split, subset
@@ -372,6 +375,18 @@ def test_a_head_comes_from_its_file_too(classifier, fitted, tmp_path: Path) -> N
     told = classifier.identity(strategy=OneLook(), head=path)
     assert told["head"] == fitted.head.digest()
     assert "head" not in classifier.identity(strategy=OneLook())
+
+
+def test_a_run_records_its_head(classifier, fitted, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(3))
+    data = open_dataset(tmp_path / "data.npz", classifier.names)
+    given = {"strategy": OneLook(), "head": fitted.head}
+    assert evaluate(classifier, data, tmp_path / "run", **given).evaluations_per_image == 1
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["head"] == fitted.head.digest()
+    other = replace(fitted.head, bias=fitted.head.bias + 1)
+    with pytest.raises(RunError, match="another configuration: head is"):
+        evaluate(classifier, data, tmp_path / "run", strategy=OneLook(), head=other)
 
 
 def test_heads_that_are_none_of_this_model_are_refused(classifier, fitted, tmp_path: Path) -> None:
