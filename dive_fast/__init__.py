@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
+    from dive_fast.core.head import Head
     from dive_fast.core.layouts import Layout, LayoutFormat
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.timesteps import TimestepWeights
@@ -39,6 +40,7 @@ _HOMES = {
     "DiffusionClassifier": "dive_fast.predict.classifier",
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.engine.options",
+    "Head": "dive_fast.core.head",
     "ImageError": "dive_fast.errors",
     "Layout": "dive_fast.core.layouts",
     "LayoutDetector": "dive_fast.predict.detector",
@@ -76,6 +78,7 @@ __all__ = [
     "DiffusionClassifier",
     "DiveFastError",
     "EngineOptions",
+    "Head",
     "ImageError",
     "Layout",
     "LayoutDetector",

@@ -33,6 +33,7 @@ PAGES = (
     "docs/accelerate.md",
     "docs/compat.md",
     "docs/timesteps.md",
+    "docs/probe.md",
     "docs/features.md",
     "docs/detection.md",
     "docs/layouts.md",

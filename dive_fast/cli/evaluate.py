@@ -57,7 +57,11 @@ def add_parser(commands) -> None:
         help="a random subset of N images; of scenes the first N",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
-    add_options_of_both(parser, strategy="auto", prior=True)
+    add_options_of_both(parser, strategy="auto", prior=True).add_argument(
+        "--head",
+        metavar="FILE",
+        help="a head that 'dive-fast probe' wrote, from whose ranking of the classes auto starts",
+    )
     parser.set_defaults(run=run)
 
 
@@ -92,6 +96,7 @@ def _classifier(options: argparse.Namespace):
         probes=options.probes,
         seed=options.seed,
         timesteps=options.timesteps,
+        head=options.head,
         progress=sys.stderr.isatty(),
     )
     return summary, classifier_text

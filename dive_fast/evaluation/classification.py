@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.head import Head
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.evaluation.machine import environment
 from dive_fast.evaluation.records import Form, check_figures
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
+from dive_fast.predict.arguments import as_head
 from dive_fast.predict.calibration import expected_calibration_error
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.strategies import Strategy, Task, resolve_strategy
@@ -63,6 +65,7 @@ def evaluate(
     probes: int | None = None,
     seed: int = 0,
     timesteps: str | TimestepWeights | None = None,
+    head: Head | str | Path | None = None,
     progress: bool = False,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
@@ -77,9 +80,11 @@ def evaluate(
     """
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
+    head = as_head(head, chosen, classifier.model)
     # A strategy may refuse the probes when it starts: before the run directory is made.
-    next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed)), None)
+    next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed, head=head)), None)
     asked = {"strategy": chosen, "probes": probes, "seed": seed, "timesteps": timesteps}
+    asked["head"] = head
     config = {**classifier.identity(**asked), "data": data.identity()}
     sources = [
         Source(e.id, partial(_latent, classifier, e), {"truth": e.label}, name=e.id)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from dive_fast.core.head import Head
 from dive_fast.core.numbers import whole
 from dive_fast.core.probes import ProbeList, check_count
 from dive_fast.errors import DiveFastError, ImageError, shown
+from dive_fast.models.layers import find_layer
+from dive_fast.models.protocol import Model
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -103,6 +107,39 @@ def as_probes(probes: Any) -> int | ProbeList | None:
         DiveFastError: something else, or a number out of range.
     """
     return probes if probes is None or isinstance(probes, ProbeList) else check_count(probes)
+
+
+def as_head(head: Any, strategy: Any, model: Model) -> Head | None:
+    """The learned head that a strategy shall use: given, or in a file.
+
+    Raises:
+        DiveFastError: it is none or for another model, or the strategy has no use for it.
+        ModelError: its file cannot be used.
+    """
+    if head is None:
+        return None
+    if not getattr(strategy, "uses_head", False):
+        raise DiveFastError(f"strategy {strategy.name!r} does not use a head: leave it out.")
+    head = Head.load(head) if isinstance(head, str | os.PathLike) else head
+    check_head(head, model)
+    return head
+
+
+def check_head(head: Any, model: Model) -> None:
+    """That a head was learned for a model's classes, and reads what the model has.
+
+    Raises:
+        DiveFastError: it is none, or was not.
+    """
+    if not isinstance(head, Head):
+        raise DiveFastError(f"expected a head, got {_what(head)}.")
+    if not head.fits(model.vocabulary):
+        raise DiveFastError(f"the head was learned for other classes than those of {model.name}.")
+    if head.timestep >= len(model.schedule):
+        raise DiveFastError(
+            f"the head reads timestep {head.timestep}, but {model.name} has {len(model.schedule)}."
+        )
+    find_layer(model, head.layer)
 
 
 def as_progress(progress: Any) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.head import Head
 from dive_fast.core.numbers import whole_seed
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Losses, Search
@@ -21,6 +22,7 @@ from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.models.network import Call, GivenNetwork, Pixels
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.arguments import (
+    as_head,
     as_latents,
     as_pairs,
     as_prior,
@@ -34,13 +36,13 @@ from dive_fast.predict.classification import (
     log_posterior,
     lowest_twin,
 )
-from dive_fast.predict.features import FeatureExtractor
 from dive_fast.predict.fitting import Fitting
+from dive_fast.predict.probing import Probing
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
 
 
-class DiffusionClassifier(Fitting, FeatureExtractor):
+class DiffusionClassifier(Fitting, Probing):
     """A frozen conditional diffusion model as classifier.
 
     Args:
@@ -187,6 +189,7 @@ class DiffusionClassifier(Fitting, FeatureExtractor):
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
+        head: Head | str | Path | None = None,
         trace: bool = False,
         progress: bool = False,
         **settings: Any,
@@ -205,6 +208,8 @@ class DiffusionClassifier(Fitting, FeatureExtractor):
                 "uniform" evenly, a ``TimestepWeights`` where it says. None: learned where the
                 model has them and the strategy leaves the list to us; presets are uniform.
             prior: p(y), [C] weights of at least 0, which need not sum to 1; uniform if None.
+            head: a learned head whose ranking of the classes ``auto`` starts from, or its file;
+                see ``predict.probing``.
             trace: keep on each answer what the strategy saw.
             progress: show a bar.
             settings: of the strategy, by name.
@@ -226,6 +231,7 @@ class DiffusionClassifier(Fitting, FeatureExtractor):
                 seed=seed,
                 timesteps=timesteps,
                 prior=prior,
+                head=head,
                 trace=trace,
                 progress=len(x0) if progress else None,
                 **settings,
@@ -244,6 +250,7 @@ class DiffusionClassifier(Fitting, FeatureExtractor):
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
+        head: Head | str | Path | None = None,
         trace: bool = False,
         progress: int | None = None,
         **settings: Any,
@@ -269,7 +276,8 @@ class DiffusionClassifier(Fitting, FeatureExtractor):
         log_prior = as_prior(prior, len(self.model.vocabulary))
         scaled = None if log_prior is None else log_prior / self.model.inverse_temperature
         shortlist = fitted_shortlist(self.model)
-        task = Task(self.model.vocabulary, probe_list, seed, scaled, shortlist)
+        learned = as_head(head, chosen, self.model)
+        task = Task(self.model.vocabulary, probe_list, seed, scaled, shortlist, learned)
         shape = self.model.latent_shape
         jobs = (
             self._job(key, as_latents(x0, shape, batch=False), chosen.search(task))
@@ -322,12 +330,15 @@ class DiffusionClassifier(Fitting, FeatureExtractor):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        head: Head | str | Path | None = None,
     ) -> dict[str, Any]:
         """What decides the answers, for JSON: model, strategy, probes, seed and what was fitted."""
         chosen = resolve_strategy(strategy, preset, {})
         found = self._identity(chosen, probes, seed, timesteps)
         if (shortlist := fitted_shortlist(self.model)) is not None:
             found["shortlist"] = digest(map(str, shortlist.to_dict().items()))
+        if (learned := as_head(head, chosen, self.model)) is not None:
+            found["head"] = learned.digest()
         return found
 
     def _encode_one(self, image: Any) -> torch.Tensor:

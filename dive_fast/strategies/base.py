@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from dive_fast.core.head import Head
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Search
 from dive_fast.core.shortlist import Shortlist
@@ -35,6 +36,8 @@ class Task:
         log_prior: float64 [C] over the inverse temperature, log p(y) / beta, if it is not uniform:
             the best class has the lowest L(y; x0) - log_prior.
         shortlist: learned correction of what a gradient says of these classes, if there is one.
+        head: learned ranking of these classes by the features of one forward, if there is one
+            (``looking.look``). Given to strategies whose ``uses_head`` is True only.
     """
 
     vocabulary: Vocabulary
@@ -42,6 +45,7 @@ class Task:
     seed: int = 0
     log_prior: torch.Tensor | None = None
     shortlist: Shortlist | None = None
+    head: Head | None = None
 
     def penalty(self) -> torch.Tensor:
         """What is added to each class's mean loss before classes are compared, float64 [C]."""
