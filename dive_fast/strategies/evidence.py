@@ -1,7 +1,7 @@
 """What losses and gradients say of every class: its gap to the leader, and how sure that is.
 
-Let l_c,u be the loss of class c on unit u of the probes (an antithetic pair), and
-e_c,u = g_u . (v_c - v0) what the gradient at v0 = mean of the rows expects of it. Two sources speak:
+Let l_c,u be the loss of class c on unit u of the probes (an antithetic pair), and e_c,u =
+g_u . (v_c - v0) what the gradient at v0 = mean of the rows expects of it. Two sources speak:
 
     from the gradient alone:   L_c - L(v0) ~ slope mean_G(e_c) + curvature_c,   with error tau
     measured on n units:       L_c ~ mean_n(l_c - control e_c) + control mean_G(e_c)
@@ -154,6 +154,8 @@ class Evidence:
         if n[b] > 0:
             difference = self._losses - self._losses[b]
             mean, own = _moments(difference, n)
+            if len(self.ledger.losses[0]) % self.unit:
+                mean = np.where(n == self.units, self._over_all(b), mean)
             near = self._nearest(mean, n, b)
             spread = self._moderated(own, n, near, b)
             left = 1 / np.maximum(n, 1) - 1 / self.units
@@ -168,6 +170,10 @@ class Evidence:
         gap = gap + self.penalty - self.penalty[b]
         gap[b], variance[b] = 0.0, 0.0
         return gap, np.sqrt(np.maximum(variance, 0))
+
+    def _over_all(self, b: int) -> np.ndarray:
+        """Mean difference to class b over all probes: the last unit is a smaller one."""
+        return (self.ledger.losses - self.ledger.losses[b]).double().mean(dim=1).numpy()
 
     def _alone(self) -> np.ndarray:
         """An estimate of each class's loss without pairing, float64 [C]."""

@@ -1,0 +1,254 @@
+"""``auto`` at work on one image: what is asked next, and when the answer stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.special import ndtri
+
+from dive_fast.core.requests import Answer, Gradients, Losses, Search
+from dive_fast.strategies.base import Task
+from dive_fast.strategies.evidence import Evidence, Standing
+from dive_fast.strategies.looking import look
+
+if TYPE_CHECKING:
+    from dive_fast.strategies.auto import Auto
+
+# Of so few classes all are measured at once: a gradient costs two evaluations a probe.
+FEW = 3
+# A head that names no more classes than this does without the gradient.
+FEW_NAMED = 8
+# z(n) = z (USUAL_UNITS / n)^GAMMA of a class measured on n units.
+USUAL_UNITS, GAMMA = 4, 1 / 3
+# Of classes that only the gradient speaks of, unfitted and fitted: they are many, and each of them
+# has to be measured if it is in question.
+ENTRY = (1.0, 0.4)
+# Unfitted, so many classes are measured at least before the gradient is judged.
+FEWEST = 4
+
+
+class Hunt:
+    """One image's search: its evidence, the classes that were measured, what it may still cost."""
+
+    def __init__(self, settings: Auto, task: Task) -> None:
+        if task.shortlist is not None and task.shortlist.needed(settings.min_agreement) is None:
+            # What was learned did not do on images that were left out.
+            task = replace(task, shortlist=None)
+        self.settings, self.task, self.evidence = settings, task, Evidence(task)
+        self.z = reach(settings.min_agreement, task)
+        self.possible = np.isfinite(self.evidence.penalty)
+        self.looks = growing_looks(1, settings.growth, self.evidence.units)
+        self.v0 = task.vocabulary.mean()
+        # An answer of several prompts costs as many evaluations a probe.
+        budget = math.inf if settings.budget is None else settings.budget
+        self.left = budget / task.vocabulary.parts
+        self.most_looked = self._units(settings.gradient_probes)
+        if int(self.possible.sum()) <= FEW:
+            self.most_looked = 0
+        self.named = np.empty(0, dtype=np.int64)  # by the head
+        self.rounds: list[list[int]] = []
+
+    def run(self) -> Search:
+        evidence = self.evidence
+        if self.task.head is not None:
+            yield from self._read_head()
+        if self.most_looked:
+            first = min(self._units(self.settings.first_gradient), self.most_looked)
+            # Half of a small budget is left for the classes.
+            yield from self._look(int(min(first, max(self.left // (4 * evidence.unit), 1))))
+        while True:
+            standing = evidence.standing()
+            classes = self._in_question(standing)
+            self.rounds.append(classes.tolist())
+            if len(classes) == 1:
+                classes = self._final(standing)
+                target = self._units(self.settings.final_probes)
+            else:
+                classes = self._affordable(classes, standing)
+                target = self._next_look(classes)
+            behind = classes[evidence.measured[classes] < target]
+            if len(behind) == 0 or self._price(behind, target) > self.left:
+                return self._answer(standing)
+            if len(classes) > 2 and self._look_rather(classes):
+                yield from self._look(min(evidence.looked * 3 // 2 + 1, self.most_looked))
+            else:
+                yield from self._measure(behind, target)
+
+    def _read_head(self) -> Iterator:
+        """The classes that the head puts first, as many as held enough answers."""
+        scores = yield from look(self.task)
+        self.left -= 1
+        if not bool(scores.isfinite().all()):
+            return
+        recall = self.task.head.recall
+        enough = (1 + self.settings.min_agreement) / 2
+        m = next((n for n, share in enumerate(recall, 1) if share >= enough), 2 * len(recall))
+        order = scores.argsort(descending=True, stable=True).numpy()
+        self.named = order[self.possible[order]][: max(m, 2)]
+        if recall and len(self.named) <= FEW_NAMED:
+            self.most_looked = 0
+
+    def _answer(self, standing: Standing) -> Answer:
+        """The leader, or of a small budget the best that was measured.
+
+        Losses are the leader's mean and the gaps to it, so that their order is that of the search.
+        """
+        evidence, measured = self.evidence, self.evidence.measured > 0
+        leader, gap = standing.leader, standing.gap
+        if not measured[leader]:
+            leader = int(np.where(measured, gap, np.inf).argmin())
+        gap = gap - np.where(self.possible, evidence.penalty, 0.0)
+        gap = np.where(measured, gap - gap[leader], np.nan)
+        given_up = measured & (evidence.measured < evidence.measured[leader])
+        bound = np.where(given_up, gap - self._reaches() * standing.error, np.nan)
+        losses = evidence.ledger.losses
+        return Answer(
+            leader,
+            (losses[leader].nanmean() + torch.from_numpy(gap)).float(),
+            losses.isfinite().sum(dim=1),
+            {
+                "losses": losses,
+                "left": self.rounds,
+                "order": torch.from_numpy(standing.gap.argsort(kind="stable")),
+                "looked": evidence.looked * evidence.unit,
+            },
+            torch.from_numpy(bound).float(),
+        )
+
+    def _units(self, probes: int) -> int:
+        unit = self.evidence.unit
+        return min(-(-probes // unit), self.evidence.units)
+
+    def _reaches(self) -> np.ndarray:
+        """z(n) of every class, [C]."""
+        n = self.evidence.measured
+        reach = self.z * (USUAL_UNITS / np.maximum(n, 1)) ** GAMMA
+        return np.where(n > 0, reach, self.z * ENTRY[self.evidence.fitted is not None])
+
+    def _in_question(self, standing: Standing) -> np.ndarray:
+        """The classes that may be the best, leader included, int64."""
+        evidence, measured = self.evidence, self.evidence.measured > 0
+        if not measured.any() and (evidence.looked == 0 or evidence.fitted is None):
+            # Nothing judges the gradient yet.
+            return np.union1d(self._first_classes(), self.named)
+        alive = self.possible & (standing.gap <= self._reaches() * standing.error)
+        new = (alive & ~measured).nonzero()[0]
+        most = max(int(measured.sum()), FEWEST)
+        if len(new) > most:
+            alive[new[standing.gap[new].argsort(kind="stable")[most:]]] = False
+        alive[standing.leader] = True
+        if not measured.any():
+            alive[self.named] = True
+        return alive.nonzero()[0]
+
+    def _first_classes(self) -> np.ndarray:
+        possible = self.possible.nonzero()[0]
+        if self.evidence.looked == 0:
+            return self.named if len(self.named) else possible
+        m = self.settings.shortlist
+        m = max(2 * math.ceil(len(self.possible) ** 0.41), FEWEST) if m is None else m
+        expected = (self.evidence.expected() + self.evidence.penalty)[possible]
+        return np.sort(possible[expected.argsort(kind="stable")[:m]])
+
+    def _final(self, standing: Standing) -> np.ndarray:
+        """The answer and its nearest rival: both are measured before it stands."""
+        order = standing.gap.argsort(kind="stable")
+        order = order[self.possible[order] & (order != standing.leader)]
+        return np.array([standing.leader, *order[:1]])
+
+    def _next_look(self, classes: np.ndarray) -> int:
+        least = int(self.evidence.measured[classes].min())
+        return next((look for look in self.looks if look > least), self.looks[-1])
+
+    def _affordable(self, classes: np.ndarray, standing: Standing) -> np.ndarray:
+        """As many of the best as this round's share of what is left of the budget pays for."""
+        if self.left == math.inf:
+            return classes
+        target = self._next_look(classes)
+        share = self.left / max(math.ceil(math.log2(len(classes))), 1)
+        order = classes[standing.gap[classes].argsort(kind="stable")]
+        for m in range(len(order), 2, -1):
+            kept = order[:m]
+            if self._price(kept[self.evidence.measured[kept] < target], target) <= share:
+                return np.sort(kept)
+        return np.sort(order[:2])
+
+    def _price(self, classes: np.ndarray, target: int) -> int:
+        return int((target - self.evidence.measured[classes]).sum()) * self.evidence.unit
+
+    def _look_rather(self, classes: np.ndarray) -> bool:
+        """Whether more of the gradient lowers the errors more by evaluation than measuring does."""
+        evidence, g = self.evidence, self.evidence.looked
+        n = int(evidence.measured[classes].min())
+        if not 0 < g < self.most_looked or 2 * evidence.unit > self.left or n >= g:
+            return False
+        expected = evidence.slopes[classes] - evidence.slopes[classes[0]]
+        spread = _spread(expected)
+        if n == 0:
+            fitted = evidence.fitted
+            return fitted is not None and spread * fitted.slope**2 / g > 2 * fitted.error**2
+        control = evidence.control()
+        rest = evidence.differences(classes, n) - control * expected[:, :n]
+        rest = _spread(rest) if n > 1 else spread
+        # d(var)/d(evaluations): a unit of the gradient costs two for all classes.
+        return control**2 * spread / g**2 / 2 > rest / n**2 / len(classes)
+
+    def _look(self, last: int) -> Iterator:
+        """The gradient at v0 on its next units; looks no further where it says nothing."""
+        evidence = self.evidence
+        probes = evidence.probes(evidence.looked, last)
+        if 2 * len(probes) >= self.left:
+            self.most_looked = evidence.looked
+            return
+        reply = yield Gradients(self.v0[None], probes, per=evidence.unit)
+        self.left -= 2 * len(probes)
+        gradients = reply.gradients[:, 0]
+        if not (bool(gradients.isfinite().all()) and bool((gradients != 0).any())):
+            self.most_looked = evidence.looked
+            return
+        slopes = [self.task.vocabulary.linear(self.v0, g) for g in gradients]
+        evidence.add_gradients(reply.losses[0], torch.stack(slopes, dim=1))
+
+    def _measure(self, classes: np.ndarray, target: int) -> Iterator:
+        """The losses that these classes lack up to unit ``target``."""
+        evidence = self.evidence
+        have = evidence.measured[classes]
+        for n in np.unique(have).tolist():
+            group = classes[have == n]
+            probes = evidence.probes(n, target)
+            losses = yield Losses(torch.from_numpy(group), probes)
+            self.left -= losses.numel()
+            evidence.add_losses(group, target, losses)
+
+
+def reach(min_agreement: float, task: Task) -> float:
+    """Standard errors at which enough answers are enumeration's.
+
+    The leader is the luckiest of all classes: where no check on left-out images tells how much that
+    matters, the level is shared among log10(C).
+    """
+    if task.shortlist is not None:
+        return float(ndtri((1 + task.shortlist.needed(min_agreement)) / 2))
+    shared = max(math.log10(len(task.vocabulary)), 1)
+    return float(-ndtri((1 - min_agreement) / 2 / shared))
+
+
+def _spread(by_class: np.ndarray) -> float:
+    """Variance between units, mean over the rivals of the first class."""
+    if by_class.shape[1] < 2:
+        return float((by_class[1:] ** 2).mean())
+    return float(by_class[1:].var(axis=1, ddof=1).mean())
+
+
+def growing_looks(first: int, growth: float, k: int) -> tuple[int, ...]:
+    """The numbers of units at which a race looks: each ``growth`` times the last, k at the end."""
+    looks, n = [], first
+    while n < k:
+        looks.append(n)
+        n = max(n + 1, round(n * growth))
+    return (*looks, k)
