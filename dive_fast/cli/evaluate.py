@@ -18,6 +18,9 @@ from dive_fast.cli.options import add_options_of_both, count
 
 log = logging.getLogger(__name__)
 
+# Classes and images from which a fit pays for itself within a run.
+FEW, WORTH_A_FIT = 3, 200
+
 DESCRIPTION = """\
 Runs a classifier over labelled images, or a detector over annotated ones. The data say which:
 
@@ -88,6 +91,7 @@ def _classifier(options: argparse.Namespace):
     strategy = chosen_strategy(options)
     classifier = load_classifier(options, folder_classes(options.data))
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
+    _offer_fit(options, classifier, strategy, len(data.examples))
     summary = evaluate(
         classifier,
         data,
@@ -100,6 +104,23 @@ def _classifier(options: argparse.Namespace):
         progress=sys.stderr.isatty(),
     )
     return summary, classifier_text
+
+
+def _offer_fit(options: argparse.Namespace, classifier, strategy, images: int) -> None:
+    """One line where a fit would pay for itself within the run."""
+    from dive_fast.models.files.sidecar import fitted_shortlist
+    from dive_fast.strategies import Auto
+
+    plain = isinstance(strategy, Auto) and options.head is None and len(classifier.names) > FEW
+    if plain and images >= WORTH_A_FIT and fitted_shortlist(classifier.model) is None:
+        out = "" if classifier.directory is not None else " --out DIR, then --fitted DIR here"
+        log.warning(
+            "%s was never fitted: after 'dive-fast fit --model %s --unlabelled IMAGES'%s auto "
+            "needs fewer evaluations.",
+            classifier.model.name,
+            options.model,
+            out,
+        )
 
 
 def _detector(options: argparse.Namespace):

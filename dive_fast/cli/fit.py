@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from typing import Any
+
+import numpy as np
 
 from dive_fast.cli.jobs import annotated_images, is_detection
 from dive_fast.cli.loading import (
@@ -25,10 +28,12 @@ were not in the model's training, or it will be too sure. The data say what is f
   classifier  --data digits, a folder by class, or an .npz: all three, or what --what names
     timesteps   where probes tell the right class from its rivals; they are then taken there
     shortlist   what one gradient says of every class; strategy auto then measures fewer of them
-                (learned from the first 60 images, each of which measures every class)
+                (learned from 60 random images, each of which measures every class, and tried on
+                each of them with what the others say)
     beta        the temperature of log p(y | x0) = -beta L(y; x0), for honest probabilities,
                 fitted to the answers of --strategy (default: enumerate)
-    Timesteps and shortlist need no data: with --generate N the model makes its own images.
+    Timesteps and shortlist need no labels: --unlabelled takes any images, best such as will be
+    classified. With --generate N the model makes its own, which are easier than real ones.
 
   detector    --data scenes, or a COCO annotation file with --images
     beta        the temperature of the confidences, fitted to what --strategy (default: guided)
@@ -72,11 +77,17 @@ def add_parser(commands) -> None:
         metavar="N",
         help="a random subset of N images; of scenes the first N",
     )
-    add_options_of_both(parser, strategy="enumerate", prior=False).add_argument(
+    group = add_options_of_both(parser, strategy="enumerate", prior=False)
+    group.add_argument(
         "--generate",
         type=count,
         metavar="N",
         help="fit timesteps and shortlist to N images of the model's own",
+    )
+    group.add_argument(
+        "--unlabelled",
+        metavar="DIR|GLOB|FILE",
+        help="fit timesteps and shortlist to images without labels",
     )
     parser.set_defaults(run=run)
 
@@ -102,9 +113,15 @@ def _fit_classifier(options: argparse.Namespace):
     options.strategy = options.strategy or "enumerate"
     strategy = chosen_strategy(options)
     what = options.what or (PARTS if options.data else PARTS[:-1])
-    if options.data is None and (options.generate is None or "beta" in what):
-        needed = "--data" if "beta" in what else "--data or --generate"
-        raise DiveFastError(f"fitting {' and '.join(what)} needs {needed}.")
+    given = [x for x in (options.data, options.generate, options.unlabelled) if x is not None]
+    if "beta" in what and options.data is None:
+        raise DiveFastError(f"fitting {' and '.join(what)} needs --data.")
+    if options.generate is not None and options.unlabelled is not None:
+        raise DiveFastError("expected --generate or --unlabelled, got both.")
+    if not given:
+        raise DiveFastError(
+            f"fitting {' and '.join(what)} needs --data, --unlabelled or --generate."
+        )
     classifier = load_classifier(options)
     _check_out(options, classifier)
     common = {"seed": options.seed, "progress": sys.stderr.isatty()}
@@ -112,14 +129,12 @@ def _fit_classifier(options: argparse.Namespace):
     if options.data is not None:
         data = open_dataset(options.data, classifier.names, part="train")
         images, labels = load_all(select(data, options.limit, options.seed))
-    generated = None if options.generate is None else {"generate": options.generate}
+    source = _unlabelled(options, images, labels)
     if "timesteps" in what:
-        given = generated or {"images": images, "labels": labels}
-        print(as_text(classifier.fit_timesteps(**given, **common)))
+        print(as_text(classifier.fit_timesteps(**source, **common)))
     if "shortlist" in what:
-        given = generated or {"images": images[:SHORTLIST_IMAGES]}
-        learned = classifier.fit_shortlist(**given, **common)
-        print(f"shortlist: slope {learned.slope:g}, curvature of {len(learned.curvature)} classes")
+        few = _some({key: source[key] for key in source if key != "labels"}, options.seed)
+        print(shortlist_text(classifier.fit_shortlist(**few, **common)))
     if "beta" in what:
         record = classifier.calibrate(
             images,
@@ -131,6 +146,45 @@ def _fit_classifier(options: argparse.Namespace):
         )
         print(record)
     return classifier
+
+
+def _unlabelled(options: argparse.Namespace, images, labels) -> dict[str, Any]:
+    """What timesteps and shortlist are fitted to, as arguments of ``fit_timesteps``."""
+    from dive_fast.data.paths import expand_inputs
+
+    if options.generate is not None:
+        return {"generate": options.generate}
+    if options.unlabelled is None:
+        return {"images": images, "labels": labels}
+    found = expand_inputs([options.unlabelled])
+    if error := next((error for _, error in found if error is not None), None):
+        raise error
+    paths = [path for path, _ in found]
+    chosen = np.random.default_rng(options.seed).permutation(len(paths))[: options.limit]
+    return {"images": [paths[i] for i in sorted(chosen.tolist())]}
+
+
+def _some(source: dict[str, Any], seed: int) -> dict[str, Any]:
+    """As many random images as a shortlist is learned from."""
+    images = source.get("images")
+    if images is None:
+        return source
+    chosen = np.random.default_rng(seed).permutation(len(images))[:SHORTLIST_IMAGES]
+    return {"images": [images[i] for i in sorted(chosen.tolist())]}
+
+
+def shortlist_text(shortlist) -> str:
+    """What was learned, and how ``auto`` did with it on images that were left out."""
+    lines = [
+        f"shortlist: slope {shortlist.slope:g}, curvature of {len(shortlist.curvature)} classes",
+        f"tried on {shortlist.checks[0].images} images, each left out in its turn:",
+    ]
+    lines += [
+        f"  min_agreement {x.min_agreement:<6g} {x.images - x.wrong} of {x.images} as enumerated, "
+        f"{x.evaluations:,.0f} evaluations"
+        for x in shortlist.checks
+    ]
+    return "\n".join(lines)
 
 
 def _fit_detector(options: argparse.Namespace):

@@ -182,3 +182,12 @@ def _alike(todo: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def student_t_quantile(p: float, degrees: int) -> float:
     """The p-quantile of Student's t; ``scipy.stats.t.ppf`` without the import of all of it."""
     return float(stdtrit(degrees, p))
+
+
+def growing_looks(first: int, growth: float, k: int) -> tuple[int, ...]:
+    """The numbers of probes, or units, at which a race looks: each ``growth`` times the last, k at the end."""
+    looks, n = [], first
+    while n < k:
+        looks.append(n)
+        n = max(n + 1, round(n * growth))
+    return (*looks, k)

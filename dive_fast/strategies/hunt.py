@@ -13,6 +13,7 @@ from scipy.special import ndtri
 
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.strategies.base import Task
+from dive_fast.strategies.elimination import growing_looks
 from dive_fast.strategies.evidence import Evidence, Standing
 from dive_fast.strategies.looking import look
 
@@ -243,12 +244,3 @@ def _spread(by_class: np.ndarray) -> float:
     if by_class.shape[1] < 2:
         return float((by_class[1:] ** 2).mean())
     return float(by_class[1:].var(axis=1, ddof=1).mean())
-
-
-def growing_looks(first: int, growth: float, k: int) -> tuple[int, ...]:
-    """The numbers of units at which a race looks: each ``growth`` times the last, k at the end."""
-    looks, n = [], first
-    while n < k:
-        looks.append(n)
-        n = max(n + 1, round(n * growth))
-    return (*looks, k)

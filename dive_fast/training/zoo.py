@@ -20,6 +20,7 @@ from dive_fast.data.omniglot import load_omniglot
 from dive_fast.errors import DataError, RunError
 from dive_fast.models.files.sidecar import write_extra
 from dive_fast.predict.classifier import DiffusionClassifier
+from dive_fast.predict.fitting_shortlist import FINALISTS
 from dive_fast.training.dit import (
     DIGITS,
     MNIST,
@@ -34,6 +35,7 @@ PROBES = 100
 N_FIT = 300
 MAX_FIT_EVALUATIONS = 300_000
 SHORTLIST_PROBES = 24
+SHORTLIST_IMAGES = 150
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def fit_zoo_model(
 
     n = affordable(20 * c + 4 * PROBES)
     classifier.fit_timesteps(latents=x0[:n], labels=labels[:n], progress=progress)
-    n = affordable(SHORTLIST_PROBES * (c + 2))
+    n = min(affordable(SHORTLIST_PROBES * (c + 2) + PROBES * min(c, FINALISTS)), SHORTLIST_IMAGES)
     classifier.fit_shortlist(latents=x0[:n], probes=SHORTLIST_PROBES, progress=progress)
     classifier.calibrate(latents=x0, labels=labels, strategy="auto", progress=progress)
 
