@@ -107,6 +107,7 @@ class BestTwo(Invert):
     """`invert` as it was: after the search the best two classes met are measured on all probes."""
 
     search_probes: int = 25
+    patience: int = 2
 
     def search(self, task):
         k = len(task.probes)
@@ -148,10 +149,11 @@ FROM_THE_PAPER = (
 )
 SEARCH = (
     ("compare the best two on all 100 probes", BestTwo(), 100),
-    ("all classes met race instead", Invert(search_probes=25, runners_up=0), 100),
-    ("12 probes for the search instead of 25", Invert(runners_up=0), 100),
-    ("3 runners-up race too, by first order", FirstOrder(), 100),
-    ("the runners-up with curvature: `invert`", Invert(), 100),
+    ("all classes met race instead", Invert(search_probes=25, patience=2, runners_up=0), 100),
+    ("12 probes for the search instead of 25", Invert(patience=2, runners_up=0), 100),
+    ("4 runners-up race too, by first order", FirstOrder(patience=2), 100),
+    ("the runners-up with curvature", Invert(patience=2), 100),
+    ("stop after 1 new class without gain: `invert`", Invert(), 100),
 )
 
 

@@ -29,25 +29,26 @@ class Invert(DefaultProbes):
         g_0 = dL/dv at v_0,   g_i = dL/dv at P(v_i),   r = mean distance of the rows from v_0
 
     on the first ``search_probes`` probes. It ends when ``patience`` new classes in a row were no
-    better than the best, or after ``stall`` steps without a new class. A trajectory that ends so
-    has often passed by the answer. But every point p that had a gradient, v_0 among them, says
-    something of every class,
+    better than the best, or after ``stall`` steps without a new class. Every point p that had a
+    gradient, v_0 among them, says something of every class,
 
         L(y_c) ~ L(p) + g_p . (v_c - p) + kappa / 2 |v_c - p|^2,
 
     with the curvature kappa that fits the classes met best. The mean of these over p, weighted by
-    1 / |v_c - p|^2, estimates the classes that were not met. The ``runners_up`` lowest of them race
-    with all that were met: looks at ``growth`` times as many probes each, at which those leave that
-    ``PairedTest`` calls worse than the leader, at level ``error`` / looks. The lowest mean of those
-    that stay wins. Where losses of the search were approximate (cache level "encoder"), the race
-    measures its classes anew from the first probe on, and no other class has a loss in the answer.
+    1 / |v_c - p|^2, estimates the classes that were not met. The ``runners_up`` lowest of them
+    race with all that were met, and while the leader of the first look is one of those that
+    entered last, as many again enter: the search has passed by the answer. Looks are at ``growth``
+    times as many probes each; those leave that ``PairedTest`` calls worse than the leader, at level
+    ``error`` / looks. The lowest mean of those that stay wins. Where losses of the search were
+    approximate (cache level "encoder"), the race measures its classes anew from the first probe
+    on, and no other class has a loss in the answer.
 
     Attributes:
         search_probes: probes of the search; 2 evaluations each per class that is met.
         step: length of a step, in units of r.
         patience: new classes without improvement until the search ends.
         stall: steps without a new class until it ends.
-        runners_up: classes that race without having been met, at most.
+        runners_up: classes that enter the race at a time without having been met; 0 is none.
         error: of the race: bound on the probability that a rival drives its best class out.
         growth: probes at a look of the race over those at the look before.
         metric: of the projection, "l2" or "cosine".
@@ -57,9 +58,9 @@ class Invert(DefaultProbes):
     name: ClassVar[str] = "invert"
     search_probes: int = 12
     step: float = 1.0
-    patience: int = 2
+    patience: int = 1
     stall: int = 10
-    runners_up: int = 3
+    runners_up: int = 4
     error: float = 0.1
     growth: float = 1.5
     metric: str = "l2"
@@ -112,11 +113,19 @@ class Invert(DefaultProbes):
         contest = Contest(task, looks, PairedTest(self.error / len(looks), k))
         if found.exact:
             contest.ledger.add(met, searched, found.ledger.losses[met][:, searched])
+        contest.enter(met)
         # A class that the prior excludes cannot race, and somebody has to.
-        possible = bool(task.penalty()[met].isfinite().any())
-        n = self.runners_up if possible else max(self.runners_up, 1)
-        contest.enter(torch.cat([met, found.runners_up(n)]))
+        n = self.runners_up if contest.left.any() else max(self.runners_up, 1)
+        unmet = found.unmet()
+        entering = unmet[:n]
+        contest.enter(entering)
         yield from contest.advance()
+        while contest.leader() in entering:
+            unmet = unmet[n:]
+            entering = unmet[:n]
+            contest.enter(entering)
+            while contest.rounds() < 1:
+                yield from contest.advance()
         while not contest.decided():
             yield from contest.advance()
         return contest.answer(path=found.path)
@@ -162,10 +171,10 @@ class Found:
         """The class of the lowest loss, with its prior, among those met."""
         return int((self.ledger.means().nan_to_num(torch.inf) + self.task.penalty()).argmin())
 
-    def runners_up(self, n: int) -> torch.Tensor:
-        """At most ``n`` classes that were not met, int64, by rising estimate and prior."""
+    def unmet(self) -> torch.Tensor:
+        """The classes that were not met, int64, by rising estimate and prior."""
         order = (self.estimates() + self.task.penalty()).argsort(stable=True)
-        return order[~torch.isin(order, self.met())][:n]
+        return order[~torch.isin(order, self.met())]
 
     def estimates(self) -> torch.Tensor:
         """The estimated loss of every class on the search's probes, float64 [C]."""
