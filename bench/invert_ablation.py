@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from bench.pictures import MODELS, moved_pictures
-from bench.records import append
+from bench.records import RESULTS, append_line
 from dive_fast import DiffusionClassifier
 from dive_fast.core.requests import Gradients, Losses
 from dive_fast.data.digits import load_digits
+from dive_fast.evaluation.machine import environment
 from dive_fast.strategies import DefaultProbes, DivePaper, Invert, Ledger
 from dive_fast.strategies.invert import Found
 
@@ -223,7 +224,9 @@ def main() -> None:
             f"{row['evaluations_per_image']:12,.0f} {seconds:8.3f}",
             flush=True,
         )
-        append("invert_ablation", row, classifier)
+        # The model's name instead of its directory, which is of one machine only.
+        where = {**environment(classifier), "model": row["model"]}
+        append_line(RESULTS / "invert_ablation.jsonl", row, where)
 
 
 if __name__ == "__main__":
