@@ -126,7 +126,7 @@ def test_trace_keeps_what_the_strategy_saw(classifier, digits):
     assert len(paper["monitor_losses"]) == len(paper["monitor_classes"]) == 4
     assert len(paper["step_losses"]) == len(paper["step_classes"]) == 4
     ours = classifier(image, strategy="invert", trace=True)[0].trace
-    assert len(ours["path"]) >= 10 and ours["losses"].shape == (10, 100)
+    assert len(ours["path"]) >= 2 and ours["losses"].shape == (10, 100)
 
 
 def test_the_same_seed_gives_the_same_answer_and_draws_leave_the_global_state_alone(toy_classifier):

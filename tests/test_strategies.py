@@ -11,7 +11,7 @@ from toy_model import ToyModel
 
 from dive_fast import DiffusionClassifier, DiveFastError, register_preset, register_strategy
 from dive_fast.core.probes import low_discrepancy_probes, published_probes
-from dive_fast.core.requests import Gradients, Losses
+from dive_fast.core.requests import Gradients, Losses, LossesAndGradients
 from dive_fast.strategies import (
     DefaultProbes,
     Enumerate,
@@ -23,6 +23,7 @@ from dive_fast.strategies import (
     strategy_names,
 )
 from dive_fast.strategies import base as register
+from dive_fast.strategies.invert import Found
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,12 @@ def test_every_strategy_finds_the_most_probable_class(toy_posterior, arguments, 
     assert len(truth) > 25 and right / len(truth) >= agreement
 
 
-def drive(search, table, losses_of, gradient_of):
-    """Answers a search's requests from two functions of embeddings and keeps the requests."""
+def drive(search, table, losses_of, gradient_of, misled=0.0):
+    """Answers a search's requests from two functions of embeddings and keeps the requests.
+
+    Losses that come with a gradient are wrong by ``misled`` times noise, and said to be inexact.
+    """
+    noise = torch.Generator().manual_seed(0)
     requests, reply = [], None
     while True:
         try:
@@ -78,9 +83,8 @@ def drive(search, table, losses_of, gradient_of):
         v = request.conditions if request.relaxed else table[request.conditions]
         losses = losses_of(v, request.probe_ids)
         if isinstance(request, Gradients):
-            from dive_fast.core.requests import LossesAndGradients
-
-            reply = LossesAndGradients(losses, gradient_of(v))
+            losses = losses + misled * torch.randn(losses.shape, generator=noise)
+            reply = LossesAndGradients(losses, gradient_of(v), exact=misled == 0)
         else:
             reply = losses
 
@@ -98,28 +102,128 @@ def task_of(model, k=60):
     return Task(model.vocabulary, low_discrepancy_probes(k, 1000, model.latent_shape))
 
 
-def test_invert_measures_every_class_once_and_compares_the_best_two_on_all_probes(toy_posterior):
+def met_by(requests):
+    """The classes of the gradients after the first, which is at the mean."""
+    return [r.conditions.item() for r in requests[1:] if isinstance(r, Gradients)]
+
+
+def test_invert_measures_every_class_once_and_races_it_with_the_best_estimates(toy_posterior):
     model, *_ = toy_posterior
     table = model.vocabulary.table
-    answer, requests = drive(Invert().search(task_of(model)), table, *bowl(table[7] + 0.05))
+    losses, gradient = bowl(table[7] + 0.05)
+    answer, requests = drive(Invert().search(task_of(model)), table, losses, gradient)
     assert answer.index == 7
-    searched = [r for r in requests if isinstance(r, Gradients)]
-    assert torch.equal(searched[0].conditions[0], model.vocabulary.mean())
-    measured = [r.conditions.item() for r in searched[1:]]
-    assert len(measured) == len(set(measured)), "a class on fixed probes never changes its loss"
-    *_, last = requests
-    if len(measured) > 1:
-        assert isinstance(last, Losses) and len(last.conditions) == 2
-        assert last.probe_ids.tolist() == list(range(25, 60))
-    assert int(answer.n_probes[7]) in (25, 60)
+    assert torch.equal(requests[0].conditions[0], model.vocabulary.mean())
+    met = met_by(requests)
+    assert len(met) == len(set(met)), "a class on fixed probes never changes its loss"
+    raced = [r for r in requests if isinstance(r, Losses)]
+    # The bowl is a quadratic of one curvature, so that the estimates are the losses.
+    order = [c for c in losses(table, torch.arange(1))[:, 0].argsort().tolist() if c not in met]
+    assert sorted(raced[0].conditions.tolist()) == sorted(order[:4])
+    assert raced[0].probe_ids.tolist() == list(range(12))
+    assert int((answer.n_probes > 0).sum()) == len(met) + 4
+    assert requests.index(raced[0]) == len(met) + 1, "the race follows the search"
+
+
+def test_estimates_of_a_quadratic_loss_are_its_losses(toy_posterior):
+    model, *_ = toy_posterior
+    table, task = model.vocabulary.table, task_of(model)
+    losses, gradient = bowl(table[3] * 0.5)
+    found, probes = Found(task), torch.arange(5)
+    v0 = model.vocabulary.mean()[None]
+    found.linearise(v0[0], LossesAndGradients(losses(v0, probes), gradient(v0)))
+    for c in (2, 9):
+        reply = LossesAndGradients(losses(table[[c]], probes), gradient(table[[c]]))
+        found.meet(torch.tensor([c]), probes, reply)
+    expected = losses(table, probes).mean(dim=1).double()
+    torch.testing.assert_close(found.estimates(), expected, rtol=1e-4, atol=1e-4)
+    order = [c for c in expected.argsort().tolist() if c not in (2, 9)]
+    assert found.unmet().tolist() == order and found.met().tolist() == [2, 9]
+
+
+def narrow_valleys(dim, generator):
+    """L(v) = (v - target)^T A (v - target) with very unequal curvatures."""
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    a = basis @ torch.diag(torch.logspace(-2, 1, dim)) @ basis.T
+    target = torch.randn(dim, generator=generator)
+
+    def losses(v, probe_ids):
+        d = v - target
+        return ((d @ a) * d).sum(1)[:, None] + probe_ids[None, :] * 1.0
+
+    return losses, lambda v: 2 * (v - target) @ a
+
+
+def test_runners_up_find_what_the_trajectory_passed_by(toy_posterior):
+    model, *_ = toy_posterior
+    table = model.vocabulary.table
+    right = {0: 0, 1: 0, 4: 0}
+    for seed in range(40):
+        losses, gradient = narrow_valleys(table.shape[1], torch.Generator().manual_seed(seed))
+        best = int(losses(table, torch.arange(60)).mean(dim=1).argmin())
+        for n in right:
+            search = Invert(runners_up=n).search(task_of(model))
+            answer, requests = drive(search, table, losses, gradient)
+            right[n] += answer.index == best
+            measured = int((answer.n_probes > 0).sum()) - len(met_by(requests))
+            assert measured >= n if n else measured == 0
+            # They enter n at a time, as long as one of those that came last leads.
+            assert n == 0 or measured % n == 0 or int((answer.n_probes > 0).sum()) == 12
+    assert right[0] < right[1] <= right[4] == 40, right
+
+
+def test_a_search_on_approximate_losses_compares_measured_ones_only(toy_posterior):
+    model, *_ = toy_posterior
+    table = model.vocabulary.table
+    losses, gradient = bowl(table[7] + 0.05)
+    search = Invert().search(task_of(model))
+    answer, requests = drive(search, table, losses, gradient, misled=3.0)
+    kept = answer.trace["losses"]
+    measured = kept.isfinite()
+    assert torch.equal(kept[measured], losses(table, torch.arange(60))[measured])
+    asked = torch.zeros_like(measured)
+    for request in requests:
+        if isinstance(request, Losses):
+            asked[request.conditions[:, None], request.probe_ids] = True
+    assert torch.equal(measured, asked) and asked[met_by(requests), :12].all()
+    best = losses(table, torch.arange(1))[:, 0]
+    assert best[answer.index] == best[measured.any(dim=1)].min()
+
+
+def test_invert_races_somebody_where_the_prior_excludes_all_that_were_met(toy_posterior):
+    model, *_ = toy_posterior
+    table, task = model.vocabulary.table, task_of(model)
+    losses, gradient = bowl(table[7] + 0.05)
+    _, requests = drive(Invert(runners_up=0).search(task), table, losses, gradient)
+    log_prior = torch.zeros(12)
+    log_prior[met_by(requests)] = -torch.inf
+    excluded = Task(task.vocabulary, task.probes, log_prior=log_prior)
+    for n in (0, 4):
+        answer, requests = drive(Invert(runners_up=n).search(excluded), table, losses, gradient)
+        assert log_prior[answer.index] == 0 and answer.n_probes[answer.index] >= 12
+
+
+def test_invert_of_an_image_does_not_depend_on_those_beside_it(toy_posterior):
+    model, x0, _ = toy_posterior
+    classifier = DiffusionClassifier(model)
+    together = classifier(latents=x0[:9], strategy="invert")
+    for i in (0, 4, 8):
+        (alone,) = classifier(latents=x0[i : i + 1], strategy="invert")
+        assert alone.index == together[i].index
+        assert alone.evaluations == together[i].evaluations
+        assert torch.equal(alone.n_probes, together[i].n_probes)
 
 
 def test_invert_ends_at_a_flat_point(toy_posterior):
     model, *_ = toy_posterior
     flat = lambda v: torch.zeros_like(v)  # noqa: E731
     ones = lambda v, ids: torch.ones(len(v), len(ids))  # noqa: E731
-    answer, requests = drive(Invert().search(task_of(model)), model.vocabulary.table, ones, flat)
-    assert len(requests) == 2 and answer.n_probes.sum() == 25
+    table = model.vocabulary.table
+    answer, requests = drive(Invert(runners_up=0).search(task_of(model)), table, ones, flat)
+    assert len(requests) == 2 and answer.n_probes.sum() == 12
+    # Nothing tells those that race apart, so that nobody leaves.
+    answer, requests = drive(Invert().search(task_of(model)), table, ones, flat)
+    assert len(met_by(requests)) == 1 and set(answer.n_probes.tolist()) == {0, 60}
 
 
 def test_invert_with_one_class():
@@ -214,6 +318,12 @@ def test_bad_names_and_settings():
         (("invert", None, {"stop": 1}), "unknown setting 'stop': Invert has search_probes, step"),
         (("invert", None, {"patience": 0}), "patience must be at least 1, got 0"),
         (("invert", None, {"step": 0.0}), "step must be greater than 0, got 0.0"),
+        (("invert", None, {"search_probes": 0}), "search_probes must be at least 1, got 0"),
+        (("invert", None, {"runners_up": -1}), "runners_up must be at least 0, got -1"),
+        (("invert", None, {"runners_up": 1.5}), "runners_up must be a whole number, got 1.5"),
+        (("invert", None, {"error": 0.0}), "error must lie between 0 and 1, got 0.0"),
+        (("invert", None, {"error": float("nan")}), "error must lie between 0 and 1, got nan"),
+        (("invert", None, {"growth": 1.0}), "growth must be greater than 1, got 1.0"),
     ]
     for arguments, message in bad:
         with pytest.raises(DiveFastError, match=message):
