@@ -16,9 +16,8 @@ import torch
 
 from dive_fast.core.requests import Gradients, LossesAndGradients, Search
 from dive_fast.errors import DiveFastError
-from dive_fast.strategies.auto import growing_looks
 from dive_fast.strategies.base import DefaultProbes, Ledger, Task
-from dive_fast.strategies.elimination import Contest, PairedTest
+from dive_fast.strategies.elimination import Contest, PairedTest, growing_looks
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,8 @@ class Invert(DefaultProbes):
         """The classes met and the runners-up, on all probes; yields requests, gives the answer."""
         task, met, k = found.task, found.met(), len(found.task.probes)
         looks = growing_looks(len(searched), self.growth, k)
-        contest = Contest(task, looks, PairedTest(self.error / len(looks), k))
+        test = PairedTest(self.error / len(looks), k, task.probes.unit)
+        contest = Contest(task, looks, test)
         if found.exact:
             contest.ledger.add(met, searched, found.ledger.losses[met][:, searched])
         contest.enter(met)
