@@ -6,10 +6,11 @@
         --reference REF.pt --fit 60
 
 Enumeration's mean losses go to the reference, 20 images at a time, and are taken from there when
-the command is run again. Of more than 20 classes the best 16 on 24 probes are measured on all. Seconds
-are wall clock of all images together; the row says the threads and the load beside them. `--fit N`
-learns timesteps and shortlist from N training images without their labels; a model of the zoo has
-them already. With `--latents` images are x0_test and x0_train of an .npz, in the model's own range.
+the command is run again. Of more than 20 classes the best 16 on 24 probes are measured on all.
+Seconds are wall clock of all images together; the row says the threads and the load beside them.
+`--fit N` learns timesteps and shortlist from N training images without their labels; a model of the
+zoo has them already. With `--latents` images are x0_test and x0_train of an .npz, in the model's
+own range.
 Appends to bench/results/auto_agreement.jsonl.
 """
 

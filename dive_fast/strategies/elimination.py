@@ -185,7 +185,7 @@ def student_t_quantile(p: float, degrees: int) -> float:
 
 
 def growing_looks(first: int, growth: float, k: int) -> tuple[int, ...]:
-    """The numbers of probes, or units, at which a race looks: each ``growth`` times the last, k at the end."""
+    """Where a race of k probes, or units, looks: each ``growth`` times the last, k at the end."""
     looks, n = [], first
     while n < k:
         looks.append(n)
