@@ -41,14 +41,8 @@ def surveyed_shortlist(
         if learned is None
         else learned.probes(most, shape, seed)
     )
-    found = _measured(classifier, x0, probes, k // probes.unit * probes.unit, progress)
-    units = found[0].slopes.shape[1]
-    survey = Survey(
-        torch.stack([_by_unit(x.losses[:, : len(x.base)], units) for x in found]),
-        torch.stack([_by_unit(x.base[None], units)[0] for x in found]),
-        torch.stack([x.slopes for x in found]),
-    )
-    shortlist, without = estimate_shortlist(survey, digest(model.vocabulary.names))
+    found = measured(classifier, x0, probes, k // probes.unit * probes.unit, progress)
+    shortlist, without = estimate_shortlist(survey_of(found), digest(model.vocabulary.names))
     with_it = checks(found, without, probes)
     shortlist = replace(shortlist, checks=with_it)
     plain = checks(found, [None] * len(found), probes)
@@ -69,9 +63,20 @@ def _cost(found: tuple[Check, ...]) -> float:
     return next((x.evaluations for x in found if x.keeps(USUAL)), float("inf"))
 
 
-def _measured(
-    classifier: Predictor, x0: torch.Tensor, probes: ProbeList, k: int, progress: bool
+def survey_of(images: list[Measured]) -> Survey:
+    """What a shortlist is estimated from: the probes that every class was measured on."""
+    units = images[0].slopes.shape[1]
+    return Survey(
+        torch.stack([_by_unit(x.losses[:, : len(x.base)], units) for x in images]),
+        torch.stack([_by_unit(x.base[None], units)[0] for x in images]),
+        torch.stack([x.slopes for x in images]),
+    )
+
+
+def measured(
+    classifier: Predictor, x0: torch.Tensor, probes: ProbeList, k: int, progress: bool = False
 ) -> list[Measured]:
+    """Every class of every image on k probes, a multiple of their unit, the best 16 on all."""
     vocabulary = classifier.model.vocabulary
     search = (_survey(vocabulary, probes, k) for _ in x0)
     jobs = (classifier._job(i, x, s) for i, (x, s) in enumerate(zip(x0, search, strict=True)))

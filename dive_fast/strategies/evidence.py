@@ -28,7 +28,7 @@ from dive_fast.strategies.base import Ledger, Task
 PRIOR_UNITS = 4
 NEAREST = 4
 # The control where none was fitted; the image's own losses correct it.
-CONTROL = 0.7
+CONTROL, HIGHEST = 0.7, 2.0
 # Measured classes from which an image tells how far its gradient errs, where nothing was fitted.
 FEWEST = 4
 
@@ -137,7 +137,7 @@ class Evidence:
         if not square > 0:
             return CONTROL
         found = ((seen * expected).sum() + prior * CONTROL) / (square + prior)
-        return float(np.clip(found, 0, 2))
+        return float(np.clip(found, 0, HIGHEST))
 
     def standing(self) -> Standing:
         """Where every class stands now."""
