@@ -9,8 +9,8 @@ Trains on the training part, measures on held-out images: the generative answer 
 alone, and where ``auto`` takes heads, the race that starts from it. Recall counts how often the
 generative answer is among the head's first n on the held-out images. Features, losses and answers
 are kept below --runs: cut off and started again it goes on there. The head's seconds are those of
-its features at a batch of 256, without encoding. Appends one line a head to
-bench/results/probe_table.jsonl.
+its features at a batch of 256, without encoding; those of training leave out what
+--runs has. Appends one line a head to bench/results/probe_table.jsonl.
 """
 
 from __future__ import annotations
