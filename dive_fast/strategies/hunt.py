@@ -81,17 +81,22 @@ class Hunt:
                 yield from self._measure(behind, target)
 
     def _read_head(self) -> Iterator:
-        """The classes that the head puts first, as many as held enough answers."""
+        """The classes that the head puts first, as many as held enough answers when it was tried.
+
+        A head that needs more of them than the gradient would name is not read.
+        """
+        enough = (1 + self.settings.min_agreement) / 2
+        recall = self.task.head.recall
+        m = next((n for n, share in enumerate(recall, 1) if share >= enough), None)
+        if m is None or m > max(self._shortlist(), FEW_NAMED):
+            return
         scores = yield from look(self.task)
         self.left -= 1
         if not bool(scores.isfinite().all()):
             return
-        recall = self.task.head.recall
-        enough = (1 + self.settings.min_agreement) / 2
-        m = next((n for n, share in enumerate(recall, 1) if share >= enough), 2 * len(recall))
         order = scores.argsort(descending=True, stable=True).numpy()
         self.named = order[self.possible[order]][: max(m, 2)]
-        if recall and len(self.named) <= FEW_NAMED:
+        if len(self.named) <= FEW_NAMED:
             self.most_looked = 0
 
     def _answer(self, standing: Standing) -> Answer:
@@ -151,10 +156,13 @@ class Hunt:
         possible = self.possible.nonzero()[0]
         if self.evidence.looked == 0:
             return self.named if len(self.named) else possible
-        m = self.settings.shortlist
-        m = max(2 * math.ceil(len(self.possible) ** 0.41), FEWEST) if m is None else m
         expected = (self.evidence.expected() + self.evidence.penalty)[possible]
-        return np.sort(possible[expected.argsort(kind="stable")[:m]])
+        return np.sort(possible[expected.argsort(kind="stable")[: self._shortlist()]])
+
+    def _shortlist(self) -> int:
+        """Classes that are measured first on the gradient's word, unfitted."""
+        m = self.settings.shortlist
+        return max(2 * math.ceil(len(self.possible) ** 0.41), FEWEST) if m is None else m
 
     def _final(self, standing: Standing) -> np.ndarray:
         """The answer and its nearest rival: both are measured before it stands."""
