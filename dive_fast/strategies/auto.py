@@ -36,7 +36,9 @@ class Auto(DefaultProbes):
 
     With a head (``dive-fast probe``) its first classes are measured first, as many as held
     (1 + min_agreement) / 2 of the answers when it was tried; where those are at most 8 there is no
-    gradient, where they are more than the gradient would name the head is not read. Where the gradient says nothing (it is zero, or not finite), all classes are measured.
+    gradient, where they are more than the gradient would name the head is not read.
+
+    Where the gradient says nothing (it is zero, or not finite), all classes are measured.
 
     Attributes:
         min_agreement: the share of answers that shall equal those of enumeration over the same
