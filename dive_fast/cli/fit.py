@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from dive_fast.cli.jobs import annotated_images, is_detection
 from dive_fast.cli.loading import (
@@ -160,8 +159,7 @@ def _unlabelled(options: argparse.Namespace, images, labels) -> dict[str, Any]:
     if error := next((error for _, error in found if error is not None), None):
         raise error
     paths = [path for path, _ in found]
-    chosen = np.random.default_rng(options.seed).permutation(len(paths))[: options.limit]
-    return {"images": [paths[i] for i in sorted(chosen.tolist())]}
+    return {"images": _picked(paths, options.limit, options.seed)}
 
 
 def _some(source: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -169,8 +167,15 @@ def _some(source: dict[str, Any], seed: int) -> dict[str, Any]:
     images = source.get("images")
     if images is None:
         return source
-    chosen = np.random.default_rng(seed).permutation(len(images))[:SHORTLIST_IMAGES]
-    return {"images": [images[i] for i in sorted(chosen.tolist())]}
+    return {"images": _picked(images, SHORTLIST_IMAGES, seed)}
+
+
+def _picked(images: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
+    """So many random images in their order; None means all."""
+    import numpy as np
+
+    chosen = np.random.default_rng(seed).permutation(len(images))[:limit]
+    return [images[i] for i in sorted(chosen.tolist())]
 
 
 def shortlist_text(shortlist) -> str:

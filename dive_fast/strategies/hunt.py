@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from dive_fast.strategies.base import Task
 from dive_fast.strategies.elimination import growing_looks
 from dive_fast.strategies.evidence import Evidence, Standing
 from dive_fast.strategies.looking import look
-
-if TYPE_CHECKING:
-    from dive_fast.strategies.auto import Auto
 
 # Of so few classes all are measured at once: a gradient costs two evaluations a probe.
 FEW = 3
@@ -33,10 +30,22 @@ ENTRY = (1.0, 0.4)
 FEWEST = 4
 
 
+class Settings(Protocol):
+    """What a hunt reads of ``Auto``."""
+
+    min_agreement: float
+    budget: int | None
+    shortlist: int | None
+    gradient_probes: int
+    first_gradient: int
+    final_probes: int
+    growth: float
+
+
 class Hunt:
     """One image's search: its evidence, the classes that were measured, what it may still cost."""
 
-    def __init__(self, settings: Auto, task: Task) -> None:
+    def __init__(self, settings: Settings, task: Task) -> None:
         if task.shortlist is not None and task.shortlist.needed(settings.min_agreement) is None:
             # What was learned did not do on images that were left out.
             task = replace(task, shortlist=None)
