@@ -46,19 +46,20 @@ def probe_list(k: int, unit: int = 2) -> ProbeList:
 def random_problem(
     c: int, k: int, generator: torch.Generator, gradient: str = "informative", unit: int = 2
 ) -> Problem:
-    """Class effects of size 1, noise of size 1 that half cancels in pairs, a common part of 3."""
+    """Class effects of size 1, noise of which a part cancels in pairs, a common part of 3."""
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     units = -(-k // unit)
     mean = randn(c, 1)
-    of_units = 0.7 * randn(c, units)
+    even = randn(c, units, unit)
+    of_units = even.mean(dim=2)
     # What pairs lose: odd in eps.
     odd = 0.5 * randn(c, units, 1) * torch.tensor([1.0, -1.0])[:unit]
-    within = (odd + 0.3 * randn(c, units, unit)).flatten(1)[:, :k]
+    noise = (odd + even).flatten(1)[:, :k]
     common = 3 * randn(1, k)
-    losses = mean + of_units.repeat_interleave(unit, dim=1)[:, :k] + within + common
+    losses = mean + noise + common
     said = {
         "informative": mean + of_units + 0.3 * randn(c, 1) + 0.2 * randn(c, units),
         "useless": randn(c, 1) + randn(c, units),
