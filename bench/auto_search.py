@@ -26,7 +26,7 @@ from bench.records import append
 from dive_fast import DiffusionClassifier
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
-from dive_fast.core.shortlist import estimate_shortlist
+from dive_fast.core.shortlist import Survey, digest, estimate_shortlist
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
 from dive_fast.models.files.sidecar import fitted_shortlist
@@ -38,10 +38,10 @@ TOPS = (1, 2, 4, 8, 20)
 CHANGES: dict[str, tuple[Any, ...]] = {
     "min_agreement": (0.5, 0.8, 0.95, 0.99, 0.999),
     "shortlist": (2, 3, 4, 6, 8, 10, 12),
-    "gradient_probes": (6, 12, 48),
-    "first_look": (4, 8, 12, 16),
+    "gradient_probes": (0, 6, 12, 48),
+    "first_gradient": (2, 4, 12, 24),
+    "final_probes": (2, 4, 12, 24),
     "growth": (1.25, 2.0),
-    "relinearise": (0, 2),
 }
 
 
@@ -89,7 +89,7 @@ class Replay:
                 self.losses[i][request.conditions[:, None], ids] = kept
             return kept
         at = None if request.relaxed else tuple(request.conditions.tolist())
-        key = (i, at, tuple(ids.tolist()))
+        key = (i, at, tuple(ids.tolist()), request.per)
         if key not in self.gradients:
             self.gradients[key] = self.measure({i: _one(request)})[i]
         return self.gradients[key]
@@ -117,18 +117,24 @@ def _only(reply: Any) -> Answer:
 
 def rankings(replay: Replay, answers: torch.Tensor) -> dict[str, dict[str, float]]:
     """How often each estimate ranks enumeration's answer among the first few."""
-    table, v0, probes = replay.vocabulary.table, replay.vocabulary.mean(), torch.arange(SCREEN)
-    replies = [replay.ask(i, Gradients(v0[None], probes)) for i in range(len(answers))]
-    linear = torch.stack([(table - v0) @ reply.gradients[0] for reply in replies])
-    base = torch.stack([reply.losses.mean() for reply in replies])
-    measured = replay.losses[:, :, :SCREEN].mean(dim=2)
+    vocabulary, v0, probes = replay.vocabulary, replay.vocabulary.mean(), torch.arange(SCREEN)
+    unit = replay.probes.unit
+    asked = Gradients(v0[None], probes, per=unit)
+    replies = [replay.ask(i, asked) for i in range(len(answers))]
+    slopes = [[vocabulary.linear(v0, g) for g in reply.gradients[:, 0]] for reply in replies]
+    slopes = torch.stack([torch.stack(by_unit, dim=1) for by_unit in slopes])
+    by_probe = torch.stack([reply.losses[0] for reply in replies])
+    screened = replay.losses[:, :, :SCREEN]
+    linear, base, measured = slopes.mean(dim=2), by_probe.mean(dim=1), screened.mean(dim=2)
 
     def others(slope: float) -> torch.Tensor:
         """The estimate, its curvature learned on all other images."""
         left = measured - base[:, None] - slope * linear
         return slope * linear + (left.sum(dim=0) - left) / (len(left) - 1)
 
-    best, _ = estimate_shortlist(measured, base, linear)
+    by_unit = screened.unflatten(2, (-1, unit)).mean(dim=3)
+    survey = Survey(by_unit, by_probe.unflatten(1, (-1, unit)).mean(dim=2), slopes)
+    best = estimate_shortlist(survey, digest(vocabulary.names))[0].slope
     estimates = {
         "first order": linear,
         "with curvature": others(1.0),
@@ -147,8 +153,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """The default, every single change of it, and two parameters together."""
     settings = [{}] + [{key: value} for key in changed for value in CHANGES[key]]
-    if {"shortlist", "first_look"} <= set(changed):
-        settings += [{"shortlist": n, "first_look": m} for n in (8, 10) for m in (8, 12)]
+    if {"shortlist", "first_gradient"} <= set(changed):
+        settings += [{"shortlist": n, "first_gradient": m} for n in (8, 10) for m in (4, 12)]
     rows = []
     for setting in settings:
         strategy = dataclasses.replace(Auto(), **setting)

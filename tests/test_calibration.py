@@ -287,7 +287,7 @@ class TestCommand:
 
     def test_refused(self, data: Path, tmp_path: Path, capsys) -> None:
         for arguments, message in [
-            ((), "needs --data or --generate"),
+            ((), "needs --data, --unlabelled or --generate"),
             (("--data", data), "digits has no model directory .* with --out"),
             (("--data", tmp_path, "--out", tmp_path), "expected a sub-folder for each class"),
             (("--data", data, "--fitted", tmp_path), "expected dive_fast.json in"),

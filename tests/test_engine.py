@@ -82,7 +82,9 @@ def test_a_stream_of_many_images_fills_its_batches(name):
     model, (strategy, k) = ToyModel(), STRATEGIES[name]
     probes = strategy.probes(k, 1000, model.latent_shape, 0)
     task = Task(model.vocabulary, probes)
-    x0 = torch.randn(120, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    # The last images of many rounds leave more batches short.
+    n = 300 if name == "auto" else 120
+    x0 = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     engine = Engine(model, 64)
     found = list(
         engine.run(

@@ -34,9 +34,9 @@ def fit_timesteps(clf: DiffusionClassifier) -> int:
 
 
 def fit_shortlist(clf: DiffusionClassifier) -> int:
-    """A gradient at the mean, then all classes."""
+    """A gradient at the mean, then all classes, which are few enough to go on to 100 probes."""
     clf.fit_shortlist(latents=latents(), probes=PROBES)
-    return N * PROBES * (2 + CLASSES)
+    return N * (2 * PROBES + 100 * CLASSES)
 
 
 def calibrate(clf: DiffusionClassifier) -> int:

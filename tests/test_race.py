@@ -13,7 +13,8 @@ from dive_fast import DiffusionClassifier, DiveFastError
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Losses
 from dive_fast.strategies import Race, Task
-from dive_fast.strategies.elimination import student_t_quantile
+from dive_fast.strategies.elimination import PairedTest, student_t_quantile
+from dive_fast.strategies.race import looks_every
 
 
 @lru_cache
@@ -22,9 +23,11 @@ def task(n_classes, k):
     return Task(model.vocabulary, low_discrepancy_probes(k, 1000, model.latent_shape))
 
 
-def drive(strategy, losses, log_prior=None):
+def drive(strategy, losses, log_prior=None, unit=2):
     """Runs one search on a known loss matrix [C, K]."""
-    search = strategy.search(replace(task(*losses.shape), log_prior=log_prior))
+    given = task(*losses.shape)
+    given = replace(given, log_prior=log_prior, probes=replace(given.probes, unit=unit))
+    search = strategy.search(given)
     reply, asked = None, 0
     while True:
         try:
@@ -53,6 +56,69 @@ def test_the_best_class_is_dropped_no_more_often_than_promised():
     # The union bound is loose: what is seen must stay below it, and the race must really race.
     assert dropped / 1000 <= error
     assert spared / 1000 > 20
+
+
+def paired_losses(n_classes: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Of each pair the second has what the first has of noise with the other sign, nearly."""
+    means = 0.05 * torch.rand(n_classes, 1, generator=generator)
+    common = torch.randn(1, k, generator=generator)
+    first = 0.3 * torch.randn(n_classes, k // 2, 1, generator=generator)
+    own = 0.05 * torch.randn(n_classes, k // 2, 2, generator=generator)
+    return means + common + (own + first * torch.tensor([1.0, -1.0])).flatten(1)
+
+
+def test_pairs_as_units_keep_the_promise_and_single_probes_would_cost_more():
+    """500 races at error = 0.2 whose noise nearly cancels within a pair."""
+    generator = torch.Generator().manual_seed(8)
+    race, dropped, costs = Race(error=0.2, round_probes=6), 0, {1: 0, 2: 0}
+    for _ in range(500):
+        losses = paired_losses(5, 80, generator)
+        best = int(losses.mean(dim=1).argmin())
+        answer, asked = drive(race, losses)
+        dropped += answer.index != best
+        costs[2] += asked
+        costs[1] += drive(race, losses, unit=1)[1]
+    assert dropped / 500 <= 0.2
+    assert costs[2] < 0.7 * costs[1]
+    assert costs[2] < 0.7 * 500 * 5 * 80
+
+
+def test_the_margin_is_that_of_the_pairs_means():
+    generator = torch.Generator().manual_seed(9)
+    d = torch.randn(3, 7, generator=generator)
+    test = PairedTest(tail=0.05, n_probes=20, unit=2)
+    # Three whole pairs of seven; t_2(0.95) = 2.91999 of published tables.
+    for row, margin in zip(d.double(), test.margin(d), strict=True):
+        pairs = [(row[i] + row[i + 1]).item() / 2 for i in (0, 2, 4)]
+        mean = sum(pairs) / 3
+        variance = sum((x - mean) ** 2 for x in pairs) / 2
+        assert margin.item() == pytest.approx(2.91999 * (variance * (1 - 6 / 20) / 3) ** 0.5, 1e-5)
+    assert test.margin(d[:, :3]).isinf().all(), "one pair has no variance"
+    assert test.margin(d[:, :1]).isinf().all()
+    assert (PairedTest(0.05, 7, 2).margin(d) == 0).all(), "all were measured"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "looks"),
+    [
+        ((20, 10, 50, 2), (20, 30, 40, 50)),
+        ((5, 5, 21, 2), (6, 10, 16, 20, 21)),
+        ((5, 1, 9, 4), (8, 9)),
+        ((3, 3, 12, 1), (3, 6, 9, 12)),
+        ((5, 5, 5, 2), (5,)),
+        ((20, 10, 7, 2), (7,)),
+    ],
+)
+def test_looks_are_whole_units(arguments, looks):
+    assert looks_every(*arguments) == looks
+
+
+def test_a_race_asks_for_whole_pairs():
+    losses = torch.rand(4, 41, generator=torch.Generator().manual_seed(3)) * 1e-3
+    losses = losses + torch.tensor([0.0, 0.0, 1e-3, 2e-3])[:, None]
+    answer, _ = drive(Race(min_probes=3, round_probes=3, error=0.3), losses)
+    measured = set(answer.n_probes.tolist())
+    assert all(n % 2 == 0 or n == 41 for n in measured) and len(measured) > 1
 
 
 def test_on_the_toy_it_agrees_with_enumeration_for_less():

@@ -279,6 +279,16 @@ class TestClassifier:
         clf.fit_timesteps(latents=x0, labels=labels, probes=60, rivals=9)
         assert sum(clf.model.rows) == 30 * 6 * 60
 
+    def test_without_labels_the_lowest_loss_on_20_probes_is_taken_for_right(
+        self, toy_and_30_images: tuple
+    ) -> None:
+        clf, x0, _ = toy_and_30_images
+        found = clf.fit_timesteps(latents=x0, probes=60, rivals=2, seed=3)
+        assert sum(clf.model.rows) == 30 * (6 * 20 + 3 * 60)
+        lowest = clf.losses(latents=x0, probes=60, seed=3)[:, :, :20].mean(dim=2).argmin(dim=1)
+        expected = clf.fit_timesteps(latents=x0, labels=lowest, probes=60, rivals=2, seed=3)
+        assert found == expected and clf.model.timesteps == expected
+
     @pytest.mark.parametrize("strategy", ["enumerate", "race", "invert"])
     def test_every_strategy_follows_them(self, toy_and_30_images: tuple, strategy: str) -> None:
         clf, x0, _ = toy_and_30_images
@@ -318,7 +328,6 @@ class TestClassifier:
         data = {"latents": x0, "labels": labels}
         for arguments, message in [
             ({}, "either images or latents"),
-            ({"latents": x0}, "whole numbers"),
             ({"latents": x0, "labels": labels[:2]}, r"shape \[30\]"),
             ({**data, "generate": 3}, "images with labels, or generate, got both"),
             ({"labels": labels, "generate": 3}, "got both"),
@@ -383,7 +392,7 @@ class TestCommand:
 
     def test_refused(self, own_dit: Path, data: Path, capsys) -> None:
         for arguments, message in [
-            ((), "fitting timesteps and shortlist needs --data or --generate"),
+            ((), "fitting timesteps and shortlist needs --data, --unlabelled or --generate"),
             (("--what", "beta"), "fitting beta needs --data"),
             (("--what", "timesteps,beta", "--generate", 3), "timesteps and beta needs --data"),
             (("--what", "loss"), "expected some of timesteps, shortlist, beta, got 'loss'"),

@@ -65,8 +65,9 @@ class Check:
         With one more image, wrong ones are at most (wrong + 1) / (images + 1) in expectation. Where
         no number of right answers would do, all must be right.
         """
-        allowed = max(1 - min_agreement, 1 / (self.images + 1))
-        return (self.wrong + 1) / (self.images + 1) <= allowed
+        # 1 - 0.9 is less than 0.1 in float64.
+        allowed = max(round((1 - min_agreement) * (self.images + 1), 9), 1)
+        return self.wrong + 1 <= allowed
 
 
 @dataclass(frozen=True)

@@ -207,11 +207,14 @@ def _turns(n: int, n_classes: int) -> torch.Tensor:
 def _compare(n_classes: int, label: int | None, k: int, rivals: int) -> Search:
     """Losses of the right class and its nearest rivals: ``trace["losses"]`` [1 + R, k]."""
     order = torch.arange(n_classes)
-    if label is None or n_classes - 1 > rivals:
+    if label is not None:
+        order = order[order != label]
+    if label is None or len(order) > rivals:
         losses = yield Losses(order, torch.arange(min(SCREEN_PROBES, k)))
-        order = losses.mean(dim=1).argsort()
-    label = int(order[0]) if label is None else label
-    compared = torch.cat([torch.tensor([label]), order[order != label][:rivals]])
+        order = order[losses.mean(dim=1).argsort()]
+    if label is None:
+        label, order = int(order[0]), order[1:]
+    compared = torch.cat([torch.tensor([label]), order[:rivals]])
     losses = yield Losses(compared, torch.arange(k))
     means = torch.full((n_classes,), torch.nan)
     means[compared] = losses.mean(dim=1)

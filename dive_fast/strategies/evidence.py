@@ -29,6 +29,8 @@ PRIOR_UNITS = 4
 NEAREST = 4
 # The control where none was fitted; the image's own losses correct it.
 CONTROL, HIGHEST = 0.7, 2.0
+# Of the gradient's slope where none was fitted: standard deviation around 1.
+SLOPE_SPREAD = 2.0
 # Measured classes from which an image tells how far its gradient errs, where nothing was fitted.
 FEWEST = 4
 
@@ -69,10 +71,10 @@ class Evidence:
         self._losses = np.zeros((c, 0))  # l by unit, 0 where unknown
         self._within = np.zeros((c, self.unit))  # the first unit, probe by probe
         self._base = np.empty(0)  # l of v0 by unit
-        self._slope = 1.0 if self.fitted is None else self.fitted.slope
         self._learned = None
         if self.fitted is not None:
-            self._learned = np.asarray(self.fitted.curvature), self.fitted.error
+            curvature = np.asarray(self.fitted.curvature)
+            self._learned = self.fitted.slope, curvature, np.full(c, self.fitted.error)
 
     @property
     def looked(self) -> int:
@@ -109,18 +111,30 @@ class Evidence:
 
     def expected(self) -> np.ndarray:
         """What the gradient alone expects of L_c - L(v0), float64 [C]."""
-        return self._slope * self.slopes.mean(axis=1) + self.curvature()[0]
+        slope, curvature, _ = self.correction()
+        return slope * self.slopes.mean(axis=1) + curvature
 
-    def curvature(self) -> tuple[np.ndarray | float, float]:
-        """What the gradient's expectation lacks, by class or of all, and its standard error."""
+    def correction(self) -> tuple[float, np.ndarray | float, np.ndarray]:
+        """Slope and curvature of the gradient's expectation, and its standard error, float64 [C].
+
+        Unfitted they are the regression of what was measured on what was expected, the slope before
+        all measurements N(1, 2^2). Classes were chosen by what was expected, which biases nothing,
+        and those unlike all measured ones are the least sure.
+        """
         if self._learned is not None:
             return self._learned
         known = self.measured > 0
         if self.looked == 0 or known.sum() < FEWEST:
-            return 0.0, np.inf
-        # The classes that were measured tell of the others.
-        found = self._controlled()[known] - self.slopes[known].mean(axis=1)
-        return found.mean(), found.std(ddof=1) * (1 + 1 / len(found)) ** 0.5
+            return 1.0, 0.0, np.full(len(known), np.inf)
+        expected, found = self.slopes.mean(axis=1), self._controlled()[known]
+        at = expected[known].mean()
+        x, y = expected[known] - at, found - found.mean()
+        prior = (y - x).var(ddof=1) / SLOPE_SPREAD**2
+        square = max(x @ x + prior, 1e-300)
+        slope = (x @ y + prior) / square
+        variance = (y - slope * x).var(ddof=1)
+        unsure = 1 + 1 / len(x) + (expected - at) ** 2 / square
+        return slope, found.mean() - slope * at, np.sqrt(variance * unsure)
 
     def control(self) -> float:
         """How much of e is taken off: fitted, or regressed on what was measured of this image."""
@@ -201,13 +215,14 @@ class Evidence:
         mean, own = _moments(difference[:, :m] - control * expected[:, :m], np.minimum(n, m))
         # One unit tells no variance; without the control it would be no less.
         v = self._moderated(np.where(n > 1, own, spread), n, near, b) * left
-        curvature, error = self.curvature()
+        slope, curvature, error = self.correction()
         there = expected.mean(axis=1)
         gap = control * there + mean
-        if np.isfinite(error):
-            share = 2 * error**2 / np.maximum(2 * error**2 + v, 1e-300)
+        if np.isfinite(error[b]):
+            both = error**2 + error[b] ** 2
+            share = both / np.maximum(both + v, 1e-300)
             own = 0.0 if self._learned is None else curvature - curvature[b]
-            prior = self._slope * there + own
+            prior = slope * there + own
             gap = share * gap + (1 - share) * prior
             v = share * v
         return gap, control**2 * self._expected_variance(expected) + v
@@ -215,15 +230,15 @@ class Evidence:
     def _unmeasured(self, b: int) -> tuple[np.ndarray, np.ndarray]:
         """Gap and variance of classes that only the gradient speaks of."""
         c = len(self.measured)
-        error = self.curvature()[1]
-        if self.looked == 0 or not np.isfinite(error):
+        slope, _, error = self.correction()
+        if self.looked == 0 or not np.isfinite(error[b]):
             # Nothing tells how far the gradient errs: neither in nor out.
             return np.full(c, np.inf), np.zeros(c)
-        variance = self._slope**2 * self._expected_variance(self.slopes - self.slopes[b])
+        variance = slope**2 * self._expected_variance(self.slopes - self.slopes[b])
         expected = self.expected()
         if self.measured[b] > 0:
             return expected - self._controlled()[b], variance + error**2
-        return expected - expected[b], variance + 2 * error**2
+        return expected - expected[b], variance + error**2 + error[b] ** 2
 
     def _expected_variance(self, expected: np.ndarray) -> np.ndarray:
         """Of mean_G(e_c - e_b), float64 [C]."""

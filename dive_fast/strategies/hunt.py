@@ -12,6 +12,7 @@ import torch
 from scipy.special import ndtri
 
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
+from dive_fast.errors import DiveFastError
 from dive_fast.strategies.base import Task
 from dive_fast.strategies.elimination import growing_looks
 from dive_fast.strategies.evidence import Evidence, Standing
@@ -55,8 +56,12 @@ class Hunt:
         self.looks = growing_looks(1, settings.growth, self.evidence.units)
         self.v0 = task.vocabulary.mean()
         # An answer of several prompts costs as many evaluations a probe.
-        budget = math.inf if settings.budget is None else settings.budget
-        self.left = budget / task.vocabulary.parts
+        budget, parts = settings.budget, task.vocabulary.parts
+        if budget is not None and budget < 8 * parts:
+            raise DiveFastError(
+                f"budget must be at least 8 for each of {parts} prompts of a class, got {budget}."
+            )
+        self.left = math.inf if budget is None else budget / parts
         self.most_looked = self._units(settings.gradient_probes)
         if int(self.possible.sum()) <= FEW:
             self.most_looked = 0
@@ -114,9 +119,12 @@ class Hunt:
         Losses are the leader's mean and the gaps to it, so that their order is that of the search.
         """
         evidence, measured = self.evidence, self.evidence.measured > 0
+        if not measured[standing.leader]:
+            # Against one that was not measured nothing may be known of the others.
+            first = int(evidence.measured.argmax())
+            best = int(np.where(measured, evidence.against(first)[0], np.inf).argmin())
+            standing = Standing(best, *evidence.against(best))
         leader, gap = standing.leader, standing.gap
-        if not measured[leader]:
-            leader = int(np.where(measured, gap, np.inf).argmin())
         gap = gap - np.where(self.possible, evidence.penalty, 0.0)
         gap = np.where(measured, gap - gap[leader], np.nan)
         given_up = measured & (evidence.measured < evidence.measured[leader])
@@ -220,7 +228,8 @@ class Hunt:
         """The gradient at v0 on its next units; looks no further where it says nothing."""
         evidence = self.evidence
         probes = evidence.probes(evidence.looked, last)
-        if 2 * len(probes) >= self.left:
+        # Two classes must still be paid for.
+        if 2 * (len(probes) + evidence.unit) > self.left:
             self.most_looked = evidence.looked
             return
         reply = yield Gradients(self.v0[None], probes, per=evidence.unit)
