@@ -31,7 +31,8 @@ class Auto(DefaultProbes):
 
         z(n) = z (4 / n)^gamma,   n: units (antithetic pairs) of the class,   gamma = 1/3
 
-    standard errors: near ties, which cost most and say least, are settled earlier than clear cases.
+    standard errors: near ties, which cost most and say least, are settled earlier than clear cases
+    (but not earlier than a tenth of all images may be, ``hunt.NEAR_TIES``).
     z comes from ``min_agreement``, see ``hunt.reach``.
 
     With a head (``dive-fast probe``) its first classes are measured first, as many as held

@@ -24,6 +24,9 @@ FEW = 3
 FEW_NAMED = 8
 # z(n) = z (USUAL_UNITS / n)^GAMMA of a class measured on n units.
 USUAL_UNITS, GAMMA = 4, 1 / 3
+# Images whose best classes are so close that they are settled early, at most: together they may be
+# wrong as often as all images may.
+NEAR_TIES = 0.1
 # Of classes that only the gradient speaks of, unfitted and fitted: they are many, and each of them
 # has to be measured if it is in question.
 ENTRY = (1.0, 0.4)
@@ -51,7 +54,7 @@ class Hunt:
             # What was learned did not do on images that were left out.
             task = replace(task, shortlist=None)
         self.settings, self.task, self.evidence = settings, task, Evidence(task)
-        self.z = reach(settings.min_agreement, task)
+        self.z, self.least = reach(settings.min_agreement, task)
         self.possible = np.isfinite(self.evidence.penalty)
         self.looks = growing_looks(1, settings.growth, self.evidence.units)
         self.v0 = task.vocabulary.mean()
@@ -150,7 +153,7 @@ class Hunt:
     def _reaches(self) -> np.ndarray:
         """z(n) of every class, [C]."""
         n = self.evidence.measured
-        reach = self.z * (USUAL_UNITS / np.maximum(n, 1)) ** GAMMA
+        reach = np.maximum(self.z * (USUAL_UNITS / np.maximum(n, 1)) ** GAMMA, self.least)
         return np.where(n > 0, reach, self.z * ENTRY[self.evidence.fitted is not None])
 
     def _in_question(self, standing: Standing) -> np.ndarray:
@@ -253,16 +256,16 @@ class Hunt:
             evidence.add_losses(group, target, losses)
 
 
-def reach(min_agreement: float, task: Task) -> float:
-    """Standard errors at which enough answers are enumeration's.
+def reach(min_agreement: float, task: Task) -> tuple[float, float]:
+    """Standard errors at which enough answers are enumeration's: of most images, of near ties.
 
     The leader is the luckiest of all classes: where no check on left-out images tells how much that
     matters, the level is shared among log10(C).
     """
+    level, shared = 1 - min_agreement, max(math.log10(len(task.vocabulary)), 1)
     if task.shortlist is not None:
-        return float(ndtri((1 + task.shortlist.needed(min_agreement)) / 2))
-    shared = max(math.log10(len(task.vocabulary)), 1)
-    return float(-ndtri((1 - min_agreement) / 2 / shared))
+        level, shared = 1 - task.shortlist.needed(min_agreement), 1
+    return float(-ndtri(level / 2 / shared)), float(-ndtri(min(level / NEAR_TIES, 0.5)))
 
 
 def _spread(by_class: np.ndarray) -> float:
