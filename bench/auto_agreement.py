@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         "--fitted", help="a directory of 'dive-fast fit' instead of the model's own"
     )
     parser.add_argument("--budgets", type=int, nargs="*", default=[])
+    parser.add_argument("--strategies", nargs="*", default=[], help="others, by name")
     options = parser.parse_args(argv)
     classifier = DiffusionClassifier.from_pretrained(options.model)
     if options.fitted:
@@ -156,12 +157,14 @@ def main(argv: list[str] | None = None) -> None:
         timesteps = "uniform" if variant == "unfitted" else None
         settings = [{"min_agreement": p} for p in options.levels]
         settings += [{"budget": b} for b in options.budgets]
+        if variant == variants[0]:
+            settings += [{"strategy": name} for name in options.strategies]
         for setting in settings:
             row = tried(
                 classifier,
                 found["x0"],
                 answers,
-                strategy=Auto(**setting),
+                strategy=setting.get("strategy") or Auto(**setting),
                 probes=options.probes,
                 timesteps=timesteps,
             )
