@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--latents", type=Path)
     parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--take", type=int, help="the first so many of them")
     parser.add_argument("--probes", type=int, default=250)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--fit", type=int, default=0)
@@ -131,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.fitted:
         classifier.load_fitted(options.fitted)
     found, model = images(options, classifier), classifier.model
+    for key in ("x0", "labels"):
+        found[key] = found[key][: options.take]
     variants = ["as it is"]
     shape, n = model.latent_shape, len(model.schedule)
     learned = getattr(model, "timesteps", None)
