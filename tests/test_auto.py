@@ -14,6 +14,7 @@ from dive_fast import DiffusionClassifier, DiveFastError
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.core.requests import Features, Gradients, Losses
 from dive_fast.core.vocabulary import Vocabulary
+from dive_fast.data.digits import load_digits
 from dive_fast.strategies import Auto, Task
 from dive_fast.strategies.elimination import growing_looks
 
@@ -229,3 +230,13 @@ def test_looks_grow_to_the_end():
 def test_bad_settings(settings, message):
     with pytest.raises(DiveFastError, match=f"^{re.escape(message)}$"):
         Auto(**settings)
+
+
+@pytest.mark.parametrize("budget", [8, 9, 12, 16, 20, 25, 40])
+def test_a_small_budget_of_a_fitted_model_answers_with_losses(budget):
+    classifier = DiffusionClassifier.from_pretrained("digits")
+    answers = classifier(load_digits("test").images[:24], probes=50, budget=budget)
+    for answer in answers:
+        assert answer.evaluations <= budget
+        assert bool(answer.losses[answer.index].isfinite())
+        assert answer.index == int(answer.losses.nan_to_num(torch.inf).argmin())

@@ -85,7 +85,7 @@ class Hunt:
             self.rounds.append(classes.tolist())
             if len(classes) == 1:
                 classes = self._final(standing)
-                target = self._units(self.settings.final_probes)
+                target = self._final_look(classes)
             else:
                 classes = self._affordable(classes, standing)
                 target = self._next_look(classes)
@@ -190,6 +190,13 @@ class Hunt:
         order = order[self.possible[order] & (order != standing.leader)]
         return np.array([standing.leader, *order[:1]])
 
+    def _final_look(self, classes: np.ndarray) -> int:
+        """Units that both are measured on, as far as the budget pays for them."""
+        target = self._units(self.settings.final_probes)
+        while target > 1 and self._price(classes, target) > self.left:
+            target -= 1
+        return target
+
     def _next_look(self, classes: np.ndarray) -> int:
         least = int(self.evidence.measured[classes].min())
         return next((look for look in self.looks if look > least), self.looks[-1])
@@ -208,7 +215,8 @@ class Hunt:
         return np.sort(order[:2])
 
     def _price(self, classes: np.ndarray, target: int) -> int:
-        return int((target - self.evidence.measured[classes]).sum()) * self.evidence.unit
+        missing = np.maximum(target - self.evidence.measured[classes], 0)
+        return int(missing.sum()) * self.evidence.unit
 
     def _look_rather(self, classes: np.ndarray) -> bool:
         """Whether more of the gradient lowers the errors more by evaluation than measuring does."""
