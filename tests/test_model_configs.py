@@ -186,6 +186,14 @@ def test_the_transformer(values, message, dit_dir, tmp_path):
         load_model(directory)
 
 
+SHORTLIST = {
+    "slope": 1,
+    "curvature": [0.0] * 4,
+    "error": 0.1,
+    "control": 0.5,
+    "classes": "x",
+    "checks": [],
+}
 SIDECAR = [
     ({"beta": HUGE}, "beta in .*dive_fast.json must be above 0 and below 3e38, got 1000"),
     ({"beta": float("nan")}, "beta in .*dive_fast.json must be above 0"),
@@ -202,11 +210,11 @@ SIDECAR = [
         "timesteps in .* cannot be used: density must be a list of finite numbers",
     ),
     (
-        {"shortlist": {"slope": 1, "curvature": [1e300] * 4, "classes": "x"}},
+        {"shortlist": {**SHORTLIST, "curvature": [1e300] * 4}},
         "shortlist in .* cannot be used: .* finite curvature for every class",
     ),
     (
-        {"shortlist": {"slope": 1, "curvature": [0.0] * 4, "classes": 7}},
+        {"shortlist": {**SHORTLIST, "classes": 7}},
         "shortlist in .* cannot be used: .* digest of its classes, got 7",
     ),
 ]

@@ -206,10 +206,11 @@ def test_average_of_losses(kind, request):
         vocabulary = clf.model.vocabulary
         assert vocabulary.shape[0] == vocabulary.parts == 3
         found = clf.losses(latents=x0, probes=6)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        # Another batch size alone moves single losses of the small SDXL by 8e-4.
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6)
         answers = clf(latents=x0, strategy="enumerate", probes=6)
         for answer, losses in zip(answers, expected.mean(dim=2), strict=True):
-            torch.testing.assert_close(answer.losses, losses, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(answer.losses, losses, rtol=2e-3, atol=1e-6)
             assert answer.index == int(losses.argmin())
             assert answer.evaluations == 3 * 3 * 6  # forwards of the network, not rows
 
