@@ -24,13 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.records import append
+import bench.records
+from bench.records import append_line
 from dive_fast import DiffusionClassifier
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.data import load_all, open_dataset, select
 from dive_fast.engine import Engine, Job
 from dive_fast.engine.objective import Objective
+from dive_fast.evaluation.machine import environment
 from dive_fast.strategies import Auto
 
 FEW, SCREEN, FINALISTS, PIECE = 20, 24, 16, 20
@@ -184,7 +186,9 @@ def main(argv: list[str] | None = None) -> None:
                 "enumeration_accuracy": (answers == labels).double().mean().item(),
                 "fit_seconds": round(seconds_to_fit, 1),
             }
-            append("auto_agreement", row, classifier)
+            # A directory of the user's is nobody else's business.
+            where = {**environment(classifier), "model": row["model"]}
+            append_line(bench.records.RESULTS / "auto_agreement.jsonl", row, where)
             print(row, flush=True)
 
 
