@@ -328,3 +328,43 @@ def test_output_that_cannot_be_written(dit_dir: Path, image: Path) -> None:
         errors = process.stderr.read()
     assert process.wait() == 2
     assert errors == "dive-fast: the output cannot be written: No space left on device.\n"
+
+
+def test_evaluate_offers_a_fit_of_a_model_that_was_never_fitted(
+    dit_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("dive_fast.cli.evaluate.WORTH_A_FIT", 2)
+    arrays = np.zeros((2, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "two.npz", images=arrays, labels=np.array([0, 1]))
+    run = ["evaluate", "--data", tmp_path / "two.npz", "--probes", 4]
+    said = call(capsys, *run, "--model", dit_dir, "--out", tmp_path / "a")
+    assert said.code == 0
+    assert f"'dive-fast fit --model {dit_dir} --unlabelled IMAGES'" in said.err
+    said = call(capsys, *run, "--model", dit_dir, "--out", tmp_path / "b", "--strategy", "race")
+    assert "never fitted" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--unlabelled", "nowhere"], "nowhere: no such file or folder."),
+        (["--unlabelled", ".", "--generate", 3], "expected --generate or --unlabelled, got both."),
+        (["--unlabelled", ".", "--what", "beta"], "fitting beta needs --data."),
+        ([], "needs --data, --unlabelled or --generate."),
+    ],
+)
+def test_fit_says_what_it_needs(options, sentence, dit_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call(capsys, "fit", "--model", dit_dir, "--out", tmp_path / "fitted", *options)
+    assert_refused(said, sentence)
+
+
+def test_fit_of_images_without_labels(dit_dir, image, tmp_path, capsys):
+    folder, out = tmp_path / "photos", tmp_path / "fitted"
+    folder.mkdir()
+    for i in range(3):
+        Image.open(image).rotate(90 * i).save(folder / f"{i}.png")
+    said = call(capsys, "fit", "--model", dit_dir, "--unlabelled", folder, "--out", out)
+    assert said.code == 0, said.err
+    assert "tried on 3 images, each left out in its turn:" in said.out
+    assert "timesteps" in json.loads((out / "dive_fast.json").read_text())
