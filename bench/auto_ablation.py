@@ -5,8 +5,8 @@
 
 On moved training images, from losses that are measured once (all classes on 24 probes, the best 16
 on 100) and replayed; agreement is with enumeration over the same 100 probes. The row "without
-pairs" has a list of its own, with a noise for every probe. Appends to
-bench/results/auto_ablation.jsonl.
+pairs" has a list of its own, with a noise for every probe. The rows "differences" say how the
+losses of the best classes part on either list. Appends to bench/results/auto_ablation.jsonl.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from bench.pictures import moved_pictures
 from bench.records import append
 from dive_fast import DiffusionClassifier
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
-from dive_fast.core.shortlist import Shortlist, digest, estimate_shortlist
+from dive_fast.core.shortlist import digest, estimate_shortlist
 from dive_fast.data.mnist import load_mnist
-from dive_fast.predict.checking import Measured, replay
+from dive_fast.predict.checking import Measured, checks
 from dive_fast.predict.fitting_shortlist import measured, survey_of
-from dive_fast.strategies import Auto, Task, evidence, hunt
+from dive_fast.strategies import evidence, hunt
 from dive_fast.training.dit import MNIST, augment_images
 
-K, FIRST = 100, 24
+K, FIRST, BLOCKS = 100, 24, (2, 4, 8, 16)
 PARTS: dict[str, dict[tuple[Any, str], Any]] = {
     "all": {},
     "without the control variate": {(evidence, "CONTROL"): 0.0, (evidence, "HIGHEST"): 0.0},
@@ -77,21 +77,30 @@ def changed(values: dict[tuple[Any, str], Any]) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def rows(
-    images: list[Measured], fits: list[Shortlist | None], probes: ProbeList, level: float
-) -> dict[str, float]:
-    """Agreement and evaluations of `auto` from memory."""
-    from dive_fast.core.vocabulary import Vocabulary
+def differences(images: list[Measured]) -> dict[str, Any]:
+    """How l_c - l_b of the best class b and its 4 nearest rivals behaves, over all images.
 
-    classes = len(images[0].losses)
-    table = Vocabulary(torch.eye(classes), [str(c) for c in range(classes)])
-    agree = evaluations = 0
-    for image, fit in zip(images, fits, strict=True):
-        search = Auto(min_agreement=level).search(Task(table, probes, shortlist=fit))
-        answer, cost = replay(search, image)
-        agree += answer.index == int(image.losses.double().mean(dim=1).argmin())
-        evaluations += cost
-    return {"agreement": agree / len(images), "evaluations": evaluations / len(images)}
+    The variance of its mean over n probes, between blocks of n, and its correlation between the
+    units of an image with what the gradient expects of it: the median, of the nearest rival.
+    """
+    losses = torch.stack([image.losses for image in images]).double()
+    order = losses.mean(dim=2).argsort(dim=1)[:, :5]
+    near = losses.gather(1, order[:, :, None].expand(-1, -1, losses.shape[2]))
+    difference = near[:, 1:] - near[:, :1]
+    sizes = [n for n in BLOCKS if 2 * n <= difference.shape[2]]
+    blocks = {n: difference.unfold(2, n, n).mean(dim=3).var(dim=2) for n in sizes}
+    expected = torch.stack([image.slopes for image in images]).double()
+    expected = expected.gather(1, order[:, :2, None].expand(-1, -1, expected.shape[2]))
+    expected = expected[:, 1] - expected[:, 0]
+    unit = len(images[0].base) // expected.shape[1]
+    found = difference[:, 0, : len(images[0].base)].unfold(1, unit, unit).mean(dim=2)
+    correlations = [
+        torch.corrcoef(torch.stack(both))[0, 1].item() for both in zip(found, expected, strict=True)
+    ]
+    return {
+        "variance": {n: value.mean().item() for n, value in blocks.items()},
+        "correlation": torch.tensor(correlations).median().item(),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,6 +112,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     classifier = DiffusionClassifier.from_pretrained(options.model)
     x0 = pictures(options.model, options.data, options.limit)
+
+    def write(row: dict[str, Any]) -> None:
+        row = {"model": options.model, **row}
+        append("auto_ablation", row, classifier)
+        print(row, flush=True)
+
     names = digest(classifier.names)
     for kind, probes in probe_lists(classifier).items():
         images = measured(classifier, x0, probes, FIRST)
@@ -113,11 +128,10 @@ def main(argv: list[str] | None = None) -> None:
                 if part == "without the control variate" and fitted:
                     chosen = [dataclasses.replace(fit, control=0.0) for fit in fits]
                 with changed(values):
-                    found = rows(images, chosen, probes, options.level)
-                row = {"model": options.model, "part": part, "fitted": fitted, "images": len(x0)}
-                row |= {"min_agreement": options.level, **found}
-                append("auto_ablation", row, classifier)
-                print(row, flush=True)
+                    (found,) = checks(images, chosen, probes, [options.level])
+                row = {"part": part, "fitted": fitted, **dataclasses.asdict(found)}
+                write({**row, "agreement": 1 - found.wrong / found.images})
+        write({"part": f"differences, {kind}", "images": len(x0), **differences(images)})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from bench import auto_ablation, auto_agreement
 from dive_fast import DiffusionClassifier
 from dive_fast.core.probes import low_discrepancy_probes
 from dive_fast.data.digits import load_digits
+from dive_fast.predict.checking import Measured
 
 
 @pytest.fixture
@@ -50,5 +51,16 @@ def test_the_reference_is_enumerations(tmp_path):
 def test_ablation_has_a_row_for_every_part(results):
     auto_ablation.main(["--limit", "3"])
     rows = results("auto_ablation")
-    assert {row["part"] for row in rows} == {*auto_ablation.PARTS, "without pairs"}
-    assert len(rows) == 2 * (len(auto_ablation.PARTS) + 1)
+    apart = {"differences, pairs", "differences, single"}
+    assert {row["part"] for row in rows} == {*auto_ablation.PARTS, "without pairs", *apart}
+    assert len(rows) == 2 * (len(auto_ablation.PARTS) + 1) + 2
+
+
+def test_differences_by_hand():
+    """One image, three classes: class 1 is best, class 2 next; the gradient says it exactly."""
+    losses = torch.stack([torch.full((16,), 9.0), torch.zeros(16), torch.arange(16.0)])
+    slopes = torch.stack([torch.zeros(2), torch.zeros(2), torch.tensor([0.5, 2.5])])
+    found = auto_ablation.differences([Measured(losses, torch.zeros(4), slopes)])
+    assert found["correlation"] == pytest.approx(1.0)
+    # Blocks of 8 of class 2 have means 3.5 and 11.5; class 0 is 9 everywhere.
+    assert found["variance"][8] == pytest.approx(32 / 2)

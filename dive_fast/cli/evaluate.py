@@ -18,8 +18,8 @@ from dive_fast.cli.options import add_options_of_both, count
 
 log = logging.getLogger(__name__)
 
-# Classes and images from which a fit pays for itself within a run.
-FEW, WORTH_A_FIT = 3, 200
+# Images from which a fit pays for itself within a run.
+WORTH_A_FIT = 200
 
 DESCRIPTION = """\
 Runs a classifier over labelled images, or a detector over annotated ones. The data say which:
@@ -110,6 +110,7 @@ def _offer_fit(options: argparse.Namespace, classifier, strategy, images: int) -
     """One line where a fit would pay for itself within the run."""
     from dive_fast.models.files.sidecar import fitted_shortlist
     from dive_fast.strategies import Auto
+    from dive_fast.strategies.hunt import FEW
 
     plain = isinstance(strategy, Auto) and options.head is None and len(classifier.names) > FEW
     if plain and images >= WORTH_A_FIT and fitted_shortlist(classifier.model) is None:

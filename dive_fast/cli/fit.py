@@ -172,10 +172,9 @@ def _some(source: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def _picked(images: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
     """So many random images in their order; None means all."""
-    import numpy as np
+    from dive_fast.data.labelled import chosen
 
-    chosen = np.random.default_rng(seed).permutation(len(images))[:limit]
-    return [images[i] for i in sorted(chosen.tolist())]
+    return [images[i] for i in chosen(len(images), limit, seed)]
 
 
 def shortlist_text(shortlist) -> str:

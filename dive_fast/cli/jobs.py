@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch is not loaded for the help
 
 SCENES = "scenes"  # the zoo's annotated images
 OF_CLASSIFIERS = (
-    *("preset", "timesteps", "timestep_embedding", "average", "generate", "head"),
+    *("preset", "timesteps", "timestep_embedding", "average", "generate", "unlabelled", "head"),
     *("lora", "lora_scale", "prediction_type"),
 )
 OF_DETECTORS = ("images", "prior", "prior_weight")

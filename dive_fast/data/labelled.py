@@ -143,8 +143,13 @@ def select(dataset: DataSet, limit: int | None, seed: int) -> DataSet:
         raise DataError(f"expected a seed of at least 0, got {seed}.")
     if limit is None or limit >= len(dataset.examples):
         return dataset
-    chosen = np.random.default_rng(seed).permutation(len(dataset.examples))[:limit]
-    return replace(dataset, examples=[dataset.examples[i] for i in sorted(chosen.tolist())])
+    picked = chosen(len(dataset.examples), limit, seed)
+    return replace(dataset, examples=[dataset.examples[i] for i in picked])
+
+
+def chosen(n: int, limit: int | None, seed: int) -> list[int]:
+    """``limit`` of 0 to n - 1 at random, in their order; None, or more, means all."""
+    return sorted(np.random.default_rng(seed).permutation(n)[:limit].tolist())
 
 
 def load_all(dataset: DataSet) -> tuple[list[Image.Image | np.ndarray], np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,11 +32,15 @@ class Measured:
 
 
 def checks(
-    images: Iterable[Measured], fitted: Iterable[Shortlist | None], probes: ProbeList
+    images: Iterable[Measured],
+    fitted: Iterable[Shortlist | None],
+    probes: ProbeList,
+    levels: Sequence[float] = LEVELS,
 ) -> tuple[Check, ...]:
-    """How ``auto`` does at every level, against enumeration over the same probes.
+    """How ``auto`` does at every ``min_agreement``, against enumeration over the same probes.
 
     Args:
+        images: such as have equally many gradients.
         fitted: for every image a shortlist that did not see it; None for ``auto`` without one.
         probes: K of them, that the losses were measured on.
     """
@@ -44,13 +48,12 @@ def checks(
     classes = len(pairs[0][0].losses)
     # With unit vectors for rows, a gradient's product with a row is its entry.
     rows = Vocabulary(torch.eye(classes), [str(c) for c in range(classes)])
-    found = []
-    for level in LEVELS:
+    # No gradient is known beyond what was measured.
+    looked, found = min(Auto.gradient_probes, len(pairs[0][0].base)), []
+    for level in levels:
+        auto = Auto(min_agreement=level, gradient_probes=looked)
         wrong, evaluations = 0, 0
         for image, shortlist in pairs:
-            # No gradient is known beyond what was measured.
-            looked = min(Auto.gradient_probes, len(image.base))
-            auto = Auto(min_agreement=level, gradient_probes=looked)
             bare = None if shortlist is None else replace(shortlist, checks=())
             answer, cost = replay(auto.search(Task(rows, probes, shortlist=bare)), image)
             wrong += answer.index != int(image.losses.double().mean(dim=1).argmin())
@@ -76,4 +79,4 @@ def replay(search: Search, image: Measured) -> tuple[Answer, int]:
             gradients = image.slopes[:, units].T[:, None]
             reply = LossesAndGradients(image.base[ids][None], gradients)
         else:
-            raise NotImplementedError(f"{type(request).__name__} was not measured.")
+            raise TypeError(f"{type(request).__name__} was not measured.")

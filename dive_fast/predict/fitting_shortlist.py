@@ -15,6 +15,7 @@ from dive_fast.models.protocol import optional
 from dive_fast.predict.checking import Measured, checks
 from dive_fast.predict.predictor import Predictor
 from dive_fast.strategies.base import DEFAULT_PROBES
+from dive_fast.strategies.evidence import by_unit
 
 # Classes that go on to all probes.
 FINALISTS = 16
@@ -65,10 +66,14 @@ def _cost(found: tuple[Check, ...]) -> float:
 
 def survey_of(images: list[Measured]) -> Survey:
     """What a shortlist is estimated from: the probes that every class was measured on."""
-    units = images[0].slopes.shape[1]
+    unit = len(images[0].base) // images[0].slopes.shape[1]
+
+    def units(losses: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(by_unit(losses.double().numpy(), unit))
+
     return Survey(
-        torch.stack([_by_unit(x.losses[:, : len(x.base)], units) for x in images]),
-        torch.stack([_by_unit(x.base[None], units)[0] for x in images]),
+        torch.stack([units(x.losses[:, : len(x.base)]) for x in images]),
+        torch.stack([units(x.base[None])[0] for x in images]),
         torch.stack([x.slopes for x in images]),
     )
 
@@ -100,7 +105,3 @@ def _survey(vocabulary: Vocabulary, probes: ProbeList, k: int) -> Search:
         every[best, k:] = yield Losses(best, rest)
     trace = {"losses": every, "base": reply.losses[0], "slopes": slopes}
     return Answer(int(means.argmin()), means, torch.full((n,), k), trace)
-
-
-def _by_unit(values: torch.Tensor, units: int) -> torch.Tensor:
-    return values.unflatten(1, (units, -1)).mean(dim=2)

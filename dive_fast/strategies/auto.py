@@ -11,7 +11,7 @@ from typing import ClassVar
 from dive_fast.core.requests import Search
 from dive_fast.errors import DiveFastError
 from dive_fast.strategies.base import DefaultProbes, Task
-from dive_fast.strategies.hunt import Hunt
+from dive_fast.strategies.hunt import LEAST_BUDGET, Hunt
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Auto(DefaultProbes):
                 f"min_agreement must lie between 0 and 1, got {self.min_agreement}."
             )
         least = {
-            "budget": 8,
+            "budget": LEAST_BUDGET,
             "shortlist": 1,
             "gradient_probes": 0,
             "first_gradient": 1,

@@ -207,8 +207,24 @@ class Evidence:
         rest = self._losses[:, :m] - self._base[:m] - control * self.slopes[:, :m]
         return _moments(rest, n)[0] + control * self.slopes.mean(axis=1)
 
-    def _paired(self, b, difference, n, near, spread, left) -> tuple[np.ndarray, np.ndarray]:
-        """Gap and variance by the control variate, shrunk to what was learned."""
+    def _paired(
+        self,
+        b: int,
+        difference: np.ndarray,
+        n: np.ndarray,
+        near: np.ndarray,
+        spread: np.ndarray,
+        left: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gap and variance by the control variate, shrunk to what was learned; float64 [C] both.
+
+        Args:
+            difference: l_c - l_b by unit, float64 [C, units].
+            n: units that class and b share, int64 [C].
+            near: the nearest rivals, int64.
+            spread: variance of ``difference`` by unit, float64 [C].
+            left: what n units leave of it, 1 / n - 1 / K, float64 [C].
+        """
         control = self.control()
         expected = self.slopes - self.slopes[b]
         m = min(self.looked, difference.shape[1])
@@ -221,8 +237,8 @@ class Evidence:
         if np.isfinite(error[b]):
             both = error**2 + error[b] ** 2
             share = both / np.maximum(both + v, 1e-300)
-            own = 0.0 if self._learned is None else curvature - curvature[b]
-            prior = slope * there + own
+            curved = 0.0 if self._learned is None else curvature - curvature[b]
+            prior = slope * there + curved
             gap = share * gap + (1 - share) * prior
             v = share * v
         return gap, control**2 * self._expected_variance(expected) + v
@@ -255,8 +271,8 @@ class Evidence:
         order = order[order != b]
         return order[: min(NEAREST, int((n > 0).sum()) - 1)]
 
-    def _moderated(self, own, n, near, b) -> np.ndarray:
-        """Variance by unit: each class's own together with that of the nearest rivals."""
+    def _moderated(self, own: np.ndarray, n: np.ndarray, near: np.ndarray, b: int) -> np.ndarray:
+        """Variance by unit [C]: each class's own together with that of the nearest rivals."""
         if len(near) == 0:
             return own
         pool = np.where(n[near] < 2, self._first(near, b), own[near]).mean()
@@ -264,7 +280,10 @@ class Evidence:
         return (PRIOR_UNITS * pool + degrees * own) / (PRIOR_UNITS + degrees)
 
     def _first(self, classes: np.ndarray, b: int) -> np.ndarray:
-        """Variance by unit from the probes of the first unit: for pairs an upper bound."""
+        """Variance by unit from the probes of the first unit.
+
+        For pairs an upper bound, unless their two probes go up and down together.
+        """
         difference = self._within[classes] - self._within[b]
         if self.unit < 2:
             return (difference**2).mean(axis=1)

@@ -15,7 +15,7 @@ from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.errors import DiveFastError
 from dive_fast.strategies.base import Task
 from dive_fast.strategies.elimination import growing_looks
-from dive_fast.strategies.evidence import Evidence, Standing
+from dive_fast.strategies.evidence import FEWEST, Evidence, Standing
 from dive_fast.strategies.looking import look
 
 # Of so few classes all are measured at once: a gradient costs two evaluations a probe.
@@ -30,8 +30,8 @@ NEAR_TIES = 0.1
 # Of classes that only the gradient speaks of, unfitted and fitted: they are many, and each of them
 # has to be measured if it is in question.
 ENTRY = (1.0, 0.4)
-# Unfitted, so many classes are measured at least before the gradient is judged.
-FEWEST = 4
+# Evaluations of an image at least: a pair of probes of the gradient, and one of two classes.
+LEAST_BUDGET = 8
 
 
 class Settings(Protocol):
@@ -60,9 +60,10 @@ class Hunt:
         self.v0 = task.vocabulary.mean()
         # An answer of several prompts costs as many evaluations a probe.
         budget, parts = settings.budget, task.vocabulary.parts
-        if budget is not None and budget < 8 * parts:
+        if budget is not None and budget < LEAST_BUDGET * parts:
             raise DiveFastError(
-                f"budget must be at least 8 for each of {parts} prompts of a class, got {budget}."
+                f"budget must be at least {LEAST_BUDGET} for each of {parts} prompts of a class, "
+                f"got {budget}."
             )
         self.left = math.inf if budget is None else budget / parts
         self.most_looked = self._units(settings.gradient_probes)
