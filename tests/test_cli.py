@@ -351,6 +351,7 @@ def test_evaluate_offers_a_fit_of_a_model_that_was_never_fitted(
         (["--unlabelled", ".", "--generate", 3], "expected --generate or --unlabelled, got both."),
         (["--unlabelled", ".", "--what", "beta"], "fitting beta needs --data."),
         ([], "needs --data, --unlabelled or --generate."),
+        (["--data", "scenes", "--unlabelled", "."], "--unlabelled is for classifiers; scenes is"),
     ],
 )
 def test_fit_says_what_it_needs(options, sentence, dit_dir, tmp_path, capsys, monkeypatch):
