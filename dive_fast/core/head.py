@@ -52,8 +52,9 @@ class Head:
         bias: float32 [C].
         mean, scale: float32 [D], of the features that it was trained on; scale above 0.
         classes: digest of the names that it was learned for (``core.shortlist.digest``).
-        recall: share of held-out images whose answer of enumeration is among the head's first n,
-            n = 1, 2, ..., at most ``MOST_RANKS``; empty where it was not measured.
+        recall: share of held-out images whose generative answer (that of ``auto``; of kind "losses"
+            the lowest of the measured losses) is among the head's first n, n = 1, 2, ..., at most
+            ``MOST_RANKS``; empty where it was not measured.
         query: float32 [D] of kind "attention", else None.
 
     Raises:
