@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs browser clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m dive_fast demo --out demo
 
-test: $(VENV)/.installed lint
+test: $(VENV)/.installed lint browser
 	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
@@ -16,12 +16,23 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
 
-# torch comes first: the extension is built against the torch that it will run with.
+docs: $(VENV)/.installed
+	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
+
+# The tests of the pages want a Chromium. Root of a Debian gets one; elsewhere they are skipped.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		{ apt-get install -y -q chromium || { apt-get update -q && apt-get install -y -q chromium; }; } >/dev/null 2>&1; } || \
+		echo "no Chromium here: the tests of the report and the app in a browser are skipped."
+
+# torch comes first: the extension is built against the torch that it will run with. open_clip comes
+# alone: only its lists of classes are read, and its torchvision goes with few builds of torch.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools cmake ninja pybind11 torch
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,detect,test]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps open_clip_torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo dive_fast.egg-info dive_fast/_C*.so dive_fast/_build_info*.so dive_fast/_build_record.json
+	rm -rf $(VENV) build demo site dive_fast.egg-info dive_fast/_C*.so dive_fast/_build_info*.so dive_fast/_build_record.json
