@@ -7,7 +7,7 @@ and the rest go on. docs/records.md says what a record holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,44 +53,59 @@ def as_record(source_id: str, answer: Any, image: Any) -> Mapping[str, Any]:
 
 
 def run_over(
-    sources: Sequence[Source],
+    sources: Iterable[Source],
     stream: Callable[[Iterable[tuple[str, Any]]], Iterable[tuple[str, Any]]],
     records: Records,
     *,
     progress: bool = False,
+    total: int | None = None,
     record: Callable[[str, Any, Any], Mapping[str, Any]] = as_record,
 ) -> None:
     """Reads the images one by one, and appends a record of each as soon as it is known.
 
     Args:
-        sources: the images.
+        sources: the images, gone through once: none is kept but those on their way.
         stream: takes (id, image) one by one, yields (id, answer) in any order.
         records: where they go. Sources that are finished there are left out.
         progress: show a bar.
+        total: how many sources there are, for the bar; their ``len`` if None.
         record: of an id, its answer and its image, what goes into the record.
     """
-    todo = {source.id: source for source in sources if not records.finished(source.id)}
-    images: dict[str, Any] = {}  # read, but not answered yet
-    with tqdm(
-        total=len(sources), initial=len(sources) - len(todo), unit="image", disable=not progress
-    ) as bar:
+    if total is None and isinstance(sources, Sized):
+        total = len(sources)
+    under_way: dict[str, tuple[Source, Any]] = {}  # read, but not answered yet
+    with tqdm(total=total, unit="image", disable=not progress) as bar:
 
         def pairs() -> Iterator[tuple[str, Any]]:
-            for source in todo.values():
-                try:
-                    images[source.id] = source.read()
-                except ImageError as error:
-                    if source.name is not None:
-                        log.warning(sentence(source.name, error))
-                    records.append({"id": source.id, **source.facts, "error": str(error)})
+            for source in sources:
+                if records.finished(source.id):
+                    if progress:
+                        bar.initial += 1  # computed before: it says nothing of the speed
+                    bar.update()
+                elif (image := _read(source, records)) is _UNREAD:
                     bar.update()
                 else:
-                    yield source.id, images[source.id]
+                    under_way[source.id] = (source, image)
+                    yield source.id, image
 
         for key, answer in stream(pairs()):
-            found = record(key, answer, images.pop(key))
-            records.append({"id": key, **todo[key].facts, **found})
+            source, image = under_way.pop(key)
+            records.append({"id": key, **source.facts, **record(key, answer, image)})
             bar.update()
+
+
+_UNREAD = object()
+
+
+def _read(source: Source, records: Records) -> Any:
+    """The image, or ``_UNREAD`` after a record of why it cannot be read."""
+    try:
+        return source.read()
+    except ImageError as error:
+        if source.name is not None:
+            log.warning(sentence(source.name, error))
+        records.append({"id": source.id, **source.facts, "error": str(error)})
+        return _UNREAD
 
 
 def sentence(name: str, error: object) -> str:

@@ -14,19 +14,20 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import BinaryIO
 
 from dive_fast.core.files import leftovers
 from dive_fast.errors import RunError, shown
+from dive_fast.evaluation.recordindex import RecordIndex
 from dive_fast.evaluation.records import Form
 from dive_fast.evaluation.runfiles import (
     RESULTS,
     RUN,
     SCHEMA,
     cannot,
+    each_result,
     for_json,
-    is_finished,
     is_record,
     read_results,
     read_run,
@@ -45,6 +46,7 @@ _LOCK = ".lock"
 # Of an environment: what can change answers. The commit is not among them: a checkout may hold
 # changes without one, and a package may lie in somebody else's.
 _VERSIONS = ("dive_fast", "torch", "diffusers", "transformers", "pillow")
+_KEYS = ("config", "environment", "records", "resumed")  # of run.json, which no fact may take
 
 
 class RunDirectory:
@@ -60,7 +62,7 @@ class RunDirectory:
         self._form = form
         self._file: BinaryIO | None = None
         self._end = 0  # bytes of results.jsonl that hold whole records
-        self._done: dict[str, dict] = {}
+        self._done = RecordIndex(path / RESULTS)
 
     @classmethod
     def open(
@@ -69,6 +71,7 @@ class RunDirectory:
         config: Mapping,
         environment: Mapping | None = None,
         form: Form | None = None,
+        facts: Mapping | None = None,
     ) -> RunDirectory:
         """Create a run, or resume one of the same configuration.
 
@@ -82,6 +85,8 @@ class RunDirectory:
                 created, and again when it is resumed in another one.
             form: what the records must be, those in the directory and those appended; if None
                 they need an ``id`` and nothing more.
+            facts: what else ``run.json`` shall say, for JSON: such as the classes' names and where
+                the data lie. They are not compared; those of the last opening are kept.
 
         Raises:
             RunError: the directory holds a run of another configuration, of another schema, of
@@ -90,6 +95,7 @@ class RunDirectory:
         """
         path = _as_path(path)
         config, environment = for_json(config), for_json(environment or {})
+        facts = for_json({k: v for k, v in (facts or {}).items() if k not in _KEYS})
         if not (isinstance(config, dict) and isinstance(environment, dict)):
             raise RunError(f"{path}: expected config and environment as dictionaries, got others.")
         config = {"schema": SCHEMA, **config}
@@ -99,10 +105,10 @@ class RunDirectory:
                 content = read_run(path)
                 _compare(path, content, config, form)
                 run._open_results()
-                _resume(path, content, environment)
+                _resume(path, content, environment, facts)
             else:
                 kind = {} if form is None else {"records": form.kind}
-                write_run(path, {"config": config, "environment": environment, **kind})
+                write_run(path, {"config": config, "environment": environment, **kind, **facts})
                 run._open_results()
         except OSError as error:
             run.close()
@@ -115,13 +121,14 @@ class RunDirectory:
     def done(self) -> Mapping[str, dict]:
         """The records so far by id, a read-only view that grows with ``append``.
 
-        Of records with the same id the first one without an "error" counts, else the last.
+        A record is read from the file when it is asked for: memory holds no more than the ids. Of
+        records with the same id the first one without an "error" counts, else the last.
         """
-        return MappingProxyType(self._done)
+        return self._done
 
     def finished(self, record_id: str) -> bool:
         """Whether there is a record of that id without an "error", which may be mended."""
-        return is_finished(self._done, record_id)
+        return self._done.finished(record_id)
 
     def append(self, record: Mapping) -> None:
         """Write one record as one line; it is with the operating system when this returns.
@@ -147,7 +154,7 @@ class RunDirectory:
             raise RunError(f"{self.path}: the record {record['id']!r} is already there.")
         if self._file is None:
             raise RunError(f"{self.path}: the run directory is closed.")
-        if self._done.get(record["id"]) == record:
+        if record["id"] in self._done and self._done[record["id"]] == record:
             return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
@@ -157,8 +164,8 @@ class RunDirectory:
             if isinstance(error, OSError):
                 raise cannot("written", self.path / RESULTS, error) from error
             raise
+        self._done.add(record, self._end)
         self._end += len(line)
-        self._done[record["id"]] = record
 
     def close(self) -> None:
         """Bring the results to the disk and release the lock; a second call does nothing.
@@ -196,7 +203,9 @@ class RunDirectory:
         refuse_special(path)
         # Unbuffered, so that a record is written or refused when append returns.
         self._file = open(path, "a+b", buffering=0)
-        self._done, self._end = read_results(path, self._form)
+        for start, end, record in each_result(path, self._form):
+            self._done.add(record, start)
+            self._end = end
         self._file.truncate(self._end)
 
     def _cut_torn_line(self) -> None:
@@ -222,7 +231,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, dict]:
     path = _as_path(path)
     try:
         kind = read_run(path).get("records")
-        return read_results(path / RESULTS, Form(kind))[0]
+        return read_results(path / RESULTS, Form(kind))
     except OSError as error:
         raise cannot("read", Path(error.filename or path), error) from error
 
@@ -285,8 +294,8 @@ def _compare(path: Path, content: dict, config: dict, form: Form | None) -> None
         )
 
 
-def _resume(path: Path, content: dict, here: dict) -> None:
-    """Warns of other versions than before, and adds this environment to ``run.json``."""
+def _resume(path: Path, content: dict, here: dict, facts: dict) -> None:
+    """Warns of other versions than before, and adds what is new to ``run.json``."""
     begun, resumed = content.get("environment"), content.get("resumed")
     resumed = resumed if isinstance(resumed, list) else []
     before = [past for past in (begun, *resumed) if isinstance(past, dict)]
@@ -298,9 +307,12 @@ def _resume(path: Path, content: dict, here: dict) -> None:
                 f"{_listed(there, here)}: answers may differ."
             )
             break
+    new = {**content, **facts}
     # The same one again adds nothing.
     if here and (not before or before[-1] != here):
-        write_run(path, {**content, "resumed": [*resumed, here]})
+        new["resumed"] = [*resumed, here]
+    if new != content:
+        write_run(path, new)
 
 
 def _differs(there: object, here: object) -> bool:

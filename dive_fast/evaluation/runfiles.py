@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dive_fast.core.files import leftovers, replacing
@@ -79,33 +79,39 @@ def write_run(directory: Path, content: Mapping) -> None:
 # -- results.jsonl ---------------------------------------------------------------------------------
 
 
-def read_results(path: Path, form: Form | None) -> tuple[dict[str, dict], int]:
-    """Records by id, and the number of bytes up to the end of the last whole one.
+def each_result(path: Path, form: Form | None) -> Iterator[tuple[int, int, dict]]:
+    """Each whole record of the file, one at a time: (first byte, byte behind it, record).
 
     Raises:
         RunError: it is no regular file, a line is damaged, or a record is not of the form.
         OSError: it cannot be read.
     """
     refuse_special(path)
-    done: dict[str, dict] = {}
     end = 0
     size = path.stat().st_size
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            record = _parse(line, "utf-8-sig" if number == 1 else "utf-8")
+            record = parse_result(line, "utf-8-sig" if number == 1 else "utf-8")
             if record is None:
                 if end + len(line) == size:
-                    break  # torn: the process died while it was written
+                    return  # torn: the process died while it was written
                 raise RunError(
                     f"{path}: expected one JSON record with an 'id' per line, got a damaged line "
                     f"{number}."
                 )
             if form is not None and (wrong := form.wrong(record)) is not None:
                 raise RunError(f"{path}: line {number}: {wrong}.")
-            if not is_finished(done, record["id"]):
-                done[record["id"]] = record
+            yield end, end + len(line), record
             end += len(line)
-    return done, end
+
+
+def read_results(path: Path, form: Form | None) -> dict[str, dict]:
+    """Records by id; raises as ``each_result``."""
+    done: dict[str, dict] = {}
+    for _, _, record in each_result(path, form):
+        if not is_finished(done, record["id"]):
+            done[record["id"]] = record
+    return done
 
 
 def is_record(value: object) -> bool:
@@ -113,7 +119,8 @@ def is_record(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("id"), str)
 
 
-def _parse(line: bytes, encoding: str) -> dict | None:
+def parse_result(line: bytes, encoding: str = "utf-8-sig") -> dict | None:
+    """The record of one whole line; None where it is none."""
     if not line.endswith(b"\n"):
         return None
     try:
