@@ -100,7 +100,8 @@ def evaluate(
         Source(e.id, partial(_latent, classifier, e), {"truth": e.label}, name=e.id)
         for e in data.examples
     )
-    truths = None if data.labels is None else dict(zip(data.ids, data.labels, strict=True))
+    labels = data.labels
+    truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
     form = Form("classification", classifier.names, truths)
 
     def stream(latents: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
