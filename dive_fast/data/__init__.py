@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from dive_fast.data.class_lists import read_classes
-from dive_fast.data.labelled import (
-    DataSet,
-    Example,
-    folder_classes,
-    load_all,
-    open_dataset,
-    select,
-)
+from dive_fast.data.examples import DataSet, Example
+from dive_fast.data.labelled import folder_classes, load_all, open_dataset, select
 
 __all__ = [
     "DataSet",
