@@ -24,7 +24,8 @@ h1 { font-size: 1.5rem !important; margin: 0.4rem 0 0.2rem !important; overflow-
 #picture img, #drawn img { width: 100%; height: 100%; object-fit: contain; }
 .rows { overflow-x: auto; }
 .rows thead, .rows tbody, .rows tr { border: 0 !important; }
-.rows table { width: 100%; border: 0 !important; border-collapse: collapse; font-size: 0.85rem; margin: 0; }
+.rows table { width: 100%; border: 0 !important; border-collapse: collapse; margin: 0;
+  font-size: 0.85rem; }
 .rows caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
 .rows table th, .rows table td { padding: 0.3rem; text-align: right; white-space: nowrap;
   border: 0; border-bottom: 1px solid var(--border-color-primary);
@@ -35,6 +36,20 @@ h1 { font-size: 1.5rem !important; margin: 0.4rem 0 0.2rem !important; overflow-
 .html-container { padding: 0 !important; }
 .examples button, .examples button * { width: 3.6rem !important; height: 3.6rem !important; }
 .examples img { object-fit: cover; }
+"""
+
+# Gradio's examples are pictures without a text; a screen reader gets the names of the files.
+JS = """
+() => {
+  const name = () => {
+    for (const item of document.querySelectorAll(".examples .gallery-item:not([aria-label])")) {
+      const src = item.querySelector("img")?.getAttribute("src");
+      if (src) item.setAttribute("aria-label", decodeURIComponent(src.split("/").pop()));
+    }
+  };
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
+}
 """
 
 
