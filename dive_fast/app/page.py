@@ -228,7 +228,8 @@ class Page:
         except Exception as error:
             sentence = _sentence(error, picture)
             yield views.told(sentence, "error"), None, None, ""
-            raise gr.Error(escape(sentence), print_exception=False) from error
+            # The page has it by now; this is for those who call the server themselves.
+            raise gr.Error(escape(sentence), visible=False, print_exception=False) from error
         finally:
             self.running.pop(session, None)
 
