@@ -1,4 +1,4 @@
-"""Labelled images to evaluate on: the digits, a folder by class, or an ``.npz``.
+"""Labelled images to evaluate on: which source it is, by what the user named.
 
 Images are loaded one by one when asked for, so that a bad one is one record's error and not the
 run's; labels are checked against the model's classes at once.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ import numpy as np
 from dive_fast.data.arrays import PAIRS, open_digits, open_npz
 from dive_fast.data.class_folders import open_folder, subfolder_names
 from dive_fast.data.examples import DataSet, Picture
+from dive_fast.data.spec import split_options
+from dive_fast.data.tables import SUFFIXES, open_table, table_classes
 from dive_fast.errors import DataError
+
+_SOURCES = "'digits', a folder by class, an .npz file or a table (.csv, .tsv, .jsonl)"
 
 
 def open_dataset(
@@ -25,10 +30,11 @@ def open_dataset(
 
     Args:
         spec: ``"digits"`` (the 397 held-out handwritten digits); a folder with one sub-folder per
-            class; or an ``.npz`` file with ``images`` and ``labels`` (or ``x_test`` and
+            class; an ``.npz`` file with ``images`` and ``labels`` (or ``x_test`` and
             ``y_test``): [n, h, w] or [n, h, w, c] and integers [n]. Of a file of Omniglot (``x``,
-            ``y``, ``drawer``, ``classes``) only the held-out drawers. A folder *named* digits is
-            given as ``./digits``.
+            ``y``, ``drawer``, ``classes``) only the held-out drawers; or a ``.csv``, ``.tsv`` or
+            ``.jsonl`` of paths and labels, columns found or named (``table.csv?image=A&label=B``).
+            docs/data.md has all of it. A folder *named* digits is given as ``./digits``.
         class_names: the model's classes in order. Sub-folders are matched to a whole name or to
             one of its comma-separated synonyms (``"tench, Tinca tinca"``): to the letter, or else
             without regard to case, or else with underscores, hyphens and blanks alike; an integer
@@ -43,25 +49,44 @@ def open_dataset(
     spec = os.fspath(spec)
     if part not in PAIRS:
         raise DataError(f"expected a part of {', '.join(PAIRS)}, got {part!r}.")
+    found = _open(spec, class_names, part)
+    return replace(found, where=spec if spec == "digits" else os.path.abspath(spec))
+
+
+def _open(spec: str, class_names: Sequence[str], part: str) -> DataSet:
     if spec == "digits":
         return open_digits(class_names, part)
     if os.path.isdir(spec):
         return open_folder(Path(spec), class_names)
-    if not os.path.exists(spec):
-        raise DataError(
-            f"{spec}: expected 'digits', a folder by class or an .npz file, but nothing is there."
-        )
-    if not spec.lower().endswith(".npz"):
-        raise DataError(f"{spec}: expected 'digits', a folder by class or an .npz file.")
-    return open_npz(Path(spec), class_names, part)
+    place, options = split_options(spec, ("image", "label"))
+    suffix = os.path.splitext(place)[1].lower()
+    if not os.path.exists(place):
+        raise DataError(f"{place}: expected {_SOURCES}, but nothing is there.")
+    if suffix in SUFFIXES:
+        return open_table(Path(place), class_names, options)
+    if suffix != ".npz" or options:
+        raise DataError(f"{spec}: expected {_SOURCES}.")
+    return open_npz(Path(place), class_names, part)
 
 
 def folder_classes(spec: str | os.PathLike[str]) -> list[str] | None:
-    """The names of the sub-folders of a folder by class; None for other data."""
-    folder = Path(spec)
-    if os.fspath(spec) == "digits" or not folder.is_dir():
+    """What data call their classes, sorted: sub-folders, or the labels of a table.
+
+    Returns:
+        The names; None for data that have none, or of another kind.
+
+    Raises:
+        DataError: a table cannot be read.
+    """
+    spec = os.fspath(spec)
+    if spec == "digits":
         return None
-    return subfolder_names(folder) or None
+    if os.path.isdir(spec):
+        return subfolder_names(Path(spec)) or None
+    place, options = split_options(spec, ("image", "label"))
+    if place.lower().endswith(SUFFIXES) and os.path.exists(place):
+        return table_classes(Path(place), options)
+    return None
 
 
 def select(dataset: DataSet, limit: int | None, seed: int) -> DataSet:
