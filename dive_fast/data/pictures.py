@@ -12,7 +12,7 @@ from PIL import Image
 
 from dive_fast.data.columns import Column, facts_of
 from dive_fast.data.examples import Fact
-from dive_fast.data.images import read_image
+from dive_fast.data.image_files import read_image
 
 
 @dataclass(frozen=True)
