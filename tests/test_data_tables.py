@@ -207,8 +207,8 @@ class TestRefused:
             ("?image=x", "expected a column 'x', got the columns 'file', 'label'"),
             ("?img=file", "expected the options image, label, got 'img'"),
             ("?image=", "expected a value of image, got none"),
-            ("?label=a&label=b", "each name once"),
-            ("?", "expected .NAME=VALUE"),
+            ("?label=a&label=b", "expected each option once"),
+            ("?", "nothing is there"),
         ],
     )
     def test_options(self, tmp_path: Path, options: str, got: str) -> None:

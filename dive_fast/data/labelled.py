@@ -18,9 +18,10 @@ from dive_fast.data.class_folders import open_folder, subfolder_names
 from dive_fast.data.examples import DataSet, Picture
 from dive_fast.data.spec import split_options
 from dive_fast.data.tables import SUFFIXES, open_table, table_classes
+from dive_fast.data.tar_shards import open_tar_shards, tar_shard_classes
 from dive_fast.errors import DataError
 
-_SOURCES = "'digits', a folder by class, an .npz file or a table (.csv, .tsv, .jsonl)"
+_SOURCES = "'digits', a folder by class, an .npz file, a table (.csv, .tsv, .jsonl) or wds:TARS"
 
 
 def open_dataset(
@@ -32,9 +33,10 @@ def open_dataset(
         spec: ``"digits"`` (the 397 held-out handwritten digits); a folder with one sub-folder per
             class; an ``.npz`` file with ``images`` and ``labels`` (or ``x_test`` and
             ``y_test``): [n, h, w] or [n, h, w, c] and integers [n]. Of a file of Omniglot (``x``,
-            ``y``, ``drawer``, ``classes``) only the held-out drawers; or a ``.csv``, ``.tsv`` or
-            ``.jsonl`` of paths and labels, columns found or named (``table.csv?image=A&label=B``).
-            docs/data.md has all of it. A folder *named* digits is given as ``./digits``.
+            ``y``, ``drawer``, ``classes``) only the held-out drawers; a ``.csv``, ``.tsv`` or
+            ``.jsonl`` of paths and labels, columns found or named (``table.csv?image=A&label=B``);
+            ``wds:`` and tar files of webdataset (``wds:path/{000..099}.tar``). docs/data.md has
+            all of it. A folder *named* digits is given as ``./digits``.
         class_names: the model's classes in order. Sub-folders are matched to a whole name or to
             one of its comma-separated synonyms (``"tench, Tinca tinca"``): to the letter, or else
             without regard to case, or else with underscores, hyphens and blanks alike; an integer
@@ -50,7 +52,15 @@ def open_dataset(
     if part not in PAIRS:
         raise DataError(f"expected a part of {', '.join(PAIRS)}, got {part!r}.")
     found = _open(spec, class_names, part)
-    return replace(found, where=spec if spec == "digits" else os.path.abspath(spec))
+    return replace(found, where=_absolute(spec))
+
+
+def _absolute(spec: str) -> str:
+    """The same data for a process that works elsewhere."""
+    if spec == "digits":
+        return spec
+    scheme, place = ("wds:", spec[4:]) if spec.startswith("wds:") else ("", spec)
+    return scheme + "::".join(map(os.path.abspath, place.split("::")))
 
 
 def _open(spec: str, class_names: Sequence[str], part: str) -> DataSet:
@@ -59,6 +69,8 @@ def _open(spec: str, class_names: Sequence[str], part: str) -> DataSet:
     if os.path.isdir(spec):
         return open_folder(Path(spec), class_names)
     place, options = split_options(spec, ("image", "label"))
+    if place.startswith("wds:"):
+        return open_tar_shards(place.removeprefix("wds:"), class_names, options)
     suffix = os.path.splitext(place)[1].lower()
     if not os.path.exists(place):
         raise DataError(f"{place}: expected {_SOURCES}, but nothing is there.")
@@ -70,13 +82,13 @@ def _open(spec: str, class_names: Sequence[str], part: str) -> DataSet:
 
 
 def folder_classes(spec: str | os.PathLike[str]) -> list[str] | None:
-    """What data call their classes, sorted: sub-folders, or the labels of a table.
+    """What data call their classes, sorted: sub-folders, or the labels of a table or tar files.
 
     Returns:
         The names; None for data that have none, or of another kind.
 
     Raises:
-        DataError: a table cannot be read.
+        DataError: a table or tar file cannot be read.
     """
     spec = os.fspath(spec)
     if spec == "digits":
@@ -84,6 +96,8 @@ def folder_classes(spec: str | os.PathLike[str]) -> list[str] | None:
     if os.path.isdir(spec):
         return subfolder_names(Path(spec)) or None
     place, options = split_options(spec, ("image", "label"))
+    if place.startswith("wds:"):
+        return tar_shard_classes(place.removeprefix("wds:"), options)
     if place.lower().endswith(SUFFIXES) and os.path.exists(place):
         return table_classes(Path(place), options)
     return None

@@ -88,6 +88,12 @@ def label_rows(
     return [rows[0] for rows in found]
 
 
+def named_labels(labels: Sequence[str | int]) -> list[str] | None:
+    """What the data call their classes, sorted; None where all labels are numbers."""
+    names = sorted(map(str, labels))
+    return None if all(name.isascii() and name.isdigit() for name in names) else names
+
+
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 

@@ -22,18 +22,19 @@ LABEL_COLUMNS = (
 def split_options(spec: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The place and its options, as a web address has them: ``?NAME=VALUE&NAME=VALUE``.
 
-    A file whose name has a question mark in it is taken as it stands.
+    A file whose name has a question mark in it is taken as it stands, and a question mark without
+    an equals sign behind it is part of the place.
 
     Raises:
         DataError: an unknown option, one without a value, or one given twice.
     """
-    place, mark, query = spec.partition("?")
-    if not mark or os.path.exists(spec):
+    place, _, query = spec.rpartition("?")
+    if "=" not in query or os.path.exists(spec) or not place:
         return spec, {}
     pairs = parse_qsl(query, keep_blank_values=True)
     options = dict(pairs)
-    if len(options) < len(pairs) or not pairs:
-        raise DataError(f"{spec}: expected ?NAME=VALUE, each name once, got {'?' + query!r}.")
+    if len(options) < len(pairs):
+        raise DataError(f"{spec}: expected each option once, got {'?' + query!r}.")
     for name, value in pairs:
         if name not in allowed:
             raise DataError(f"{spec}: expected the options {', '.join(allowed)}, got {name!r}.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from dive_fast.data.columns import Column, ColumnBuilder, TableBuilder, typed
 from dive_fast.data.examples import DataSet, Examples, rows_digest
-from dive_fast.data.matching import label_rows
+from dive_fast.data.matching import label_rows, named_labels
 from dive_fast.data.pictures import FilePictures, file_size
 from dive_fast.data.spec import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 from dive_fast.errors import DataError, shown
@@ -50,7 +50,7 @@ def open_table(path: Path, class_names: Sequence[str], options: Mapping[str, str
         examples=Examples(
             table.ids, rows[table.labels.codes], FilePictures(os.fspath(folder), table.facts)
         ),
-        names=tuple(_names(table.labels) or ()) or None,
+        names=tuple(named_labels(table.labels.values) or ()) or None,
         content=rows_digest((name, file_size(folder / name)) for name in table.ids),
     )
 
@@ -61,12 +61,7 @@ def table_classes(path: Path, options: Mapping[str, str]) -> list[str] | None:
     Raises:
         DataError: as ``open_table``.
     """
-    return _names(_read(path, options).labels)
-
-
-def _names(labels: Column) -> list[str] | None:
-    names = [str(value) for value in labels.values]
-    return None if all(name.isascii() and name.isdigit() for name in names) else sorted(names)
+    return named_labels(_read(path, options).labels.values)
 
 
 def _read(path: Path, options: Mapping[str, str]) -> _Table:
