@@ -58,14 +58,14 @@ class TableBuilder:
     def set(self, row: int, cells: Iterable[tuple[str, Any]]) -> None:
         """The cells of a row; what is no text, finite number or truth value is left out."""
         for name, value in cells:
-            if _is_fact(value):
+            if is_fact(value):
                 self._columns.setdefault(name, ColumnBuilder()).set(row, value)
 
     def made(self, n_rows: int) -> dict[str, Column]:
         return {name: column.made(n_rows) for name, column in self._columns.items()}
 
 
-def _is_fact(value: Any) -> bool:
+def is_fact(value: Any) -> bool:
     """Whether a value can stand in ``Example.facts``."""
     if isinstance(value, float):
         return math.isfinite(value)
