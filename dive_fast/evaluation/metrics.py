@@ -215,8 +215,13 @@ def confusion(table: RunTable) -> np.ndarray:
     return matrix(table.truth, table.index, labels=np.arange(table.n_classes)).astype(np.int64)
 
 
-def by_group(table: RunTable, column: str) -> Groups:
+def by_group(table: RunTable, column: str, rows: np.ndarray | None = None) -> Groups:
     """The figures of the images of each value of a column of ``--group-by``.
+
+    Args:
+        table: the run.
+        column: its name.
+        rows: int [m], rows of the table; all if None.
 
     Raises:
         RunError: the run has no such column.
@@ -224,10 +229,11 @@ def by_group(table: RunTable, column: str) -> Groups:
     if column not in table.groups:
         there = some(list(table.groups)) if table.groups else "none"
         raise RunError(f"expected a column that the run is grouped by ({there}), got {column!r}.")
-    rows: dict[str, list[int]] = {}
-    for row, value in enumerate(table.groups[column]):
-        rows.setdefault(value, []).append(row)
-    found = {value: figures(table, np.array(rows[value])) for value in sorted(rows)}
+    values = table.groups[column]
+    of_value: dict[str, list[int]] = {}
+    for row in range(len(table)) if rows is None else rows.tolist():
+        of_value.setdefault(values[row], []).append(row)
+    found = {value: figures(table, np.array(of_value[value])) for value in sorted(of_value)}
     return Groups(column, found, min(found, key=lambda value: found[value].top1, default=None))
 
 
