@@ -56,6 +56,8 @@ _BLOCK = 2**21  # probabilities of the memory map that are held at once
 class Figures:
     """Of some answered images; None where they do not support a figure.
 
+    ``top5``, ``auroc``, ``nll`` and ``brier`` need records with ``log_posterior``.
+
     Attributes:
         n: images.
         top1: share of them that were answered right.
@@ -154,14 +156,14 @@ def figures(table: RunTable, rows: np.ndarray | None = None) -> Figures:
     correct = truth == index
     found: dict[str, tuple[float | None, float | None]] = dict.fromkeys(FIGURES, (None, None))
     found["top1"] = _share(correct)
-    if table.n_classes >= TOP:
-        found["top5"] = _share(table.truth_rank[rows] <= TOP)
     found["mean_per_class"] = _mean_recall(truth, correct)
     found["ece"] = expected_calibration_error(table.probability[rows], correct), None
-    found["nll"] = _mean(-_log_probability(table, rows))
     with table.posteriors() as posteriors:
         if posteriors is not None:
+            found["nll"] = _mean(-_log_probability(table, rows))
             found["brier"] = _mean(_brier(posteriors, rows, truth))
+            if table.n_classes >= TOP:
+                found["top5"] = _share(table.truth_rank[rows] <= TOP)
         if (sklearn := _sklearn_metrics()) is not None:
             f1 = sklearn.f1_score(truth, index, average="macro", zero_division=0)
             found["macro_f1"] = float(f1), None

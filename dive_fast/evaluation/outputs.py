@@ -83,7 +83,7 @@ def _head(
 ) -> dict[str, Any]:
     """The keys of clip_benchmark's results: dataset, model, pretrained, task, metrics, language."""
     model, data = config.get("model"), config.get("data")
-    model = model if isinstance(model, Mapping) else {}
+    model = model if isinstance(model, Mapping) else {"family": model}
     data = data if isinstance(data, Mapping) else {}
     return {
         "dataset": data.get("source"),
@@ -113,7 +113,7 @@ def _rows(table: RunTable, ids: Container[str] | None) -> Iterator[list[Any]]:
             table.probability[row],
             table.truth_probability[row],
             table.truth_rank[row],
-            margin[row] if known[row] else "",
+            f"{margin[row]:.6g}" if known[row] else "",
             table.evaluations[row],
             table.seconds[row],
             *(values[row] for values in table.groups.values()),
