@@ -62,6 +62,7 @@ _ROOMS = (
     "data",
     "errors",
     "evaluation",
+    "logs",
     "models",
     "ops",
     "priors",

@@ -22,7 +22,7 @@ FLOORS = (
     ("evaluation", "training"),
     ("compat", "predict"),
     ("accelerator", "engine", "priors"),
-    ("data", "models", "strategies"),
+    ("data", "logs", "models", "strategies"),
     ("core",),
     ("kernels", "ops"),
     ("errors", "zoo"),

@@ -15,7 +15,7 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import add_options_of_both, count
+from dive_fast.cli.options import add_log_to, add_options_of_both, count
 from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def add_parser(commands) -> None:
         "given several times",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+    add_log_to(parser)
     add_options_of_both(parser, strategy="auto", prior=True).add_argument(
         "--head",
         metavar="FILE",
@@ -139,6 +140,7 @@ def _classifier(options: argparse.Namespace):
         seed=options.seed,
         timesteps=options.timesteps,
         head=options.head,
+        log_to=options.log_to,
         progress=sys.stderr.isatty(),
         shard=options.shard,
         group_by=options.group_by,
@@ -179,6 +181,7 @@ def _detector(options: argparse.Namespace):
             data,
             options.out,
             environment=environment(detector),
+            log_to=options.log_to,
             progress=sys.stderr.isatty(),
             shard=options.shard,
             strategy=strategy,

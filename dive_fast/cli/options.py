@@ -58,6 +58,28 @@ def number(text: str) -> float:
     return value
 
 
+def log_target(text: str) -> str:
+    """What ``--log-to`` takes."""
+    from dive_fast.errors import DiveFastError
+    from dive_fast.logs import check_log_to
+
+    try:
+        return check_log_to(text)
+    except DiveFastError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+
+def add_log_to(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that compute for long."""
+    parser.add_argument(
+        "--log-to",
+        type=log_target,
+        metavar="tensorboard|wandb|trackio",
+        help="log figures as they come; behind a colon a directory (tensorboard:DIR; default: in "
+        "--out) or a project (wandb:PROJECT, trackio:PROJECT; default: dive_fast)",
+    )
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """The images that ``classify`` and ``detect`` look at."""
     parser.add_argument(

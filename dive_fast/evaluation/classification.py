@@ -13,6 +13,7 @@ from dive_fast.core.head import Head
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.evaluation.grouping import expect_columns, facts_of
+from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import environment
 from dive_fast.evaluation.outputs import write_outputs
 from dive_fast.evaluation.records import Form
@@ -20,6 +21,7 @@ from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.evaluation.shards import Shard, as_shard
 from dive_fast.evaluation.summary import Summary
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.predict.arguments import as_head
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.strategies import Strategy, Task, resolve_strategy
@@ -36,6 +38,7 @@ def evaluate(
     seed: int = 0,
     timesteps: str | TimestepWeights | None = None,
     head: Head | str | Path | None = None,
+    log_to: LogTo | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
     group_by: Sequence[str] = (),
@@ -47,6 +50,9 @@ def evaluate(
     the rest go on.
 
     Args:
+        log_to: where running figures go beside the records: "tensorboard", "wandb" or "trackio",
+            with a directory or project behind a colon if wanted, or an object with the methods of
+            ``logs.Logger``.
         shard: only every N-th image: a ``Shard`` or its text, such as "3/16", or "auto" in a
             process of torchrun or srun. The run then lies in a folder of ``out`` of its own, and
             ``merging.merge`` makes one run of all.
@@ -59,9 +65,12 @@ def evaluate(
 
     Raises:
         DataError: an image lacks a column of ``group_by``, or it has very many values.
-        RunError: ``out`` holds another run or a damaged one, or cannot be written.
-        DiveFastError: an unknown strategy, preset or number of probes.
+        RunError: ``out`` holds another run or a damaged one, or cannot be written; or the logger
+            cannot be opened.
+        DiveFastError: an unknown strategy, preset or number of probes; ``log_to`` is no logger, or
+            its package is not installed.
     """
+    check_log_to(log_to)
     columns = expect_columns(data, group_by)
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
@@ -87,10 +96,15 @@ def evaluate(
     def stream(latents: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
         return classifier.stream(latents=latents, **asked)
 
-    with RunDirectory.open(out, config, environment(classifier), form, facts) as run:
-        run_over(sources, stream, run, progress=progress, total=len(data.examples))
+    with (
+        RunDirectory.open(out, config, environment(classifier), form, facts) as run,
+        logged(run, log_to, config) as records,
+    ):
+        run_over(sources, stream, records, progress=progress, total=len(data.examples))
         ids = set(data.ids) if truths is None else truths
-        return write_outputs(run.path, ids=ids, fill_rate=classifier.last_run.fill_rate)
+        summary = write_outputs(run.path, ids=ids, fill_rate=classifier.last_run.fill_rate)
+        records.finish(summary.to_dict())
+        return summary
 
 
 def _latent(classifier: DiffusionClassifier, example: Example) -> torch.Tensor:

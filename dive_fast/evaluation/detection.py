@@ -21,12 +21,14 @@ from dive_fast.data.coco import (
 )
 from dive_fast.data.images import to_mode
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
+from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import machine
 from dive_fast.evaluation.outputs import write_detection_outputs
 from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.evaluation.shards import Shard, as_shard
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.predict.detections import Detections
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ def evaluate_detections(
     *,
     config: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
+    log_to: LogTo | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
     **search: Any,
@@ -119,18 +122,22 @@ def evaluate_detections(
             ``LayoutDetector`` its ``identity`` if None. A run of another configuration is not
             resumed.
         environment: what else is worth recording; other versions are warned of.
+        log_to: where running figures go beside the records, as for ``evaluate``.
         progress: show a bar.
         shard: only every N-th image, as ``classification.evaluate`` has it.
         **search: for the detector's ``stream``: strategy, probes, seed.
 
     Raises:
-        RunError: ``out`` holds another run or a damaged one, or cannot be written.
+        RunError: ``out`` holds another run or a damaged one, or cannot be written; or the logger
+            cannot be opened.
         DataError: the detector knows none of the classes, nothing is annotated, or all images have
             another size than annotated.
-        DiveFastError: pycocotools is not installed.
+        DiveFastError: pycocotools is not installed, or ``log_to`` is no logger or its package is
+            not.
     """
     # Hours of search should not end at a missing package or at data that cannot be scored.
     pycocotools()
+    check_log_to(log_to)
     dataset.expect_objects("to score")
     unknown = unknown_classes(dataset, detector.names)
     expect_fitting_images(dataset)
@@ -148,13 +155,17 @@ def evaluate_detections(
     ]
     form = Form("detection", detector.names)
     here = {**machine(), **(environment or {})}
-    with RunDirectory.open(out, config, here, form, facts) as run:
-        run_over(sources, partial(detector.stream, **search), run, progress=progress)
+    with (
+        RunDirectory.open(out, config, here, form, facts) as run,
+        logged(run, log_to, config) as records,
+    ):
+        run_over(sources, partial(detector.stream, **search), records, progress=progress)
         done = run.done()
         summary = summarise_detections(done, dataset, detector.names)
         ids = [str(i.id) for i in dataset.images]
         there = ((key, done[key]) for key in ids if key in done)
         write_detection_outputs(run.path, summary.to_dict(), there)
+        records.finish(summary.to_dict())
         return summary
 
 
