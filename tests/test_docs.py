@@ -38,6 +38,7 @@ PAGES = (
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",
+    "docs/logging.md",
 )
 
 
