@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dive_fast.core.head import Head
     from dive_fast.core.layouts import Layout, LayoutFormat
     from dive_fast.core.probes import ProbeList
+    from dive_fast.core.schedule import Schedule
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
