@@ -1,7 +1,7 @@
 """The site is made of the repository as it lies: README.md is its home, links stay as on GitHub.
 
-Every page keeps its path from the root of the repository, so a link that works there works here, also
-one to a file that is no page, such as a table of results.
+Every page keeps its path from the root of the repository, so a link that works there works here,
+also one to a file that is no page, such as a table of results.
 """
 
 from __future__ import annotations
