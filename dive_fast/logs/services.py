@@ -117,7 +117,10 @@ class WandB:
 
 
 class Trackio:
-    """A run of Trackio, on this machine if its environment variables name no server or Space."""
+    """A run of Trackio, on this machine if its environment variables name no server or Space.
+
+    Trackio has one run open at a time: a caller's own is finished.
+    """
 
     target: ClassVar[str] = "PROJECT"
 
