@@ -5,11 +5,13 @@ from __future__ import annotations
 from dive_fast.data.class_lists import read_classes
 from dive_fast.data.examples import DataSet, Example
 from dive_fast.data.labelled import folder_classes, load_all, open_dataset, select
+from dive_fast.data.torch_sets import from_torch
 
 __all__ = [
     "DataSet",
     "Example",
     "folder_classes",
+    "from_torch",
     "load_all",
     "open_dataset",
     "read_classes",
