@@ -10,6 +10,12 @@ import argparse
 import math
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
+DATA = "digits|DIR|FILE|wds:TARS|hf:NAME@SPLIT"  # of a classifier
+OTHER_DATA = (
+    "a table of paths and labels (.csv, .tsv, .jsonl), webdataset's tar files "
+    "(wds:path/{000..099}.tar), or a data set of Hugging Face (hf:NAME[:CONFIG]@SPLIT); "
+    "docs/data.md has all"
+)
 
 
 def count(text: str) -> int:

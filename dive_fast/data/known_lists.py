@@ -1,9 +1,9 @@
 """Known lists of classes and templates, read from the packages that keep them.
 
 ``open_clip:imagenet`` is ImageNet's class names as CLIP's authors curated them,
-``open_clip:openai`` their 80 templates; ``clip_benchmark`` has those of more data sets. Of a package
-only the file with the lists is read: none is imported, nor what it depends on (torchvision among
-it).
+``open_clip:openai`` their 80 templates; ``clip_benchmark`` has those of more data sets. Of a
+package only the file with the lists is read: none is imported, nor what it depends on (torchvision
+among it).
 """
 
 from __future__ import annotations
