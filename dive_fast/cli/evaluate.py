@@ -15,7 +15,7 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import add_log_to, add_options_of_both, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_log_to, add_options_of_both, count
 from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,10 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        metavar="digits|DIR|FILE.npz|scenes|FILE.json",
+        metavar=f"{DATA}|scenes|FILE.json",
         help="for a classifier digits (the held-out ones), a folder with one sub-folder per class, "
-        "or an .npz with images and labels (or x_test and y_test); for a detector scenes (the "
+        f"an .npz with images and labels (or x_test and y_test), {OTHER_DATA}; for a "
+        "detector scenes (the "
         "held-out ones), or a COCO annotation file",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
@@ -60,7 +61,7 @@ def add_parser(commands) -> None:
         "--limit",
         type=count,
         metavar="N",
-        help="a random subset of N images; of scenes the first N",
+        help="a random subset of N images; of scenes and streams the first N",
     )
     parser.add_argument(
         "--shard",

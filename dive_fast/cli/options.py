@@ -10,6 +10,12 @@ import argparse
 import math
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
+DATA = "digits|DIR|FILE|wds:TARS|hf:NAME@SPLIT"  # of a classifier
+OTHER_DATA = (
+    "a table of paths and labels (.csv, .tsv, .jsonl), webdataset's tar files "
+    "(wds:path/{000..099}.tar), or a data set of Hugging Face (hf:NAME[:CONFIG]@SPLIT); "
+    "docs/data.md has all"
+)
 
 
 def count(text: str) -> int:
@@ -223,15 +229,17 @@ def _add_prompts(
     group = parser.add_argument_group(f"classes of a text-conditional model ({models})")
     group.add_argument(
         "--classes",
-        metavar="NAMES|FILE",
-        help="names with commas between, or a file: one name a line, or a table (.csv, .tsv), JSON "
-        "or YAML, also with prompts",
+        metavar="NAMES|FILE|LIST",
+        help="names with commas between; a file: one name a line, or a table (.csv, .tsv), JSON "
+        "or YAML, also with prompts; or a package's list: open_clip:imagenet, clip_benchmark:pets",
     )
     group.add_argument(
         "--template",
         action="append",
-        metavar="TEXT",
-        help="makes a prompt of a name, with {} in its place; may be given several times "
+        metavar="TEXT|LIST",
+        help="makes a prompt of a name, with {} in its place; or a package's list of such: "
+        "open_clip:openai (80), open_clip:simple (7), clip_benchmark:pets; may be given several "
+        "times "
         f"(default: {default_template})",
     )
     return group
