@@ -49,7 +49,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 2**21  # probabilities of the memory map that are held at once
+_BLOCK = 2**18  # probabilities of the memory map that are held at once
+_FEWEST = 16  # classes that are read at once, so that there are not too many readings
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _auroc(sklearn, posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray)
 def _blocks(posteriors: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """p(y | x0) of some images for a few classes after the other: (first class, [m, classes])."""
     classes = posteriors.shape[1]
-    width = min(classes, max(1, _BLOCK // len(rows)))
+    width = min(classes, max(_FEWEST, _BLOCK // len(rows)))
     height = max(1, _BLOCK // classes)  # rows of which whole pages may be mapped at once
     for first in range(0, classes, width):
         block = np.empty((len(rows), min(width, classes - first)), np.float32)
