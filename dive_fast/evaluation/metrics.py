@@ -161,7 +161,7 @@ def figures(table: RunTable, rows: np.ndarray | None = None) -> Figures:
     found["ece"] = expected_calibration_error(table.probability[rows], correct), None
     with table.posteriors() as posteriors:
         if posteriors is not None:
-            found["nll"] = _mean(-_log_probability(table, rows))
+            found["nll"] = _mean(-log_probability(table, rows))
             found["brier"] = _mean(_brier(posteriors, rows, truth))
             if table.n_classes >= TOP:
                 found["top5"] = _share(table.truth_rank[rows] <= TOP)
@@ -263,8 +263,8 @@ def _mean_recall(truth: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
     return float(recall.mean()), math.sqrt(variance) / len(n)
 
 
-def _log_probability(table: RunTable, rows: np.ndarray) -> np.ndarray:
-    """log p(truth | x0), float64 [m]."""
+def log_probability(table: RunTable, rows: np.ndarray) -> np.ndarray:
+    """log p(truth | x0) of some rows, float64 [m], in nats; not measured it counts as log 1e-6."""
     found = table.truth_log_probability[rows]
     return np.where(found == -math.inf, math.log(UNMEASURED_PROBABILITY), found)
 
