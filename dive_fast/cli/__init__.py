@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
     from dive_fast.cli import (
         classify,
+        compare_runs,
         convert,
         demo,
         detect,
@@ -66,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    for module in (classify, detect, evaluate, merge, fit, probe, *training, convert, demo, info):
+    runs = (evaluate, merge, compare_runs)
+    for module in (classify, detect, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 
