@@ -16,6 +16,7 @@ from dive_fast.core.head import Head
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.evaluation.machine import environment
+from dive_fast.evaluation.on_ray import RayOptions, Work, loading, run_on_ray, spread
 from dive_fast.evaluation.records import Form, check_figures
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
@@ -69,6 +70,7 @@ def evaluate(
     head: Head | str | Path | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
+    ray: RayOptions | None = None,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
 
@@ -80,10 +82,12 @@ def evaluate(
         shard: only every N-th image: a ``Shard`` or its text, such as "3/16", or "auto" in a
             process of torchrun or srun. The run then lies in a folder of ``out`` of its own, and
             ``merging.merge`` makes one run of all.
+        ray: have the workers of a Ray cluster compute, see ``RayOptions``; ``classifier`` is then
+            what they are compared with, and need not lie on a GPU.
 
     Raises:
         RunError: ``out`` holds another run or a damaged one, or cannot be written.
-        DiveFastError: an unknown strategy, preset or number of probes.
+        DiveFastError: an unknown strategy, preset or number of probes; or as ``run_on_ray``.
     """
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
@@ -96,22 +100,46 @@ def evaluate(
     out, data, part, facts = as_shard(out, data, data.ids, shard)
     config.update(part)
     facts.update(names=classifier.names, data=data.where)
-    sources = (
-        Source(e.id, partial(_latent, classifier, e), {"truth": e.label}, name=e.id)
-        for e in data.examples
-    )
     labels = data.labels
     truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
     form = Form("classification", classifier.names, truths)
-
-    def stream(latents: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
-        return classifier.stream(latents=latents, **asked)
-
-    with RunDirectory.open(out, config, environment(classifier), form, facts) as run:
-        run_over(sources, stream, run, progress=progress, total=len(data.examples))
+    here = environment(classifier) if ray is None else spread(environment(classifier), ray)
+    with RunDirectory.open(out, config, here, form, facts) as run:
+        if ray is None:
+            sources = (_source(classifier, example) for example in data.examples)
+            stream = partial(_stream, asked, classifier)
+            run_over(sources, stream, run, progress=progress, total=len(data.examples))
+            fill_rate = classifier.last_run.fill_rate
+        else:
+            work = Work(
+                load=loading(classifier, ray),
+                items=data.examples,
+                ids=data.ids,
+                source=_source,
+                stream=partial(_stream, asked),
+                identity=partial(_identity, asked),
+            )
+            fill_rate = run_on_ray(work, classifier, run, ray, progress=progress)
         done = run.done()
         summary = summarise([done[e.id] for e in data.examples if e.id in done])
-        return dataclasses.replace(summary, fill_rate=classifier.last_run.fill_rate)
+        return dataclasses.replace(summary, fill_rate=fill_rate)
+
+
+def _source(classifier: DiffusionClassifier, example: Example) -> Source:
+    read = partial(_latent, classifier, example)
+    return Source(example.id, read, {"truth": example.label}, name=example.id)
+
+
+def _stream(
+    asked: Mapping[str, Any],
+    classifier: DiffusionClassifier,
+    latents: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, Any]]:
+    return classifier.stream(latents=latents, **asked)
+
+
+def _identity(asked: Mapping[str, Any], classifier: DiffusionClassifier) -> dict[str, Any]:
+    return classifier.identity(**asked)
 
 
 def _latent(classifier: DiffusionClassifier, example: Example) -> torch.Tensor:
