@@ -16,6 +16,7 @@ from dive_fast.cli.loading import (
     load_detector,
 )
 from dive_fast.cli.options import add_options_of_both, count
+from dive_fast.cli.spread import add_ray, ray_options
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help="a head that 'dive-fast probe' wrote, from whose ranking of the classes auto starts",
     )
+    add_ray(parser)
     parser.set_defaults(run=run)
 
 
@@ -117,7 +119,9 @@ def _classifier(options: argparse.Namespace):
     from dive_fast.evaluation import evaluate
 
     strategy = chosen_strategy(options)
-    classifier = load_classifier(options, folder_classes(options.data))
+    classes = folder_classes(options.data)
+    ray = ray_options(options, load_classifier, classes)
+    classifier = load_classifier(options, classes)
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
     _offer_fit(options, classifier, strategy, len(data.examples))
     summary = evaluate(
@@ -131,6 +135,7 @@ def _classifier(options: argparse.Namespace):
         head=options.head,
         progress=sys.stderr.isatty(),
         shard=options.shard,
+        ray=ray,
     )
     return summary, classifier_text
 
@@ -159,6 +164,7 @@ def _detector(options: argparse.Namespace):
 
     strategy = chosen_layout_strategy(options)
     with annotated_images(options, "test") as data:
+        ray = ray_options(options, load_detector, data.names)
         detector = load_detector(options, data.names)
         data.tell_problems(log.warning)
         summary = evaluate_detections(
@@ -168,6 +174,7 @@ def _detector(options: argparse.Namespace):
             environment=environment(detector),
             progress=sys.stderr.isatty(),
             shard=options.shard,
+            ray=ray,
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,

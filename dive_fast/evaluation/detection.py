@@ -22,6 +22,7 @@ from dive_fast.data.coco import (
 from dive_fast.data.images import to_mode
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.evaluation.machine import machine
+from dive_fast.evaluation.on_ray import RayOptions, Work, loading, run_on_ray, spread
 from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
@@ -102,6 +103,7 @@ def evaluate_detections(
     environment: Mapping[str, Any] | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
+    ray: RayOptions | None = None,
     **search: Any,
 ) -> DetectionSummary:
     """Searches every image of ``dataset`` and appends one line each to ``out/results.jsonl``.
@@ -120,6 +122,7 @@ def evaluate_detections(
         environment: what else is worth recording; other versions are warned of.
         progress: show a bar.
         shard: only every N-th image, as ``classification.evaluate`` has it.
+        ray: have the workers of a Ray cluster compute, as ``classification.evaluate`` has it.
         **search: for the detector's ``stream``: strategy, probes, seed.
 
     Raises:
@@ -140,16 +143,39 @@ def evaluate_detections(
     config = {**config, "data": dataset.identity(), "names": list(detector.names)}
     out, dataset, part, facts = as_shard(out, dataset, [str(i.id) for i in dataset.images], shard)
     config.update(part)
-    sources = [
-        # A missing image is among the data's problems already.
-        Source(str(i.id), partial(_read, i), name=None if i.path is None else str(i.path))
-        for i in dataset.images
-    ]
     form = Form("detection", detector.names)
     here = {**machine(), **(environment or {})}
-    with RunDirectory.open(out, config, here, form, facts) as run:
-        run_over(sources, partial(detector.stream, **search), run, progress=progress)
+    with RunDirectory.open(out, config, spread(here, ray) if ray else here, form, facts) as run:
+        if ray is None:
+            sources = [_source(detector, image) for image in dataset.images]
+            run_over(sources, partial(_stream, search, detector), run, progress=progress)
+        else:
+            work = Work(
+                load=loading(detector, ray),
+                items=dataset.images,
+                ids=[str(image.id) for image in dataset.images],
+                source=_source,
+                stream=partial(_stream, search),
+                identity=partial(_identity, search) if hasattr(detector, "identity") else None,
+            )
+            run_on_ray(work, detector, run, ray, progress=progress)
         return summarise_detections(run.done(), dataset, detector.names)
+
+
+def _source(detector: Detector, image: CocoImage) -> Source:
+    # A missing image is among the data's problems already.
+    name = None if image.path is None else str(image.path)
+    return Source(str(image.id), partial(_read, image), name=name)
+
+
+def _stream(
+    search: Mapping[str, Any], detector: Detector, images: Iterable[tuple[str, Image.Image]]
+) -> Iterator[tuple[str, Detections]]:
+    return detector.stream(images, **search)
+
+
+def _identity(search: Mapping[str, Any], detector: Any) -> dict[str, Any]:
+    return detector.identity(**search)
 
 
 def _read(image: CocoImage) -> Image.Image:
