@@ -69,6 +69,7 @@ def ray_options(
             raise DiveFastError(f"--{next(iter(given)).replace('_', '-')} needs --ray.")
         return None
     from dive_fast.evaluation.on_ray import RayOptions
+    from dive_fast.evaluation.on_ray.cluster import expect_cluster
 
     # What a worker unpickles must not name this command's functions, only what they were given.
     workers = copy.copy(options)
@@ -77,4 +78,6 @@ def ray_options(
         workers.device = "cpu"
     options.device = "cpu"
     address = None if options.ray == HERE else options.ray
-    return RayOptions(address=address, load=partial(load, workers, classes), **given)
+    found = RayOptions(address=address, load=partial(load, workers, classes), **given)
+    expect_cluster(found)  # before the model is loaded, which may take minutes
+    return found

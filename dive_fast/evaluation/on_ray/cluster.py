@@ -35,8 +35,7 @@ def connected(options: RayOptions, todo: int) -> Iterator[tuple[ModuleType, int]
     Raises:
         DiveFastError: Ray is not installed, no cluster answers, or it has no room.
     """
-    ray = _ray()
-    address = options.address or os.environ.get("RAY_ADDRESS") or None
+    ray, address = _ray(), _address(options)
     if ray.is_initialized():
         if options.address is not None:
             raise DiveFastError(
@@ -44,10 +43,10 @@ def connected(options: RayOptions, todo: int) -> Iterator[tuple[ModuleType, int]
             )
         yield ray, _workers(options, todo, *_room(ray, options))
         return
-    if address in (None, "local"):
+    if address is None:
         workers = _start(ray, options, todo)
     else:
-        _connect(ray, address)
+        _connect(ray, options)
         workers = None
     try:
         yield ray, workers or _workers(options, todo, *_room(ray, options))
@@ -100,7 +99,16 @@ def _start(ray: ModuleType, options: RayOptions, todo: int) -> int:
 # -- a cluster that is there -----------------------------------------------------------------------
 
 
-def _connect(ray: ModuleType, address: str) -> None:
+def expect_cluster(options: RayOptions) -> None:
+    """That the cluster that the options name answers, if they name one.
+
+    Raises:
+        DiveFastError: it does not, or Ray is not installed.
+    """
+    _ray()
+    address = _address(options)
+    if address is None:
+        return
     if "://" in address:
         raise DiveFastError(
             f"expected 'auto' or HOST:PORT of a cluster that this machine is part of, got "
@@ -108,12 +116,29 @@ def _connect(ray: ModuleType, address: str) -> None:
         )
     try:
         _expect_answer(_resolved(address))
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _connect(ray: ModuleType, options: RayOptions) -> None:
+    expect_cluster(options)
+    address = _address(options)
+    try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError, SystemExit) as error:  # Ray exits after two minutes
-        raise DiveFastError(
-            f"no Ray cluster at {shown(address)} ({_first_line(error)}); 'ray start --head' starts "
-            "one."
-        ) from error
+    except (OSError, RuntimeError, ValueError, SystemExit) as error:  # it exits after two minutes
+        raise _no_cluster(address, error) from error
+
+
+def _address(options: RayOptions) -> str | None:
+    """None where a cluster shall be started."""
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
+def _no_cluster(address: str | None, error: BaseException) -> DiveFastError:
+    return DiveFastError(
+        f"no Ray cluster at {shown(address)} ({_first_line(error)}); 'ray start --head' starts one."
+    )
 
 
 def _resolved(address: str) -> str:
@@ -122,7 +147,10 @@ def _resolved(address: str) -> str:
         return address
     from ray._private.services import canonicalize_bootstrap_address
 
-    return canonicalize_bootstrap_address(address)
+    try:
+        return canonicalize_bootstrap_address(address)
+    except ConnectionError as error:
+        raise ConnectionError("none runs on this machine") from error
 
 
 def _expect_answer(address: str) -> None:
@@ -176,6 +204,8 @@ def _refuse(options: RayOptions, there: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if isinstance(error, OSError) and error.strerror:
+        lines = [error.strerror]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
