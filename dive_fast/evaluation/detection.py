@@ -22,7 +22,8 @@ from dive_fast.data.coco import (
 from dive_fast.data.images import to_mode
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.evaluation.machine import machine
-from dive_fast.evaluation.on_ray import RayOptions, Work, loading, run_on_ray, spread
+from dive_fast.evaluation.on_ray import RayOptions, Work, run_on_ray, spread
+from dive_fast.evaluation.outputs import write_detection_outputs
 from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
@@ -145,21 +146,20 @@ def evaluate_detections(
     config.update(part)
     form = Form("detection", detector.names)
     here = {**machine(), **(environment or {})}
+    ids = [str(i.id) for i in dataset.images]
     with RunDirectory.open(out, config, spread(here, ray) if ray else here, form, facts) as run:
         if ray is None:
             sources = [_source(detector, image) for image in dataset.images]
-            run_over(sources, partial(_stream, search, detector), run, progress=progress)
+            run_over(sources, partial(detector.stream, **search), run, progress=progress)
         else:
-            work = Work(
-                load=loading(detector, ray),
-                items=dataset.images,
-                ids=[str(image.id) for image in dataset.images],
-                source=_source,
-                stream=partial(_stream, search),
-                identity=partial(_identity, search) if hasattr(detector, "identity") else None,
-            )
+            identity = partial(_identity, search) if hasattr(detector, "identity") else None
+            work = Work(dataset.images, ids, _source, partial(_stream, search), identity)
             run_on_ray(work, detector, run, ray, progress=progress)
-        return summarise_detections(run.done(), dataset, detector.names)
+        done = run.done()
+        summary = summarise_detections(done, dataset, detector.names)
+        there = ((key, done[key]) for key in ids if key in done)
+        write_detection_outputs(run.path, summary.to_dict(), there)
+        return summary
 
 
 def _source(detector: Detector, image: CocoImage) -> Source:

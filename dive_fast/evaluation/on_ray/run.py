@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from dive_fast.evaluation.on_ray import worker as told
 from dive_fast.evaluation.on_ray.cluster import connected, reason_of
 from dive_fast.evaluation.on_ray.handout import DEATHS, Handout
 from dive_fast.evaluation.on_ray.options import RayOptions
-from dive_fast.evaluation.on_ray.work import Work, cannot_send
+from dive_fast.evaluation.on_ray.work import Work, cannot_send, loading
 from dive_fast.evaluation.run import Records
 from dive_fast.evaluation.runfiles import for_json
 
@@ -36,8 +36,8 @@ def run_on_ray(
     which three of them died is recorded with an error.
 
     Args:
-        work: what the workers do; its ``load`` makes what ``predictor`` is.
-        predictor: the driver's own, with which theirs are compared.
+        work: what the workers do.
+        predictor: the driver's classifier or detector; theirs must be the same.
         records: where the records go.
         options: of the cluster and its workers.
         progress: show a bar.
@@ -55,7 +55,7 @@ def run_on_ray(
         if not todo:
             return None
         with connected(options, len(todo)) as (ray, count):
-            crew = _Crew(ray, work, options, count)
+            crew = _Crew(ray, work, loading(predictor, options), options, count)
             run = _Run(crew, work, predictor, records, Handout(todo, options.piece, count), bar)
             try:
                 run.to_its_end()
@@ -87,7 +87,14 @@ class _Hand:
 class _Crew:
     """The workers: started, replaced, dismissed."""
 
-    def __init__(self, ray: ModuleType, work: Work, options: RayOptions, count: int) -> None:
+    def __init__(
+        self,
+        ray: ModuleType,
+        work: Work,
+        load: Callable[[], Any],
+        options: RayOptions,
+        count: int,
+    ) -> None:
         self.ray = ray
         self.hands: list[_Hand] = []
         self._options = options
@@ -98,14 +105,14 @@ class _Crew:
             max_restarts=0,
         )
         try:
-            self._work = ray.put(work)
+            self._load, self._work = ray.put(load), ray.put(work)
         except (TypeError, ValueError, AttributeError, ImportError, RecursionError) as error:
-            raise cannot_send("the data or the strategy", error) from error
+            raise cannot_send("the data, the strategy or what loads the model", error) from error
         for _ in range(count):
             self.hire()
 
     def hire(self) -> None:
-        actor = self._actor.remote(self._work, self._options.cpus_per_worker)
+        actor = self._actor.remote(self._load, self._work, self._options.cpus_per_worker)
         events = actor.events.options(
             num_returns="streaming", _generator_backpressure_num_objects=UNREAD
         ).remote()

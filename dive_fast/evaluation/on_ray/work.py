@@ -1,4 +1,4 @@
-"""What is sent to every worker: how its model is made, and what it does with an item."""
+"""What is sent to every worker: what it does with an item, and how its model is made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ class Work:
     """One run's work; sent once, so the functions are such as can be pickled.
 
     Attributes:
-        load: makes the predictor, a classifier or a detector, on the worker.
         items: the examples or annotated images, which a position names.
         ids: of their records.
         source: of the predictor and an item, what is to be read.
@@ -28,7 +27,6 @@ class Work:
             driver's. None where there is nothing to compare.
     """
 
-    load: Callable[[], Any]
     items: Sequence[Any]
     ids: Sequence[str]
     source: Callable[[Any, Any], Source]

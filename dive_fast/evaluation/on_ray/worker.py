@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,12 +66,13 @@ class Worker:
     """The actor.
 
     Args:
-        work: what is done.
+        load: makes the classifier or detector.
+        work: what is done with it.
         threads: of torch.
     """
 
-    def __init__(self, work: Work, threads: int) -> None:
-        self._work = work
+    def __init__(self, load: Callable[[], Any], work: Work, threads: int) -> None:
+        self._load, self._work = load, work
         self._threads = threads
         self._inbox: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -94,7 +95,7 @@ class Worker:
     def _compute(self) -> None:
         try:
             torch.set_num_threads(self._threads)
-            predictor = self._work.load()
+            predictor = self._load()
             identity = self._work.identity
             found = None if identity is None else for_json(identity(predictor))
             self._outbox.put(Ready(found, versions()))
