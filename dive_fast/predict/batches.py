@@ -1,4 +1,4 @@
-"""A classifier for pipelines that map a class over batches of columns, such as those of Ray Data."""
+"""A classifier for pipelines that map a class over batches of columns, such as Ray Data's."""
 
 from __future__ import annotations
 
