@@ -40,6 +40,11 @@ def cluster():
     """Two cores, whatever the machine has, and little memory."""
     import ray
 
+    tests = Path(__file__).parent
+    search = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", search)  # the workers read the images of ray_images
+    patch.delenv("RAY_ADDRESS", raising=False)
     ray.init(
         address="local",
         num_cpus=2,
@@ -48,6 +53,7 @@ def cluster():
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    patch.undo()
     yield ray
     ray.shutdown()
 
@@ -226,6 +232,7 @@ class TestCommand:
         command = [*map(str, self.COMMAND), "--batch-size", "40", "--out", str(out)]
         driver = subprocess.Popen(
             [sys.executable, "-m", "dive_fast", *command, "--ray", "--workers", "2"],
+            cwd=Path(__file__).parents[1],
             env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

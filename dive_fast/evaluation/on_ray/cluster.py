@@ -220,5 +220,5 @@ def reason_of(error: Exception) -> str:
     if "node" in text and ("node died" in text or "dead node" in text or "node was" in text):
         return "its node was lost"
     if "creation task" in text:
-        return shown(str(error).strip().splitlines()[-1]).strip("'\"")
+        return str(error).strip().splitlines()[-1][:200]
     return "its process ended"

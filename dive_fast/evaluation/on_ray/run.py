@@ -224,17 +224,18 @@ class _Run:
     def _lose(self, hand: _Hand, error: Exception) -> None:
         """A worker is dead: another one in its place, and its images to whoever is there."""
         self._crew.dismiss(hand)
+        reason = reason_of(error)
+        given_up = self._handout.lost(hand.given.values())
         if not hand.ready:
             self._stillborn += 1
+            log.warning("a worker died while it loaded the model (%s).", reason)
             if self._stillborn >= DEATHS:
                 raise DiveFastError(
-                    f"{DEATHS} workers died while they loaded the model ({reason_of(error)})."
+                    f"{DEATHS} workers died while they loaded the model ({reason})."
                 ) from error
-        given_up = self._handout.lost(hand.given.values())
-        log.warning(
-            "a worker died (%s); %d images that it had in flight are computed again.",
-            reason_of(error), len(hand.given) - len(given_up),
-        )  # fmt: skip
+        else:
+            count = len(hand.given) - len(given_up)
+            log.warning("a worker died (%s); %d images are computed again.", reason, count)
         for position in given_up:
             self._give_up(position)
         for idle in self._crew.hands:
