@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dive_fast.engine.options import EngineOptions
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
+    from dive_fast.predict.batches import RayClassifier
     from dive_fast.predict.calibration import Calibration
     from dive_fast.predict.classification import Classification
     from dive_fast.predict.classifier import DiffusionClassifier
@@ -48,6 +49,7 @@ _HOMES = {
     "LayoutFormat": "dive_fast.core.layouts",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.core.probes",
+    "RayClassifier": "dive_fast.predict.batches",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
     "Schedule": "dive_fast.core.schedule",
@@ -87,6 +89,7 @@ __all__ = [
     "LayoutFormat",
     "ModelError",
     "ProbeList",
+    "RayClassifier",
     "RunError",
     "Schedule",
     "TimestepWeights",

@@ -16,6 +16,7 @@ from dive_fast.cli.loading import (
     load_detector,
 )
 from dive_fast.cli.options import DATA, OTHER_DATA, add_log_to, add_options_of_both, count
+from dive_fast.cli.spread import add_ray, ray_options
 from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help="a head that 'dive-fast probe' wrote, from whose ranking of the classes auto starts",
     )
+    add_ray(parser)
     parser.set_defaults(run=run)
 
 
@@ -129,7 +131,9 @@ def _classifier(options: argparse.Namespace):
     from dive_fast.evaluation import evaluate
 
     strategy = chosen_strategy(options)
-    classifier = load_classifier(options, folder_classes(options.data))
+    classes = folder_classes(options.data)
+    ray = ray_options(options, load_classifier, classes)
+    classifier = load_classifier(options, classes)
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
     _offer_fit(options, classifier, strategy, len(data.examples))
     summary = evaluate(
@@ -145,6 +149,7 @@ def _classifier(options: argparse.Namespace):
         progress=sys.stderr.isatty(),
         shard=options.shard,
         group_by=options.group_by,
+        ray=ray,
     )
     return summary, classifier_text
 
@@ -175,6 +180,7 @@ def _detector(options: argparse.Namespace):
 
     strategy = chosen_layout_strategy(options)
     with annotated_images(options, "test") as data:
+        ray = ray_options(options, load_detector, data.names)
         detector = load_detector(options, data.names)
         data.tell_problems(log.warning)
         summary = evaluate_detections(
@@ -185,6 +191,7 @@ def _detector(options: argparse.Namespace):
             log_to=options.log_to,
             progress=sys.stderr.isatty(),
             shard=options.shard,
+            ray=ray,
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,

@@ -23,6 +23,7 @@ from dive_fast.data.images import to_mode
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import machine
+from dive_fast.evaluation.on_ray import RayOptions, Work, run_on_ray, spread
 from dive_fast.evaluation.outputs import write_detection_outputs
 from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
@@ -106,6 +107,7 @@ def evaluate_detections(
     log_to: LogTo | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
+    ray: RayOptions | None = None,
     **search: Any,
 ) -> DetectionSummary:
     """Searches every image of ``dataset`` and appends one line each to ``out/results.jsonl``.
@@ -125,6 +127,7 @@ def evaluate_detections(
         log_to: where running figures go beside the records, as for ``evaluate``.
         progress: show a bar.
         shard: only every N-th image, as ``classification.evaluate`` has it.
+        ray: have the workers of a Ray cluster compute, as ``classification.evaluate`` has it.
         **search: for the detector's ``stream``: strategy, probes, seed.
 
     Raises:
@@ -148,25 +151,42 @@ def evaluate_detections(
     config = {**config, "data": dataset.identity(), "names": list(detector.names)}
     out, dataset, part, facts = as_shard(out, dataset, [str(i.id) for i in dataset.images], shard)
     config.update(part)
-    sources = [
-        # A missing image is among the data's problems already.
-        Source(str(i.id), partial(_read, i), name=None if i.path is None else str(i.path))
-        for i in dataset.images
-    ]
     form = Form("detection", detector.names)
     here = {**machine(), **(environment or {})}
+    ids = [str(i.id) for i in dataset.images]
     with (
-        RunDirectory.open(out, config, here, form, facts) as run,
+        RunDirectory.open(out, config, spread(here, ray) if ray else here, form, facts) as run,
         logged(run, log_to, config) as records,
     ):
-        run_over(sources, partial(detector.stream, **search), records, progress=progress)
+        if ray is None:
+            sources = [_source(detector, image) for image in dataset.images]
+            run_over(sources, partial(detector.stream, **search), records, progress=progress)
+        else:
+            identity = partial(_identity, search) if hasattr(detector, "identity") else None
+            work = Work(dataset.images, ids, _source, partial(_stream, search), identity)
+            run_on_ray(work, detector, records, ray, progress=progress)
         done = run.done()
         summary = summarise_detections(done, dataset, detector.names)
-        ids = [str(i.id) for i in dataset.images]
         there = ((key, done[key]) for key in ids if key in done)
         write_detection_outputs(run.path, summary.to_dict(), there)
         records.finish(summary.to_dict())
         return summary
+
+
+def _source(detector: Detector, image: CocoImage) -> Source:
+    # A missing image is among the data's problems already.
+    name = None if image.path is None else str(image.path)
+    return Source(str(image.id), partial(_read, image), name=name)
+
+
+def _stream(
+    search: Mapping[str, Any], detector: Detector, images: Iterable[tuple[str, Image.Image]]
+) -> Iterator[tuple[str, Detections]]:
+    return detector.stream(images, **search)
+
+
+def _identity(search: Mapping[str, Any], detector: Any) -> dict[str, Any]:
+    return detector.identity(**search)
 
 
 def _read(image: CocoImage) -> Image.Image:
