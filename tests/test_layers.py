@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dive_fast"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("evaluation", "training"),
+    ("app", "evaluation", "training"),
     ("compat", "predict"),
     ("accelerator", "engine", "priors"),
     ("data", "logs", "models", "strategies"),

@@ -181,7 +181,9 @@ def _common(
 def _chosen_classes(
     options: argparse.Namespace, classes: Sequence[str] | None, source: Source
 ) -> Classes | None:
-    """What ``--classes`` says; else ``classes``, if the model cannot do without."""
-    if options.classes is not None:
+    """What ``--classes`` says, or stands in its place; else ``classes``, where they are needed."""
+    if isinstance(options.classes, str):
         return class_names(options.classes)
+    if options.classes is not None:
+        return options.classes
     return classes if classes is not None and source.needs_classes else None

@@ -136,6 +136,25 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     _add_search(group, "guided|invert", _SEARCHES, "48", "margin=0.05")
 
 
+def add_app_options(parser: argparse.ArgumentParser) -> None:
+    """What the models of ``dive-fast app`` are loaded with, classifiers and detectors."""
+    group = parser.add_argument_group("models")
+    _add_model(
+        group,
+        None,
+        "digits|scenes|DIR|FILE|HUB_ID",
+        f"a model of the zoo, a model directory, a .safetensors file or a hub id; may be given "
+        f"several times, for a list to choose from (default: {CLASSIFIER})",
+        several=True,
+    )
+    _add_lora(group)
+    _add_timestep_embedding(group)
+    _add_prediction_type(group)
+    _add_prior(group)
+    _add_average(_add_prompts(parser, "Stable Diffusion, GLIGEN and others", "the family's own"))
+    _add_engine(parser)
+
+
 def add_options_of_both(
     parser: argparse.ArgumentParser, *, strategy: str, prior: bool
 ) -> argparse._ArgumentGroup:
@@ -197,9 +216,14 @@ _SEARCHES = (
 
 
 def _add_model(
-    group: argparse._ArgumentGroup, default: str | None, metavar: str, text: str
+    group: argparse._ArgumentGroup,
+    default: str | None,
+    metavar: str,
+    text: str,
+    several: bool = False,
 ) -> None:
-    group.add_argument("--model", default=default, metavar=metavar, help=text)
+    action = "append" if several else "store"
+    group.add_argument("--model", action=action, default=default, metavar=metavar, help=text)
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     group.add_argument(
