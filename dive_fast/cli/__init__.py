@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate,
         fit,
         info,
+        merge,
         probe,
         train,
         train_layout,
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    for module in (classify, detect, evaluate, fit, probe, *training, convert, demo, info):
+    for module in (classify, detect, evaluate, merge, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 
 from dive_fast.cli.jobs import annotated_images, is_detection
@@ -59,6 +60,12 @@ def add_parser(commands) -> None:
         metavar="N",
         help="a random subset of N images; of scenes the first N",
     )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N|auto",
+        help="only every N-th image, from the I-th on (1 to N), into a folder of RUN of its own; "
+        "auto takes both from torchrun or srun. 'dive-fast merge RUN' makes one run of all",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
     add_options_of_both(parser, strategy="auto", prior=True).add_argument(
         "--head",
@@ -70,6 +77,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     evaluated = _detector if is_detection(options) else _classifier
+    options.shard = _shard(options)
     try:
         summary, text = evaluated(options)
     except KeyboardInterrupt:
@@ -82,6 +90,26 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(text(summary))
     return 2 if summary.failed else 0
+
+
+def _shard(options: argparse.Namespace):
+    """The shard that is asked for; its process takes a GPU of its own where there are several."""
+    from dive_fast.evaluation.shards import Shard, launched
+
+    if options.shard is None:
+        if (place := launched(os.environ)) is not None and place.of > 1:
+            log.warning(
+                "this is process %d of %d, and each of them evaluates all images: --shard auto "
+                "divides them.", place.index, place.of,
+            )  # fmt: skip
+        return None
+    shard = Shard.read(options.shard)
+    if shard.local_rank is not None and options.device is None:
+        import torch
+
+        if (gpus := torch.cuda.device_count()) > 0:
+            options.device = f"cuda:{shard.local_rank % gpus}"
+    return shard
 
 
 def _classifier(options: argparse.Namespace):
@@ -102,6 +130,7 @@ def _classifier(options: argparse.Namespace):
         timesteps=options.timesteps,
         head=options.head,
         progress=sys.stderr.isatty(),
+        shard=options.shard,
     )
     return summary, classifier_text
 
@@ -138,6 +167,7 @@ def _detector(options: argparse.Namespace):
             options.out,
             environment=environment(detector),
             progress=sys.stderr.isatty(),
+            shard=options.shard,
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,

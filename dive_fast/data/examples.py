@@ -108,12 +108,15 @@ class DataSet:
             they are indexed or iterated.
         names: what the data itself calls its classes, or None if it only has numbers.
         content: digest of the source's content (pixels for arrays; paths and sizes for files).
+        where: what ``open_dataset`` was given, paths made absolute; None for data of another
+            origin. It is no part of the identity.
     """
 
     name: str
     examples: Sequence[Example]
     names: tuple[str, ...] | None
     content: str = ""
+    where: str | None = None
 
     @property
     def ids(self) -> Sequence[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ def open_dataset(
     spec = os.fspath(spec)
     if part not in PAIRS:
         raise DataError(f"expected a part of {', '.join(PAIRS)}, got {part!r}.")
+    found = _open(spec, class_names, part)
+    return replace(found, where=spec if spec == "digits" else os.path.abspath(spec))
+
+
+def _open(spec: str, class_names: Sequence[str], part: str) -> DataSet:
     if spec == "digits":
         return open_digits(class_names, part)
     if os.path.isdir(spec):

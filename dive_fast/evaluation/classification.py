@@ -19,6 +19,7 @@ from dive_fast.evaluation.machine import environment
 from dive_fast.evaluation.records import Form, check_figures
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
+from dive_fast.evaluation.shards import Shard, as_shard
 from dive_fast.predict.arguments import as_head
 from dive_fast.predict.calibration import expected_calibration_error
 from dive_fast.predict.classifier import DiffusionClassifier
@@ -67,12 +68,18 @@ def evaluate(
     timesteps: str | TimestepWeights | None = None,
     head: Head | str | Path | None = None,
     progress: bool = False,
+    shard: Shard | str | None = None,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
 
     ``out/run.json`` is written first. Run again with the same configuration it resumes: images that
     have a line are not computed again. An image that cannot be read is recorded with its error, and
     the rest go on.
+
+    Args:
+        shard: only every N-th image: a ``Shard`` or its text, such as "3/16", or "auto" in a
+            process of torchrun or srun. The run then lies in a folder of ``out`` of its own, and
+            ``merging.merge`` makes one run of all.
 
     Raises:
         RunError: ``out`` holds another run or a damaged one, or cannot be written.
@@ -86,18 +93,22 @@ def evaluate(
     asked = {"strategy": chosen, "probes": probes, "seed": seed, "timesteps": timesteps}
     asked["head"] = head
     config = {**classifier.identity(**asked), "data": data.identity()}
-    sources = [
+    out, data, part, facts = as_shard(out, data, data.ids, shard)
+    config.update(part)
+    facts.update(names=classifier.names, data=data.where)
+    sources = (
         Source(e.id, partial(_latent, classifier, e), {"truth": e.label}, name=e.id)
         for e in data.examples
-    ]
-
-    form = Form("classification", classifier.names, {e.id: e.label for e in data.examples})
+    )
+    labels = data.labels
+    truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
+    form = Form("classification", classifier.names, truths)
 
     def stream(latents: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
         return classifier.stream(latents=latents, **asked)
 
-    with RunDirectory.open(out, config, environment(classifier), form) as run:
-        run_over(sources, stream, run, progress=progress)
+    with RunDirectory.open(out, config, environment(classifier), form, facts) as run:
+        run_over(sources, stream, run, progress=progress, total=len(data.examples))
         done = run.done()
         summary = summarise([done[e.id] for e in data.examples if e.id in done])
         return dataclasses.replace(summary, fill_rate=classifier.last_run.fill_rate)

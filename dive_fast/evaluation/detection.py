@@ -25,6 +25,7 @@ from dive_fast.evaluation.machine import machine
 from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
+from dive_fast.evaluation.shards import Shard, as_shard
 from dive_fast.predict.detections import Detections
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def evaluate_detections(
     config: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     progress: bool = False,
+    shard: Shard | str | None = None,
     **search: Any,
 ) -> DetectionSummary:
     """Searches every image of ``dataset`` and appends one line each to ``out/results.jsonl``.
@@ -117,6 +119,7 @@ def evaluate_detections(
             resumed.
         environment: what else is worth recording; other versions are warned of.
         progress: show a bar.
+        shard: only every N-th image, as ``classification.evaluate`` has it.
         **search: for the detector's ``stream``: strategy, probes, seed.
 
     Raises:
@@ -135,13 +138,16 @@ def evaluate_detections(
             log.warning(sentence)
     config = detector.identity(**search) if config is None else config
     config = {**config, "data": dataset.identity(), "names": list(detector.names)}
+    out, dataset, part, facts = as_shard(out, dataset, [str(i.id) for i in dataset.images], shard)
+    config.update(part)
     sources = [
         # A missing image is among the data's problems already.
         Source(str(i.id), partial(_read, i), name=None if i.path is None else str(i.path))
         for i in dataset.images
     ]
     form = Form("detection", detector.names)
-    with RunDirectory.open(out, config, {**machine(), **(environment or {})}, form) as run:
+    here = {**machine(), **(environment or {})}
+    with RunDirectory.open(out, config, here, form, facts) as run:
         run_over(sources, partial(detector.stream, **search), run, progress=progress)
         return summarise_detections(run.done(), dataset, detector.names)
 

@@ -34,6 +34,7 @@ from dive_fast.evaluation.runfiles import (
     refuse_special,
     write_run,
 )
+from dive_fast.evaluation.shards import shard_folders
 
 try:
     import fcntl
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 _LOCK = ".lock"
 # Of an environment: what can change answers. The commit is not among them: a checkout may hold
 # changes without one, and a package may lie in somebody else's.
-_VERSIONS = ("dive_fast", "torch", "diffusers", "transformers", "pillow")
+VERSIONS = ("dive_fast", "torch", "diffusers", "transformers", "pillow")
 _KEYS = ("config", "environment", "records", "resumed")  # of run.json, which no fact may take
 
 
@@ -72,6 +73,7 @@ class RunDirectory:
         environment: Mapping | None = None,
         form: Form | None = None,
         facts: Mapping | None = None,
+        beside_shards: bool = False,
     ) -> RunDirectory:
         """Create a run, or resume one of the same configuration.
 
@@ -87,6 +89,7 @@ class RunDirectory:
                 they need an ``id`` and nothing more.
             facts: what else ``run.json`` shall say, for JSON: such as the classes' names and where
                 the data lie. They are not compared; those of the last opening are kept.
+            beside_shards: begin the run where the runs of shards lie, which it shall hold.
 
         Raises:
             RunError: the directory holds a run of another configuration, of another schema, of
@@ -99,7 +102,7 @@ class RunDirectory:
         if not (isinstance(config, dict) and isinstance(environment, dict)):
             raise RunError(f"{path}: expected config and environment as dictionaries, got others.")
         config = {"schema": SCHEMA, **config}
-        run = cls(path, _lock_directory(path), form)
+        run = cls(path, _lock_directory(path, beside_shards), form)
         try:
             if os.path.lexists(path / RUN):
                 content = read_run(path)
@@ -242,11 +245,11 @@ def _as_path(path: object) -> Path:
     return Path(path)
 
 
-def _lock_directory(path: Path) -> BinaryIO | None:
+def _lock_directory(path: Path, beside_shards: bool) -> BinaryIO | None:
     """Create the directory, or see that it is one of ours, and lock it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign_content(path)
+        _refuse_foreign_content(path, beside_shards)
         return _acquire_lock(path)
     except RunError:
         raise
@@ -256,13 +259,21 @@ def _lock_directory(path: Path) -> BinaryIO | None:
         raise cannot("opened", path, error) from error
 
 
-def _refuse_foreign_content(path: Path) -> None:
+def _refuse_foreign_content(path: Path, beside_shards: bool) -> None:
     names = {entry.name for entry in path.iterdir()}
-    foreign = sorted(names - {_LOCK} - {left.name for left in leftovers(path / RUN)})
-    if foreign and RUN not in names:
+    if RUN in names:
+        return
+    shards = {path.name for path in shard_folders(path)}
+    foreign = sorted(names - {_LOCK} - shards - {left.name for left in leftovers(path / RUN)})
+    if foreign:
         raise RunError(
             f"{path}: expected an empty directory or one with a {RUN}, got one with "
             f"{foreign[0]!r}; choose another --out."
+        )
+    if shards and not beside_shards:
+        raise RunError(
+            f"{path} holds {len(shards)} runs of shards: 'dive-fast merge {path}' makes one run of "
+            "them, or choose another --out."
         )
 
 
@@ -284,7 +295,7 @@ def _acquire_lock(path: Path) -> BinaryIO | None:
 
 
 def _compare(path: Path, content: dict, config: dict, form: Form | None) -> None:
-    difference = _first_difference(content["config"], config, "")
+    difference = first_difference(content["config"], config)
     kind = content.get("records")
     if difference is None and form is not None and kind not in (None, form.kind):
         difference = f"its records are of a {kind} there and of a {form.kind} here"
@@ -300,7 +311,7 @@ def _resume(path: Path, content: dict, here: dict, facts: dict) -> None:
     resumed = resumed if isinstance(resumed, list) else []
     before = [past for past in (begun, *resumed) if isinstance(past, dict)]
     for past in before:
-        if there := [name for name in _VERSIONS if _differs(past.get(name), here.get(name))]:
+        if there := [name for name in VERSIONS if _differs(past.get(name), here.get(name))]:
             verb = "begun" if past is begun else "gone on"
             log.warning(
                 f"{path} was {verb} with {_listed(there, past)} and is gone on with "
@@ -324,7 +335,7 @@ def _listed(names: list[str], versions: dict) -> str:
     return " and ".join(f"{name} {shown(versions[name])[1:-1]}" for name in names)
 
 
-def _first_difference(there: object, here: object, key: str) -> str | None:
+def first_difference(there: object, here: object, key: str = "") -> str | None:
     """The first key, in dots, whose values differ, with both values; None if there is none."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
         # 1 == True in Python, but not as a setting.
@@ -336,7 +347,7 @@ def _first_difference(there: object, here: object, key: str) -> str | None:
             return f"{inner} is not set there and {shown(here[name])} here"
         if name not in here:
             return f"{inner} is {shown(there[name])} there and not set here"
-        if difference := _first_difference(there[name], here[name], inner):
+        if difference := first_difference(there[name], here[name], inner):
             return difference
     return None
 

@@ -63,6 +63,11 @@ def read_run(directory: Path) -> dict:
     return content
 
 
+def is_detection_run(directory: Path) -> bool:
+    """Whether its records are of a detector; raises as ``read_run``."""
+    return read_run(directory).get("records") == "detection"
+
+
 def write_run(directory: Path, content: Mapping) -> None:
     """Writes ``run.json`` whole or not at all; the directory is locked.
 

@@ -30,6 +30,8 @@ class RunTable:
         truth, index: int32 [n], rows of the right class and of the answer.
         probability: float32 [n], p(y | x0) of the answer.
         truth_probability: float32 [n], p(y | x0) of the right class; 0 where it was not measured.
+        truth_log_probability: float64 [n], log p(y | x0) of it, in nats, also where p is 0 in
+            float32; -inf where it was not measured.
         truth_rank: int32 [n], 1 where no class is more probable than the right one; the number of
             classes where it was not measured.
         top: int32 [n, 5], the most probable classes, the answer first; -1 where there are fewer.
@@ -50,6 +52,7 @@ class RunTable:
     index: np.ndarray
     probability: np.ndarray
     truth_probability: np.ndarray
+    truth_log_probability: np.ndarray
     truth_rank: np.ndarray
     top: np.ndarray
     top_scores: np.ndarray
@@ -130,6 +133,7 @@ class _Columns:
         self.failed: dict[str, str] = {}
         self.truth, self.index, self.rank = array("i"), array("i"), array("i")
         self.probability, self.of_truth = array("f"), array("f")
+        self.log_of_truth = array("d")
         self.top, self.top_scores = array("i"), array("f")
         self.evaluations, self.seconds = array("q"), array("d")
         self.groups: dict[str, list[str]] = {}
@@ -172,6 +176,7 @@ class _Columns:
         self.probability.append(record["probability"])
         right = posterior[truth] if truth < len(posterior) else 0.0
         self.of_truth.append(record["probability"] if truth == index else right)
+        self.log_of_truth.append(_log_of_truth(record, log_posterior))
         self.rank.append(_rank(log_posterior, truth, index))
         top = record.get("top") or [{"index": index, "score": record["probability"]}]
         for entry in [*top[:TOP], *([{}] * (TOP - len(top)))]:
@@ -203,6 +208,7 @@ class _Columns:
             index=np.array(self.index, np.int32),
             probability=np.array(self.probability, np.float32),
             truth_probability=np.array(self.of_truth, np.float32),
+            truth_log_probability=np.array(self.log_of_truth, np.float64),
             truth_rank=np.array(self.rank, np.int32),
             top=np.array(self.top, np.int32).reshape(n, TOP),
             top_scores=np.array(self.top_scores, np.float32).reshape(n, TOP),
@@ -218,6 +224,13 @@ class _Columns:
             path=path,
             _posteriors=self.posteriors if whole else None,
         )
+
+
+def _log_of_truth(record: Mapping[str, Any], log_posterior: np.ndarray) -> float:
+    truth, p = record["truth"], record["probability"]
+    if truth < len(log_posterior):
+        return float(log_posterior[truth])
+    return math.log(p) if truth == record["index"] and p > 0 else -math.inf
 
 
 def _rank(log_posterior: np.ndarray, truth: int, index: int) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,11 @@ class CocoDataset:
         if limit is None or limit >= len(self.images):
             return self
         chosen = np.random.default_rng(seed).permutation(len(self.images))[:limit]
-        return replace(self, images=tuple(self.images[i] for i in sorted(chosen.tolist())))
+        return self.take(sorted(chosen.tolist()))
+
+    def take(self, positions: Iterable[int]) -> CocoDataset:
+        """The images at these positions, in that order."""
+        return replace(self, images=tuple(self.images[i] for i in positions))
 
     def identity(self) -> dict[str, str | int]:
         """What tells this data set from another, for JSON: source, count, fingerprint.
