@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         info,
         merge,
         probe,
+        report,
         train,
         train_layout,
         train_prior,
@@ -66,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    for module in (classify, detect, evaluate, merge, fit, probe, *training, convert, demo, info):
+    runs = (evaluate, merge, report)
+    for module in (classify, detect, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 

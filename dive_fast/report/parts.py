@@ -17,6 +17,7 @@ class Cell:
         sort: what it is sorted by; the text if None.
         bar: a share in [0, 1] that is drawn behind the text.
         series: the run whose colour the bar has.
+        run: the run that the text names, whose mark stands before it.
         best: whether no other run has a better value in its column.
         differs: whether the runs differ in its row.
     """
@@ -25,6 +26,7 @@ class Cell:
     sort: float | None = None
     bar: float | None = None
     series: int = 0
+    run: int | None = None
     best: bool = False
     differs: bool = False
 
@@ -158,11 +160,12 @@ class Folded:
 
 @dataclass(frozen=True)
 class Headed:
-    """Parts under a heading of the third order; ``series`` is the run that they are of."""
+    """Parts under a heading of the order ``level``; ``series`` is the run that they are of."""
 
     title: str
     parts: Sequence[object]
     series: int | None = None
+    level: int = 3
     kind: ClassVar[str] = "headed"
 
 
