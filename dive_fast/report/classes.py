@@ -15,6 +15,7 @@ from dive_fast.report.parts import (
     Headed,
     Heat,
     Section,
+    SideBySide,
     Table,
     Text,
     number,
@@ -24,6 +25,7 @@ from dive_fast.report.runs import Run
 
 MOST_IN_A_MATRIX = 40  # classes; of more the most confused pairs are listed
 PAIRS = 50
+_NARROW = 12  # classes of matrices that stand side by side
 GROUPS = 100
 # Shares of a class's images from which a cell is darker; the last steps are those of right answers.
 _STEPS = (0.0, 0.02, 0.08, 0.2, 0.4, 0.7)
@@ -32,11 +34,14 @@ _STEPS = (0.0, 0.02, 0.08, 0.2, 0.4, 0.7)
 def confusion_section(runs: Sequence[Run]) -> Section:
     """A matrix of each run, or its most confused pairs."""
     parts: list[object] = []
+    narrow = all(run.table.n_classes <= _NARROW for run in runs)
     for run in runs:
         matrix = confusion(run.table)
         small = run.table.n_classes <= MOST_IN_A_MATRIX
         part = _heat(run, matrix) if small else _pairs(run, matrix)
         parts.append(Headed(run.label, [part], series=run.series) if len(runs) > 1 else part)
+    if narrow and len(runs) > 1:
+        parts = [SideBySide(parts)]
     return Section("confusion", "What is taken for what", parts)
 
 

@@ -14,8 +14,8 @@ from dive_fast.report.parts import (
     Cell,
     Column,
     Figure,
-    Figures,
     Section,
+    SideBySide,
     Table,
     number,
     percent,
@@ -66,13 +66,13 @@ def cost_section(runs: Sequence[Run]) -> Section:
     figures = [_within(runs)]
     if len(runs) > 1:
         figures.insert(0, _between(runs))
-    return Section("evaluations", "Accuracy over evaluations", [Figures(figures)])
+    return Section("evaluations", "Accuracy over evaluations", [SideBySide(figures)])
 
 
 def confidence_section(runs: Sequence[Run]) -> Section:
     """Whether probabilities can be believed, and what leaving out the uncertain brings."""
     figures = [_reliability(runs), _coverage(runs)]
-    return Section("confidence", "What the probabilities are worth", [Figures(figures)])
+    return Section("confidence", "What the probabilities are worth", [SideBySide(figures)])
 
 
 def _between(runs: Sequence[Run]) -> Figure:

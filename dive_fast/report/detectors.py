@@ -14,7 +14,7 @@ from dive_fast.errors import DiveFastError, ImageError
 from dive_fast.evaluation.coco_scores import NAMES
 from dive_fast.evaluation.detection import summarise_detections
 from dive_fast.predict.detections import Detections
-from dive_fast.report.configuration import model_name, strategy_name
+from dive_fast.report.headline import counted, named
 from dive_fast.report.parts import (
     NOTHING,
     Cell,
@@ -75,15 +75,14 @@ def _headline(runs: Sequence[Run], scores: Sequence[Mapping[str, Any]]) -> Secti
     parts: list[object] = []
     if len(runs) == 1:
         parts.append(_tiles(runs[0], scores[0]))
-    columns = [Column(title, numeric=False) for title in ("Run", "Model", "Strategy")]
+    columns = [Column("Run", numeric=False)]
     names = [*NAMES, "AP_one_class"]
     columns += [Column(name.replace("_", " ")) for name in names]
     columns += [
         Column("Objects per image", meaning="detections, whatever their confidence"),
         Column("Evaluations per image"),
         Column("Seconds per image"),
-        Column("Images", meaning="searched"),
-        Column("Failed", meaning="images that could not be read"),
+        Column("Images", meaning="searched; failed ones could not be read"),
     ]
     best = {name: best_of([_number(s.get(name)) for s in scores], True) for name in names}
     rows = []
@@ -96,7 +95,7 @@ def _headline(runs: Sequence[Run], scores: Sequence[Mapping[str, Any]]) -> Secti
         numbers = [_number(found.get(name)) for name in names]
         rows.append(
             [
-                *(Cell(run.label, run=run.series), Cell(model_name(run)), Cell(strategy_name(run))),
+                named(run),
                 *(
                     Cell(number(v), v, best=best[name][i])
                     for name, v in zip(names, numbers, strict=True)
@@ -104,7 +103,7 @@ def _headline(runs: Sequence[Run], scores: Sequence[Mapping[str, Any]]) -> Secti
                 Cell(number(objects, 2), objects),
                 Cell(number(evaluations, 0), evaluations),
                 Cell(number(seconds, 3), seconds),
-                *(Cell(f"{n:,}", n), Cell(f"{failed:,}", failed)),
+                counted(n, failed),
             ]
         )
     table = Table("The detectors side by side", columns, rows, sortable=len(runs) > 1)

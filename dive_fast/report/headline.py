@@ -35,7 +35,7 @@ class _Of:
 
 _COLUMNS = (
     _Of("Accuracy", "top1", "share of the images answered right, ± one standard error"),
-    _Of("Top-5", "top5", "share whose right class is among the five best"),
+    _Of("Top\N{NON-BREAKING HYPHEN}5", "top5", "share whose right class is among the five best"),
     _Of("Mean per class", "mean_per_class", "mean recall of the classes that occur"),
     _Of("AUROC", "auroc", "area under the ROC curve, each class against the rest", share=False),
     _Of("Macro F1", "macro_f1", "mean F1 of the classes", share=False),
@@ -59,33 +59,20 @@ def section(runs: Sequence[Run], figures: Sequence[Figures]) -> Section:
 
 
 def _table(runs: Sequence[Run], figures: Sequence[Figures]) -> Table:
-    columns = [
-        Column("Run", numeric=False),
-        Column("Model", numeric=False),
-        Column("Strategy", numeric=False),
-    ]
+    columns = [Column("Run", numeric=False)]
     columns += [Column(c.title, meaning=c.meaning) for c in _COLUMNS]
     cost = ("forwards plus backwards of the network, a mean", "of wall time, a mean")
     columns += [
         Column("Evaluations per image", meaning=cost[0]),
         Column("Seconds per image", meaning=cost[1]),
-        Column("Images", meaning="answered"),
-        Column("Failed", meaning="images that could not be read"),
+        Column("Images", meaning="answered; failed ones could not be read"),
     ]
     by_column = [_cells(c, figures) for c in _COLUMNS]
     evaluations = [float(run.table.evaluations.mean()) for run in runs]
     seconds = [float(run.table.seconds.mean()) for run in runs]
     by_column += [_costs(evaluations, 0), _costs(seconds, 3)]
-    by_column += [
-        [Cell(f"{len(run.table):,}", len(run.table)) for run in runs],
-        [Cell(f"{len(run.table.failed):,}", len(run.table.failed)) for run in runs],
-    ]
-    names = [
-        (Cell(r.label, run=r.series), Cell(model_name(r)), Cell(strategy_name(r))) for r in runs
-    ]
-    rows = [
-        [*named, *rest] for named, rest in zip(names, zip(*by_column, strict=True), strict=True)
-    ]
+    by_column.append([counted(len(run.table), len(run.table.failed)) for run in runs])
+    rows = [[named(run), *(cells[i] for cells in by_column)] for i, run in enumerate(runs)]
     return Table("The runs side by side", columns, rows, sortable=len(runs) > 1)
 
 
@@ -93,15 +80,32 @@ def _cells(column: _Of, figures: Sequence[Figures]) -> list[Cell]:
     values = [getattr(f, column.name) for f in figures]
     errors = [f.standard_errors.get(column.name) for f in figures]
     text = percent if column.share else number
+    best = best_of(values, column.higher)
     return [
-        Cell(text(value, error=error), sort=value, best=best)
-        for value, error, best in zip(values, errors, best_of(values, column.higher), strict=True)
+        Cell(text(value), value, _plus_minus(column, error), best=best[i])
+        for i, (value, error) in enumerate(zip(values, errors, strict=True))
     ]
+
+
+def _plus_minus(column: _Of, error: float | None) -> str:
+    if error is None:
+        return ""
+    return f"± {100 * error:.1f}" if column.share else f"± {number(error)}"
+
+
+def named(run: Run) -> Cell:
+    """The head of a run's row, with what it is a run of."""
+    return Cell(run.label, note=f"{model_name(run)}, {strategy_name(run)}", run=run.series)
 
 
 def _costs(values: Sequence[float], digits: int) -> list[Cell]:
     best = best_of([round(v, digits) for v in values], higher=False)
     return [Cell(number(v, digits), v, best=b) for v, b in zip(values, best, strict=True)]
+
+
+def counted(n: int, failed: int) -> Cell:
+    """How many images were answered, and how many failed."""
+    return Cell(f"{n:,}", n, f"{failed:,} failed" if failed else "")
 
 
 def _tiles(run: Run, found: Figures) -> Tiles:

@@ -14,6 +14,7 @@ class Cell:
 
     Attributes:
         text: what is read.
+        note: more of it, in a line of small letters below.
         sort: what it is sorted by; the text if None.
         bar: a share in [0, 1] that is drawn behind the text.
         series: the run whose colour the bar has.
@@ -24,6 +25,7 @@ class Cell:
 
     text: str
     sort: float | None = None
+    note: str = ""
     bar: float | None = None
     series: int = 0
     run: int | None = None
@@ -72,14 +74,6 @@ class Figure:
     legend: Sequence[tuple[int, str]]
     numbers: Table
     kind: ClassVar[str] = "figure"
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Figures that stand side by side where there is room."""
-
-    figures: Sequence[Figure]
-    kind: ClassVar[str] = "figures"
 
 
 @dataclass(frozen=True)
@@ -167,6 +161,14 @@ class Headed:
     series: int | None = None
     level: int = 3
     kind: ClassVar[str] = "headed"
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Parts that stand side by side where there is room."""
+
+    parts: Sequence[object]
+    kind: ClassVar[str] = "side"
 
 
 @dataclass(frozen=True)
