@@ -16,6 +16,7 @@ from dive_fast.cli.loading import (
     load_detector,
 )
 from dive_fast.cli.options import add_options_of_both, count
+from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +27,13 @@ DESCRIPTION = """\
 Runs a classifier over labelled images, or a detector over annotated ones. The data say which:
 
   classifier  --data digits, a folder by class, or an .npz
-              accuracy, calibration error, evaluations and seconds per image
+              accuracy, AUROC, F1, calibration error, evaluations and seconds per image
   detector    --data scenes, or a COCO annotation file with --images
               the twelve COCO numbers, evaluations and seconds per image
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come
-(docs/records.md). Interrupted and run again with the same options it goes on where it stopped. An
+(docs/records.md); at the end RUN/summary.json the figures and RUN/results.csv a table of the images
+(docs/runs.md). Interrupted and run again with the same options it goes on where it stopped. An
 image that cannot be read is recorded with its error and the rest go on; the exit code is then 2.
 
 A text-conditional model without --classes is asked about the names of the sub-folders, or about the
@@ -65,6 +67,14 @@ def add_parser(commands) -> None:
         metavar="I/N|auto",
         help="only every N-th image, from the I-th on (1 to N), into a folder of RUN of its own; "
         "auto takes both from torchrun or srun. 'dive-fast merge RUN' makes one run of all",
+    )
+    parser.add_argument(
+        "--group-by",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="also the figures of the images of each value of this column of the data; may be "
+        "given several times",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
     add_options_of_both(parser, strategy="auto", prior=True).add_argument(
@@ -131,6 +141,7 @@ def _classifier(options: argparse.Namespace):
         head=options.head,
         progress=sys.stderr.isatty(),
         shard=options.shard,
+        group_by=options.group_by,
     )
     return summary, classifier_text
 
@@ -154,6 +165,8 @@ def _offer_fit(options: argparse.Namespace, classifier, strategy, images: int) -
 
 
 def _detector(options: argparse.Namespace):
+    if options.group_by:
+        raise DiveFastError("--group-by is for classifiers, and these data are for a detector.")
     from dive_fast.evaluation import evaluate_detections
     from dive_fast.evaluation.machine import environment
 
@@ -176,11 +189,24 @@ def _detector(options: argparse.Namespace):
 
 
 def classifier_text(summary) -> str:
-    """The summary, one figure a line."""
-    lines = [
-        f"accuracy                 {summary.accuracy:.2%} +- {summary.standard_error:.2%}",
-        f"mean per-class accuracy  {summary.mean_per_class_accuracy:.2%}",
-        f"calibration error        {summary.expected_calibration_error:.2%}",
+    """The summary, one figure a line, and the groups as tables."""
+    errors = summary.standard_errors
+    figures = (
+        ("accuracy", "accuracy", "{:.2%}"),
+        ("top-5 accuracy", "top5_accuracy", "{:.2%}"),
+        ("mean per-class accuracy", "mean_per_class_accuracy", "{:.2%}"),
+        ("AUROC", "auroc", "{:.4f}"),
+        ("macro F1", "macro_f1", "{:.4f}"),
+        ("calibration error", "expected_calibration_error", "{:.2%}"),
+        ("-log p(truth), nats", "nll", "{:.4f}"),
+        ("Brier score", "brier", "{:.4f}"),
+    )
+    lines = []
+    for title, name, form in figures:
+        if (value := getattr(summary, name)) is not None:
+            error = f" +- {form.format(errors[name])}" if name in errors else ""
+            lines.append(f"{title:25}{form.format(value)}{error}")
+    lines += [
         f"images                   {summary.n}",
         f"evaluations per image    {summary.evaluations_per_image:,.0f}",
         f"seconds per image        {summary.seconds_per_image:.3f}",
@@ -189,6 +215,23 @@ def classifier_text(summary) -> str:
         lines.append(f"batches filled           {summary.fill_rate:.1%}")
     if summary.failed:
         lines.append(f"images that failed       {summary.failed}")
+    return "\n".join([*lines, *map(_groups_text, summary.groups.values())])
+
+
+MOST_GROUPS = 20  # that are printed; summary.json has all
+
+
+def _groups_text(groups) -> str:
+    """A compact table of what a column's values come to, the lowest accuracies first."""
+    order = sorted(groups.figures.items(), key=lambda item: (item[1].top1, item[0]))
+    shown = order[:MOST_GROUPS]
+    width = max(len(groups.column), *(len(value) for value, _ in shown), 5)
+    lines = ["", f"{groups.column:{width}}  images         accuracy  calibration error"]
+    for value, of in shown:
+        accuracy = f"{of.top1:.2%} +- {of.standard_errors['top1']:.2%}"
+        lines.append(f"{value:{width}}  {of.n:6}  {accuracy:>15}  {of.ece:17.2%}")
+    if len(order) > len(shown):
+        lines.append(f"and {len(order) - len(shown)} more in summary.json")
     return "\n".join(lines)
 
 

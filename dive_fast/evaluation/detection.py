@@ -22,6 +22,7 @@ from dive_fast.data.coco import (
 from dive_fast.data.images import to_mode
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.evaluation.machine import machine
+from dive_fast.evaluation.outputs import write_detection_outputs
 from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
@@ -149,7 +150,12 @@ def evaluate_detections(
     here = {**machine(), **(environment or {})}
     with RunDirectory.open(out, config, here, form, facts) as run:
         run_over(sources, partial(detector.stream, **search), run, progress=progress)
-        return summarise_detections(run.done(), dataset, detector.names)
+        done = run.done()
+        summary = summarise_detections(done, dataset, detector.names)
+        ids = [str(i.id) for i in dataset.images]
+        there = ((key, done[key]) for key in ids if key in done)
+        write_detection_outputs(run.path, summary.to_dict(), there)
+        return summary
 
 
 def _read(image: CocoImage) -> Image.Image:

@@ -56,6 +56,8 @@ _BLOCK = 2**21  # probabilities of the memory map that are held at once
 class Figures:
     """Of some answered images; None where they do not support a figure.
 
+    ``top5``, ``auroc``, ``nll`` and ``brier`` need records with ``log_posterior``.
+
     Attributes:
         n: images.
         top1: share of them that were answered right.
@@ -154,14 +156,14 @@ def figures(table: RunTable, rows: np.ndarray | None = None) -> Figures:
     correct = truth == index
     found: dict[str, tuple[float | None, float | None]] = dict.fromkeys(FIGURES, (None, None))
     found["top1"] = _share(correct)
-    if table.n_classes >= TOP:
-        found["top5"] = _share(table.truth_rank[rows] <= TOP)
     found["mean_per_class"] = _mean_recall(truth, correct)
     found["ece"] = expected_calibration_error(table.probability[rows], correct), None
-    found["nll"] = _mean(-_log_probability(table, rows))
     with table.posteriors() as posteriors:
         if posteriors is not None:
+            found["nll"] = _mean(-_log_probability(table, rows))
             found["brier"] = _mean(_brier(posteriors, rows, truth))
+            if table.n_classes >= TOP:
+                found["top5"] = _share(table.truth_rank[rows] <= TOP)
         if (sklearn := _sklearn_metrics()) is not None:
             f1 = sklearn.f1_score(truth, index, average="macro", zero_division=0)
             found["macro_f1"] = float(f1), None
@@ -215,8 +217,13 @@ def confusion(table: RunTable) -> np.ndarray:
     return matrix(table.truth, table.index, labels=np.arange(table.n_classes)).astype(np.int64)
 
 
-def by_group(table: RunTable, column: str) -> Groups:
+def by_group(table: RunTable, column: str, rows: np.ndarray | None = None) -> Groups:
     """The figures of the images of each value of a column of ``--group-by``.
+
+    Args:
+        table: the run.
+        column: its name.
+        rows: int [m], rows of the table; all if None.
 
     Raises:
         RunError: the run has no such column.
@@ -224,10 +231,11 @@ def by_group(table: RunTable, column: str) -> Groups:
     if column not in table.groups:
         there = some(list(table.groups)) if table.groups else "none"
         raise RunError(f"expected a column that the run is grouped by ({there}), got {column!r}.")
-    rows: dict[str, list[int]] = {}
-    for row, value in enumerate(table.groups[column]):
-        rows.setdefault(value, []).append(row)
-    found = {value: figures(table, np.array(rows[value])) for value in sorted(rows)}
+    values = table.groups[column]
+    of_value: dict[str, list[int]] = {}
+    for row in range(len(table)) if rows is None else rows.tolist():
+        of_value.setdefault(values[row], []).append(row)
+    found = {value: figures(table, np.array(of_value[value])) for value in sorted(of_value)}
     return Groups(column, found, min(found, key=lambda value: found[value].top1, default=None))
 
 

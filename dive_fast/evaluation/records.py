@@ -76,6 +76,7 @@ def _require_classification(
     record: Record, names: Sequence[str] | None, truths: Mapping[str, int] | None
 ) -> None:
     _require_truth(record, names, truths)
+    _require_groups(record)
     if "error" in record:
         _require_text(record, "error")
     else:
@@ -108,6 +109,15 @@ def _require_truth(
     _require_row(record, "truth", None if names is None else len(names))
     if right is not None and record["truth"] != right:
         _fail(f"'truth' to be {right} as in the data", record["truth"])
+
+
+def _require_groups(record: Record) -> None:
+    if "groups" in record:
+        what = "an object of texts, numbers, or true or false"
+        _require(record, "groups", lambda x: isinstance(x, dict), what)
+        for value in record["groups"].values():
+            if not (_is_text(value) or isinstance(value, bool) or is_number(value)):
+                _fail(f"'groups' to be {what}", value)
 
 
 def _require_answer(record: Record, names: Sequence[str] | None) -> None:
