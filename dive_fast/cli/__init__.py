@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         info,
         merge,
         probe,
+        report,
         train,
         train_layout,
         train_prior,
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    asked, runs = (classify, detect, app), (evaluate, merge, compare_runs)
+    asked, runs = (classify, detect, app), (evaluate, merge, compare_runs, report)
     for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
