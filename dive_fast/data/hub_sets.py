@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +128,8 @@ def open_hub_set(source: HubSet, class_names: Sequence[str]) -> DataSet:
         DataError: ``datasets`` is not installed, the data set or its split cannot be loaded, a
             column is missing, or there is a label that the model does not know.
     """
-    data = load_hub_set(source)
+    data = _load_once(source, os.getcwd())
+    _load_once.cache_clear()
     columns = _columns(source, data.features)
     if source.streaming:
         return _streamed(source, data, columns, tuple(class_names))
@@ -154,11 +157,17 @@ def hub_classes(source: HubSet) -> list[str] | None:
     Raises:
         DataError: as ``open_hub_set``.
     """
-    data = load_hub_set(source)
+    data = _load_once(source, os.getcwd())
     columns = _columns(source, data.features)
     if columns.classes is not None or source.streaming:
         return list(columns.classes or ()) or None
     return named_labels(_labels(source, data, columns)[0])
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(source: HubSet, directory: str) -> Dataset | IterableDataset:
+    """For whom the classes are asked for first, and then the images."""
+    return load_hub_set(source)
 
 
 def _streamed(
