@@ -75,7 +75,7 @@ class HubPictures:
     def loader(self, row: int, example_id: str) -> Callable[[], Image.Image]:
         return partial(_load_row, self.images, row, self.columns.image, example_id)
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
         return {} if self.others is None else self.columns.facts_of(self.others[row])
 
 
@@ -261,11 +261,11 @@ def _labels(source: HubSet, data: Dataset, columns: _Columns) -> tuple[list[Any]
     row = 0
     for batch in data.select_columns([columns.label]).iter(10_000):
         for value in batch[columns.label]:
-            builder.set(row, _checked_label(source.where, row, value, columns.classes))
+            builder.add(_checked_label(source.where, row, value, columns.classes))
             row += 1
     if not row:
         raise DataError(f"{source.where}: expected at least one image, got none.")
-    column = builder.made(row)
+    column = builder.made()
     return column.values, column.codes
 
 
