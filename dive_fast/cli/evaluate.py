@@ -236,9 +236,10 @@ def _groups_text(groups) -> str:
     """A compact table of what a column's values come to, the lowest accuracies first."""
     order = sorted(groups.figures.items(), key=lambda item: (item[1].top1, item[0]))
     shown = order[:MOST_GROUPS]
-    width = max(len(groups.column), *(len(value) for value, _ in shown), 5)
+    width = max(len(groups.column), *(len(value) for value, _ in shown), 6)
     lines = ["", f"{groups.column:{width}}  images         accuracy  calibration error"]
     for value, of in shown:
+        value = value or "(none)"
         accuracy = f"{of.top1:.2%} +- {of.standard_errors['top1']:.2%}"
         lines.append(f"{value:{width}}  {of.n:6}  {accuracy:>15}  {of.ece:17.2%}")
     if len(order) > len(shown):

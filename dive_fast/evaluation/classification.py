@@ -68,7 +68,7 @@ def evaluate(
         images in ``out/results.csv``.
 
     Raises:
-        DataError: an image lacks a column of ``group_by``, or it has very many values.
+        DataError: no image has a column of ``group_by``, or it has very many values.
         RunError: ``out`` holds another run or a damaged one, or cannot be written; or the logger
             cannot be opened.
         DiveFastError: an unknown strategy, preset or number of probes; ``log_to`` is no logger, or
