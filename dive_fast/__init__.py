@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from dive_fast.core.head import Head
     from dive_fast.core.layouts import Layout, LayoutFormat
     from dive_fast.core.probes import ProbeList
+    from dive_fast.core.schedule import Schedule
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
+    from dive_fast.predict.batches import RayClassifier
     from dive_fast.predict.calibration import Calibration
     from dive_fast.predict.classification import Classification
     from dive_fast.predict.classifier import DiffusionClassifier
@@ -47,6 +49,7 @@ _HOMES = {
     "LayoutFormat": "dive_fast.core.layouts",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.core.probes",
+    "RayClassifier": "dive_fast.predict.batches",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
     "Schedule": "dive_fast.core.schedule",
@@ -62,6 +65,7 @@ _ROOMS = (
     "data",
     "errors",
     "evaluation",
+    "logs",
     "models",
     "ops",
     "priors",
@@ -85,6 +89,7 @@ __all__ = [
     "LayoutFormat",
     "ModelError",
     "ProbeList",
+    "RayClassifier",
     "RunError",
     "Schedule",
     "TimestepWeights",

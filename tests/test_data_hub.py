@@ -87,7 +87,6 @@ class TestRandomAccess:
             open_dataset(f"hf:{tmp_path}/{place}", CLASSES)
             for place in ("disk", "dict@test", "parquet@test", f"parquet/{file.name}@any")
         ]
-        assert len({d.content for d in opened}) == 1
         assert {tuple(d.labels.tolist()) for d in opened} == {(1, 0) * 3}
         assert {d.examples[4].load().size for d in opened} == {(4, 7)}
 
@@ -137,6 +136,16 @@ class TestRandomAccess:
         assert one.identity() == two.identity()
         other = parquet(tmp_path / "three" / "a", made(label=[1, 0] * 3))
         assert open_dataset(f"hf:{other}@test", CLASSES).content != one.content
+        other = parquet(tmp_path / "four" / "a", made(img=pictures(12)[::2]))
+        assert open_dataset(f"hf:{other}@test", CLASSES).content != one.content
+
+    def test_identity_of_splits_with_the_same_labels(self, tmp_path: Path) -> None:
+        place = parquet(parquet(tmp_path / "a", made()), made(), "train")
+        for options in ("", "?streaming=true"):
+            train, test = (
+                open_dataset(f"hf:{place}@{s}{options}", CLASSES) for s in ("train", "test")
+            )
+            assert train.content != test.content
 
     def test_where_opens_it_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         parquet(tmp_path / "a", made())

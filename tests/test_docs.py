@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ PAGES = (
     "README.md",
     "docs/strategies.md",
     "docs/models.md",
+    "docs/data.md",
     "docs/caching.md",
     "docs/accelerate.md",
     "docs/compat.md",
@@ -38,6 +40,7 @@ PAGES = (
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",
+    "docs/logging.md",
 )
 
 
@@ -100,6 +103,10 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
     monkeypatch.setitem(FAMILIES, "MyPipeline", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if "datasets." in code:
+        pytest.importorskip("datasets", reason="data sets of Hugging Face need their library")
+    if "open_clip:" in code:
+        find_spec("open_clip") or pytest.skip("the lists come with open_clip")
     if "lora=" in code:
         pytest.importorskip("peft", reason="LoRA weights need peft")
         (model,) = hub.glob("models--stable-diffusion-v1-5*/snapshots/*")

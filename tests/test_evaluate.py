@@ -340,7 +340,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            ("nowhere", "nowhere: expected 'digits', a folder by class or an .npz file"),
+            ("nowhere", "nowhere: expected 'digits', a folder by class, an .npz file, a table"),
             ("empty", "expected a sub-folder for each class, got none"),
             ("no images", "expected images in its sub-folders, got none"),
             ("unknown", "the model does not know the classes 'zebra'"),

@@ -19,11 +19,11 @@ PACKAGE = ROOT / "dive_fast"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("report",),
+    ("app", "report"),
     ("evaluation", "training"),
     ("compat", "predict"),
     ("accelerator", "engine", "priors"),
-    ("data", "models", "strategies"),
+    ("data", "logs", "models", "strategies"),
     ("core",),
     ("kernels", "ops"),
     ("errors", "zoo"),

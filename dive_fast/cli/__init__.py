@@ -28,6 +28,7 @@ examples:
   dive-fast evaluate --model digits --data digits --strategy invert --out runs/invert
   dive-fast detect photo.png --model DIR --out runs/found
   dive-fast convert layout2img.ckpt --out DIR
+  dive-fast app --model digits --model scenes
   dive-fast info"""
 
 
@@ -41,7 +42,9 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
     from dive_fast.cli import (
+        app,
         classify,
+        compare_runs,
         convert,
         demo,
         detect,
@@ -67,8 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    runs = (evaluate, merge, report)
-    for module in (classify, detect, *runs, fit, probe, *training, convert, demo, info):
+    asked, runs = (classify, detect, app), (evaluate, merge, compare_runs, report)
+    for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 

@@ -15,7 +15,8 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import add_options_of_both, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_log_to, add_options_of_both, count
+from dive_fast.cli.spread import add_ray, ray_options
 from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        metavar="digits|DIR|FILE.npz|scenes|FILE.json",
+        metavar=f"{DATA}|scenes|FILE.json",
         help="for a classifier digits (the held-out ones), a folder with one sub-folder per class, "
-        "or an .npz with images and labels (or x_test and y_test); for a detector scenes (the "
+        f"an .npz with images and labels (or x_test and y_test), {OTHER_DATA}; for a "
+        "detector scenes (the "
         "held-out ones), or a COCO annotation file",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
@@ -60,7 +62,7 @@ def add_parser(commands) -> None:
         "--limit",
         type=count,
         metavar="N",
-        help="a random subset of N images; of scenes the first N",
+        help="a random subset of N images; of scenes and streams the first N",
     )
     parser.add_argument(
         "--shard",
@@ -77,11 +79,13 @@ def add_parser(commands) -> None:
         "given several times",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+    add_log_to(parser)
     add_options_of_both(parser, strategy="auto", prior=True).add_argument(
         "--head",
         metavar="FILE",
         help="a head that 'dive-fast probe' wrote, from whose ranking of the classes auto starts",
     )
+    add_ray(parser)
     parser.set_defaults(run=run)
 
 
@@ -127,7 +131,9 @@ def _classifier(options: argparse.Namespace):
     from dive_fast.evaluation import evaluate
 
     strategy = chosen_strategy(options)
-    classifier = load_classifier(options, folder_classes(options.data))
+    classes = folder_classes(options.data)
+    ray = ray_options(options, load_classifier, classes)
+    classifier = load_classifier(options, classes)
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
     _offer_fit(options, classifier, strategy, len(data.examples))
     summary = evaluate(
@@ -139,9 +145,11 @@ def _classifier(options: argparse.Namespace):
         seed=options.seed,
         timesteps=options.timesteps,
         head=options.head,
+        log_to=options.log_to,
         progress=sys.stderr.isatty(),
         shard=options.shard,
         group_by=options.group_by,
+        ray=ray,
     )
     return summary, classifier_text
 
@@ -172,6 +180,7 @@ def _detector(options: argparse.Namespace):
 
     strategy = chosen_layout_strategy(options)
     with annotated_images(options, "test") as data:
+        ray = ray_options(options, load_detector, data.names)
         detector = load_detector(options, data.names)
         data.tell_problems(log.warning)
         summary = evaluate_detections(
@@ -179,8 +188,10 @@ def _detector(options: argparse.Namespace):
             data,
             options.out,
             environment=environment(detector),
+            log_to=options.log_to,
             progress=sys.stderr.isatty(),
             shard=options.shard,
+            ray=ray,
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,

@@ -15,7 +15,7 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import add_options_of_both, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_options_of_both, count
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,10 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--data",
-        metavar="digits|DIR|FILE.npz|scenes|FILE.json",
+        metavar=f"{DATA}|scenes|FILE.json",
         help="for a classifier digits (the training part), a folder with one sub-folder per class, "
-        "or an .npz with images and labels (or x_train and y_train); for a detector scenes (the "
+        f"an .npz with images and labels (or x_train and y_train), {OTHER_DATA}; for a "
+        "detector scenes (the "
         "training part), or a COCO annotation file",
     )
     parser.add_argument(

@@ -66,13 +66,14 @@ def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def class_names(text: str) -> Classes:
-    """The classes that ``--classes`` gives: what a file lists, or what stands between commas.
+    """The classes that ``--classes`` gives: a file's, a package's, or what is between commas.
 
     Raises:
-        DataError: the file is no list of classes.
+        DataError: the file is no list of classes, or the package has no such list.
         ModelError: there is no such file.
     """
     from dive_fast.data.class_lists import read_classes
+    from dive_fast.data.known_lists import is_known_list, known_classes
     from dive_fast.errors import ModelError
 
     path = Path(text)
@@ -82,9 +83,24 @@ def class_names(text: str) -> Classes:
         is_file = False
     if is_file:
         return read_classes(path)
+    if is_known_list(text):
+        return known_classes(text)
     if "," not in text and (path.suffix or path.name != text):
         raise ModelError(f"expected classes with commas between or a file of them, got {text!r}.")
     return [name.strip() for name in text.split(",")]
+
+
+def templates(texts: Sequence[str] | None) -> list[str] | None:
+    """The templates that ``--template`` gives, lists of packages written out; None without any.
+
+    Raises:
+        DataError: a package is not installed or has no such list.
+    """
+    from dive_fast.data.known_lists import is_known_list, known_templates
+
+    if texts is None:
+        return None
+    return [t for text in texts for t in (known_templates(text) if is_known_list(text) else [text])]
 
 
 def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None = None):
@@ -158,14 +174,16 @@ def _common(
     return {
         **{name: getattr(options, name) for name in names},
         "classes": _chosen_classes(options, classes, source),
-        "templates": options.template,
+        "templates": templates(options.template),
     }
 
 
 def _chosen_classes(
     options: argparse.Namespace, classes: Sequence[str] | None, source: Source
 ) -> Classes | None:
-    """What ``--classes`` says; else ``classes``, if the model cannot do without."""
-    if options.classes is not None:
+    """What ``--classes`` says, or stands in its place; else ``classes``, where they are needed."""
+    if isinstance(options.classes, str):
         return class_names(options.classes)
+    if options.classes is not None:
+        return options.classes
     return classes if classes is not None and source.needs_classes else None

@@ -10,6 +10,12 @@ import argparse
 import math
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
+DATA = "digits|DIR|FILE|wds:TARS|hf:NAME@SPLIT"  # of a classifier
+OTHER_DATA = (
+    "a table of paths and labels (.csv, .tsv, .jsonl), webdataset's tar files "
+    "(wds:path/{000..099}.tar), or a data set of Hugging Face (hf:NAME[:CONFIG]@SPLIT); "
+    "docs/data.md has all"
+)
 
 
 def count(text: str) -> int:
@@ -56,6 +62,28 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
     return value
+
+
+def log_target(text: str) -> str:
+    """What ``--log-to`` takes."""
+    from dive_fast.errors import DiveFastError
+    from dive_fast.logs import check_log_to
+
+    try:
+        return check_log_to(text)
+    except DiveFastError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+
+def add_log_to(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that compute for long."""
+    parser.add_argument(
+        "--log-to",
+        type=log_target,
+        metavar="tensorboard|wandb|trackio",
+        help="log figures as they come; behind a colon a directory (tensorboard:DIR; default: in "
+        "--out) or a project (wandb:PROJECT, trackio:PROJECT; default: dive_fast)",
+    )
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +134,25 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser)
     group = parser.add_argument_group("search")
     _add_search(group, "guided|invert", _SEARCHES, "48", "margin=0.05")
+
+
+def add_app_options(parser: argparse.ArgumentParser) -> None:
+    """What the models of ``dive-fast app`` are loaded with, classifiers and detectors."""
+    group = parser.add_argument_group("models")
+    _add_model(
+        group,
+        None,
+        "digits|scenes|DIR|FILE|HUB_ID",
+        f"a model of the zoo, a model directory, a .safetensors file or a hub id; may be given "
+        f"several times, for a list to choose from (default: {CLASSIFIER})",
+        several=True,
+    )
+    _add_lora(group)
+    _add_timestep_embedding(group)
+    _add_prediction_type(group)
+    _add_prior(group)
+    _add_average(_add_prompts(parser, "Stable Diffusion, GLIGEN and others", "the family's own"))
+    _add_engine(parser)
 
 
 def add_options_of_both(
@@ -169,9 +216,14 @@ _SEARCHES = (
 
 
 def _add_model(
-    group: argparse._ArgumentGroup, default: str | None, metavar: str, text: str
+    group: argparse._ArgumentGroup,
+    default: str | None,
+    metavar: str,
+    text: str,
+    several: bool = False,
 ) -> None:
-    group.add_argument("--model", default=default, metavar=metavar, help=text)
+    action = "append" if several else "store"
+    group.add_argument("--model", action=action, default=default, metavar=metavar, help=text)
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     group.add_argument(
@@ -201,15 +253,17 @@ def _add_prompts(
     group = parser.add_argument_group(f"classes of a text-conditional model ({models})")
     group.add_argument(
         "--classes",
-        metavar="NAMES|FILE",
-        help="names with commas between, or a file: one name a line, or a table (.csv, .tsv), JSON "
-        "or YAML, also with prompts",
+        metavar="NAMES|FILE|LIST",
+        help="names with commas between; a file: one name a line, or a table (.csv, .tsv), JSON "
+        "or YAML, also with prompts; or a package's list: open_clip:imagenet, clip_benchmark:pets",
     )
     group.add_argument(
         "--template",
         action="append",
-        metavar="TEXT",
-        help="makes a prompt of a name, with {} in its place; may be given several times "
+        metavar="TEXT|LIST",
+        help="makes a prompt of a name, with {} in its place; or a package's list of such: "
+        "open_clip:openai (80), open_clip:simple (7), clip_benchmark:pets; may be given several "
+        "times "
         f"(default: {default_template})",
     )
     return group

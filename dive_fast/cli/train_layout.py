@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         options.out,
         max_objects=options.max_objects,
         config=config,
+        log_to=options.log_to,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )
     losses = trained.expected

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         bf16=options.bf16,
+        log_to=options.log_to,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )
     learned = "scenes made anew" if trained.n_train is None else f"{trained.n_train} layouts"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +17,16 @@ from dive_fast.data.examples import DataSet, Example, Examples, Fact, rows_diges
 from dive_fast.data.hub_loading import HubSet, load_hub_set, reason
 from dive_fast.data.image_files import decode_image, read_image
 from dive_fast.data.matching import label_rows, named_labels
+from dive_fast.data.pictures import file_size
 from dive_fast.data.spec import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 from dive_fast.data.streams import StreamedExamples, row_id
 from dive_fast.errors import DataError, ImageError, shown, some
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
+
+
+SAMPLED = 16  # images whose content counts in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def open_hub_set(source: HubSet, class_names: Sequence[str]) -> DataSet:
         name=source.name,
         examples=Examples(ids, rows[codes], pictures),
         names=columns.classes or tuple(named_labels(values) or ()) or None,
-        content=_digest(source, columns, data.column_names, np.array(values)[codes].tolist()),
+        content=_digest(source, columns, [[_sample(data, columns.image)], values, codes.tolist()]),
     )
 
 
@@ -169,7 +175,7 @@ def _streamed(
         name=source.name,
         examples=StreamedExamples(stream, range(count) if count else None),
         names=columns.classes,
-        content=_digest(source, columns, list(data.features), []),
+        content=_digest(source, columns, []),
     )
 
 
@@ -180,10 +186,23 @@ def _meant(source: HubSet, columns: _Columns, values: Sequence[Any]) -> list[str
     return [columns.classes[value] for value in values]
 
 
-def _digest(source: HubSet, columns: _Columns, names: Sequence[str], labels: list[Any]) -> str:
-    """Of what does not depend on where the data lie, nor on the version of ``datasets``."""
-    head = [source.revision, columns.image, columns.label, columns.classes, sorted(names)]
-    return rows_digest([head, [source.streaming], *([label] for label in labels)])
+def _digest(source: HubSet, columns: _Columns, rows: Sequence[Sequence[Any]]) -> str:
+    """Of what depends neither on where the data lie nor on the version of ``datasets``."""
+    head = [source.name, source.revision, columns.image, columns.label, columns.classes]
+    return rows_digest([head, *rows])
+
+
+def _sample(data: Dataset, column: str) -> str:
+    """A digest of a few images' files: two data sets may have the same labels."""
+    found = []
+    for row in np.linspace(0, len(data) - 1, min(len(data), SAMPLED)).astype(int).tolist():
+        cell = data[row][column] or {}
+        content, path = cell.get("bytes"), cell.get("path")
+        if content is not None:
+            found.append(hashlib.sha256(content).hexdigest())
+        elif path is not None:
+            found.append(file_size(Path(path)))
+    return rows_digest([found])
 
 
 def _columns(source: HubSet, features: Features) -> _Columns:

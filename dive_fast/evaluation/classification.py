@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from dive_fast.core.head import Head
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.evaluation.grouping import expect_columns, facts_of
+from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import environment
+from dive_fast.evaluation.on_ray import RayOptions, Work, run_on_ray, spread
 from dive_fast.evaluation.outputs import write_outputs
 from dive_fast.evaluation.records import Form
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.evaluation.shards import Shard, as_shard
 from dive_fast.evaluation.summary import Summary
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.predict.arguments import as_head
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.strategies import Strategy, Task, resolve_strategy
@@ -36,9 +39,11 @@ def evaluate(
     seed: int = 0,
     timesteps: str | TimestepWeights | None = None,
     head: Head | str | Path | None = None,
+    log_to: LogTo | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
     group_by: Sequence[str] = (),
+    ray: RayOptions | None = None,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
 
@@ -47,11 +52,16 @@ def evaluate(
     the rest go on.
 
     Args:
+        log_to: where running figures go beside the records: "tensorboard", "wandb" or "trackio",
+            with a directory or project behind a colon if wanted, or an object with the methods of
+            ``logs.Logger``.
         shard: only every N-th image: a ``Shard`` or its text, such as "3/16", or "auto" in a
             process of torchrun or srun. The run then lies in a folder of ``out`` of its own, and
             ``merging.merge`` makes one run of all.
         group_by: columns of the data, ``Example.facts``, for each of whose values the summary has
             figures of its own. Records hold the values, as ``groups``.
+        ray: have the workers of a Ray cluster compute, see ``RayOptions``; ``classifier`` is then
+            what theirs are compared with, and need not lie on a GPU.
 
     Returns:
         The summary over ``results.jsonl``. It is also in ``out/summary.json``, and a table of the
@@ -59,9 +69,12 @@ def evaluate(
 
     Raises:
         DataError: an image lacks a column of ``group_by``, or it has very many values.
-        RunError: ``out`` holds another run or a damaged one, or cannot be written.
-        DiveFastError: an unknown strategy, preset or number of probes.
+        RunError: ``out`` holds another run or a damaged one, or cannot be written; or the logger
+            cannot be opened.
+        DiveFastError: an unknown strategy, preset or number of probes; ``log_to`` is no logger, or
+            its package is not installed; or as ``run_on_ray``.
     """
+    check_log_to(log_to)
     columns = expect_columns(data, group_by)
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
@@ -76,21 +89,45 @@ def evaluate(
     out, data, part, facts = as_shard(out, data, data.ids, shard)
     config.update(part)
     facts.update(names=classifier.names, data=data.where)
-    sources = (
-        Source(e.id, partial(_latent, classifier, e), facts_of(e, columns), name=e.id)
-        for e in data.examples
-    )
     labels = data.labels
     truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
     form = Form("classification", classifier.names, truths)
 
-    def stream(latents: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
-        return classifier.stream(latents=latents, **asked)
-
-    with RunDirectory.open(out, config, environment(classifier), form, facts) as run:
-        run_over(sources, stream, run, progress=progress, total=len(data.examples))
+    source, stream = partial(_source, columns), partial(_stream, asked)
+    here = environment(classifier) if ray is None else spread(environment(classifier), ray)
+    with (
+        RunDirectory.open(out, config, here, form, facts) as run,
+        logged(run, log_to, config) as records,
+    ):
+        if ray is None:
+            sources = (source(classifier, example) for example in data.examples)
+            answers = partial(stream, classifier)
+            run_over(sources, answers, records, progress=progress, total=len(data.examples))
+            fill_rate = classifier.last_run.fill_rate
+        else:
+            work = Work(data.examples, data.ids, source, stream, partial(_identity, asked))
+            fill_rate = run_on_ray(work, classifier, records, ray, progress=progress)
         ids = set(data.ids) if truths is None else truths
-        return write_outputs(run.path, ids=ids, fill_rate=classifier.last_run.fill_rate)
+        summary = write_outputs(run.path, ids=ids, fill_rate=fill_rate)
+        records.finish(summary.to_dict())
+        return summary
+
+
+def _source(columns: Sequence[str], classifier: DiffusionClassifier, example: Example) -> Source:
+    read = partial(_latent, classifier, example)
+    return Source(example.id, read, facts_of(example, columns), name=example.id)
+
+
+def _stream(
+    asked: Mapping[str, Any],
+    classifier: DiffusionClassifier,
+    latents: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, Any]]:
+    return classifier.stream(latents=latents, **asked)
+
+
+def _identity(asked: Mapping[str, Any], classifier: DiffusionClassifier) -> dict[str, Any]:
+    return classifier.identity(**asked)
 
 
 def _latent(classifier: DiffusionClassifier, example: Example) -> torch.Tensor:

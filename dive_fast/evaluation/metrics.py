@@ -49,7 +49,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 2**21  # probabilities of the memory map that are held at once
+_BLOCK = 2**18  # probabilities of the memory map that are held at once
+_FEWEST = 16  # classes that are read at once, so that there are not too many readings
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def figures(table: RunTable, rows: np.ndarray | None = None) -> Figures:
     found["ece"] = expected_calibration_error(table.probability[rows], correct), None
     with table.posteriors() as posteriors:
         if posteriors is not None:
-            found["nll"] = _mean(-_log_probability(table, rows))
+            found["nll"] = _mean(-log_probability(table, rows))
             found["brier"] = _mean(_brier(posteriors, rows, truth))
             if table.n_classes >= TOP:
                 found["top5"] = _share(table.truth_rank[rows] <= TOP)
@@ -262,8 +263,8 @@ def _mean_recall(truth: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
     return float(recall.mean()), math.sqrt(variance) / len(n)
 
 
-def _log_probability(table: RunTable, rows: np.ndarray) -> np.ndarray:
-    """log p(truth | x0), float64 [m]."""
+def log_probability(table: RunTable, rows: np.ndarray) -> np.ndarray:
+    """log p(truth | x0) of some rows, float64 [m], in nats; not measured it counts as log 1e-6."""
     found = table.truth_log_probability[rows]
     return np.where(found == -math.inf, math.log(UNMEASURED_PROBABILITY), found)
 
@@ -292,7 +293,7 @@ def _auroc(sklearn, posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray)
 def _blocks(posteriors: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """p(y | x0) of some images for a few classes after the other: (first class, [m, classes])."""
     classes = posteriors.shape[1]
-    width = min(classes, max(1, _BLOCK // len(rows)))
+    width = min(classes, max(_FEWEST, _BLOCK // len(rows)))
     height = max(1, _BLOCK // classes)  # rows of which whole pages may be mapped at once
     for first in range(0, classes, width):
         block = np.empty((len(rows), min(width, classes - first)), np.float32)

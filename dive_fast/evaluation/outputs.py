@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dive_fast.core.files import replacing
 from dive_fast.evaluation.coco_scores import NAMES
@@ -52,7 +52,7 @@ def write_outputs(
     head = _head(config, environment, "zeroshot_classification", metrics)
     _write_json(path / SUMMARY, {**head, **summary.to_dict()})
     groups = [f"group_{column}" for column in table.groups]
-    _write_csv(path / TABLE, [*COLUMNS, *groups, "error"], _rows(table, ids))
+    write_csv(path / TABLE, [*COLUMNS, *groups, "error"], _rows(table, ids))
     return summary
 
 
@@ -75,7 +75,7 @@ def write_detection_outputs(
     config, environment = content["config"], content.get("environment") or {}
     head = _head(config, environment, "detection", {n: summary[n] for n in NAMES})
     _write_json(path / SUMMARY, {**head, **summary})
-    _write_csv(path / TABLE, DETECTION_COLUMNS, map(_detection_row, records))
+    write_csv(path / TABLE, DETECTION_COLUMNS, map(_detection_row, records))
 
 
 def _head(
@@ -140,20 +140,20 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         raise cannot("written", path, error) from error
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table, row by row, in UTF-8. Names of files may be any bytes: what is no text is escaped.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     try:
         with replacing(path) as file:
-            write_table(file, header, rows)
+            text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+            try:
+                table = csv.writer(text, lineterminator="\n")
+                table.writerow(header)
+                table.writerows(rows)
+            finally:
+                text.detach()
     except OSError as error:
         raise cannot("written", path, error) from error
-
-
-def write_table(file: BinaryIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """CSV in UTF-8, row by row. Names of files may be any bytes: what is no text is escaped."""
-    text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
-    try:
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(header)
-        table.writerows(rows)
-    finally:
-        text.detach()

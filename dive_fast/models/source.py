@@ -31,6 +31,7 @@ class Family:
         text: its classes are prompts.
         lora: LoRA weights can be fused into it.
         dtype: the loader takes the network's ``dtype``, so that no float32 copy is made first.
+        layouts: its conditions are layouts.
     """
 
     loader: Loader
@@ -38,6 +39,7 @@ class Family:
     text: bool = False
     lora: bool = False
     dtype: bool = True
+    layouts: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Source:
     def needs_classes(self) -> bool:
         """Whether ``load_model`` can read it only if it is given ``classes``."""
         return self.family.text and stored_classes(self.directory) is None
+
+    @property
+    def finds_objects(self) -> bool:
+        """Whether it is a layout-to-image model, so that a detector asks it."""
+        return self.family.layouts or (self.family is _SD and _grounded(self.directory) is not None)
 
 
 def resolve(
@@ -183,16 +190,24 @@ def _load_of(module: str) -> Loader:
     return load
 
 
-def _load_stable_diffusion(directory: Path, **asked: Any) -> Model:
-    from dive_fast.models import gligen, stable_diffusion
+def _grounded(directory: Path) -> Any:
+    """The module of a layout-to-image family that is published as an ordinary pipeline, or None.
+
+    A gated UNet and a tokenizer tell them apart.
+    """
+    from dive_fast.models import gligen
     from dive_fast.models.geodiffusion import model as geodiffusion
     from dive_fast.models.geodiffusion.prompts import has_location_tokens
 
-    # All are published as ordinary pipelines: a gated UNet and a tokenizer tell them apart.
     if gligen.is_gligen(directory):
-        family: Any = gligen
-    else:
-        family = geodiffusion if has_location_tokens(directory) else stable_diffusion
+        return gligen
+    return geodiffusion if has_location_tokens(directory) else None
+
+
+def _load_stable_diffusion(directory: Path, **asked: Any) -> Model:
+    from dive_fast.models import stable_diffusion
+
+    family = _grounded(directory) or stable_diffusion
     if "lora" in asked and family is not stable_diffusion:
         raise without_lora(asked["name"])
     return family.load(directory, **asked)
@@ -228,9 +243,13 @@ FAMILIES: dict[str, Family] = {
     "DiTPipeline": Family(_load_of("dit.model"), ("transformer", "vae", "scheduler")),
     "FluxPipeline": _family_of("flux"),
     "LayoutToImagePipeline": Family(
-        _load_of("layout_to_image.load"), ("unet", "layout_encoder", "vae", "scheduler", PRIOR)
+        _load_of("layout_to_image.load"),
+        ("unet", "layout_encoder", "vae", "scheduler", PRIOR),
+        layouts=True,
     ),
-    "StableDiffusionGLIGENPipeline": Family(_load_of("gligen"), _SD_FOLDERS, text=True),
+    "StableDiffusionGLIGENPipeline": Family(
+        _load_of("gligen"), _SD_FOLDERS, text=True, layouts=True
+    ),
     "Lumina2Pipeline": _family_of("lumina2", texts=_ONE_TEXT),
     "Lumina2Text2ImgPipeline": _family_of("lumina2", texts=_ONE_TEXT),
     "PixArtAlphaPipeline": _family_of("pixart", texts=_ONE_TEXT, lora=False),

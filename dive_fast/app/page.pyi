@@ -1,0 +1,364 @@
+"""The page itself: what is on it, and what happens when something is pressed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dive_fast.app import views
+from dive_fast.app.asking import Question, ask, watch_for
+from dive_fast.app.shelf import Entry, Shelf
+from dive_fast.app.watch import Watch
+from dive_fast.errors import DiveFastError, some
+from dive_fast.models.files.reading import first_line
+from dive_fast.strategies import Auto, resolve_strategy, strategy_names
+from dive_fast.strategies.layout import layout_strategy_names
+
+log = logging.getLogger(__name__)
+
+TITLE = "dive_fast"
+HEAD = """\
+<h1>Which class explains this picture?</h1>
+<p>A frozen diffusion model is asked under which condition it predicts the noise in the picture
+best. Pictures stay on this server and are removed when it ends.</p>"""
+IDLE = views.told("Choose a picture, and ask.")
+
+
+class Page:
+    """All that is on the page.
+
+    Args:
+        shelf: the models to choose from; the first one is loaded by now.
+        examples: pictures of each model, by its name.
+    """
+
+    def __init__(self, shelf: Shelf, examples: Mapping[str, Sequence[str]]) -> None:
+        self.shelf = shelf
+        self.running: dict[str | None, Watch] = {}  # by session
+        first = shelf[shelf.names[0]]
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+            gr.HTML(HEAD)
+            with gr.Row(equal_height=False):
+                with gr.Column(min_width=300):
+                    self._question(first, examples)
+                with gr.Column(min_width=300):
+                    self._answer(first)
+            self._wire()
+            blocks.unload(self.leave)
+        self.blocks = blocks
+
+    def stop_all(self) -> None:
+        """Ends the searches under way."""
+        for watch in tuple(self.running.values()):
+            watch.stop()
+
+    # -- what is on it -----------------------------------------------------------------------------
+
+    def _question(self, first: Entry, examples: Mapping[str, Sequence[str]]) -> None:
+        names = list(self.shelf.names)
+        self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+        self.picture = _Picture(
+            label="Picture",
+            alt_text="The picture that is asked about",
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            buttons=[],
+            height=280,
+        )
+        self.hint = gr.HTML(_hint(first))
+        self.examples = {
+            name: gr.Dataset(
+                label="Examples",
+                components=[gr.Image(label="Example", render=False)],
+                samples=[[path] for path in examples.get(name, ())],
+                visible=bool(examples.get(name)) and name == names[0],
+                samples_per_page=12,
+            )
+            for name in names
+        }
+        about, options = _about(first), _strategies(first)
+        self.classes = gr.Textbox(
+            "\n".join(about), label="Classes, one a line", lines=3, visible=first.prompted
+        )
+        self.template = gr.Textbox(
+            label="Template",
+            info="Makes a prompt of a class, with {} in its place; empty: the model's own.",
+            placeholder="a photo of a {}.",
+            visible=first.prompted,
+        )
+        self.strategy = gr.Radio(list(options), value=options[0], label="Strategy")
+        with gr.Accordion("Settings", open=False):
+            self.min_agreement = gr.Slider(
+                0.5,
+                0.999,
+                Auto().min_agreement,
+                step=0.001,
+                label="Agreement",
+                info="Share of pictures whose answer is to be that of trying every class.",
+                visible="min_agreement" in _settings_of(first, options[0]),
+            )
+            self.budget = gr.Number(
+                None,
+                label="Budget",
+                info="Evaluations of the network at most; empty: as many as it takes.",
+                precision=0,
+                visible="budget" in _settings_of(first, options[0]),
+            )
+            self.probes = gr.Number(
+                None,
+                label="Probes",
+                info="Pairs of timestep and noise; empty: the strategy's own number.",
+                precision=0,
+            )
+            self.seed = gr.Number(0, label="Seed", info="Of the noise.", precision=0)
+        with gr.Row():
+            self.go = gr.Button(_verb(first), variant="primary", min_width=120)
+            self.stop = gr.Button("Stop", variant="stop", min_width=120)
+
+    def _answer(self, first: Entry) -> None:
+        self.status = gr.HTML(IDLE)
+        self.bars = gr.Label(
+            label="Probabilities", num_top_classes=views.MOST_CLASSES, visible=not first.detects
+        )
+        self.drawn = gr.Image(
+            label="Objects",
+            alt_text="The picture with a box around every object; the table lists them",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            format="png",
+            height=400,
+            visible=first.detects,
+        )
+        self.table = gr.HTML()
+
+    def _wire(self) -> None:
+        question = [self.model, self.picture, self.classes, self.template, self.strategy]
+        question += [self.min_agreement, self.budget, self.probes, self.seed]
+        answer = [self.status, self.bars, self.drawn, self.table]
+        self.go.click(
+            self.ask,
+            question,
+            answer,
+            api_name="ask",
+            concurrency_limit=1,
+            concurrency_id="models",
+            show_progress="hidden",
+        )
+        self.stop.click(
+            self.stop_own, None, None, api_name="stop", queue=False, show_progress="hidden"
+        )
+        of_model = [self.hint, self.classes, self.template, self.strategy]
+        of_model += [self.min_agreement, self.budget, self.go]
+        of_model += [*answer, *self.examples.values()]
+        self.model.change(
+            self.choose,
+            self.model,
+            of_model,
+            api_name="choose",
+            concurrency_limit=1,
+            concurrency_id="models",
+        )
+        self.strategy.change(
+            self.settings_for,
+            [self.model, self.strategy],
+            [self.min_agreement, self.budget],
+            api_name=False,
+            queue=False,
+            show_progress="hidden",
+        )
+        for samples in self.examples.values():
+            samples.click(
+                _only,
+                samples,
+                self.picture,
+                api_name=False,
+                queue=False,
+                show_progress="hidden",
+            )
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        model: str,
+        picture: str | None,
+        classes: str = "",
+        template: str = "",
+        strategy: str | None = None,
+        min_agreement: float | None = None,
+        budget: float | None = None,
+        probes: float | None = None,
+        seed: float | None = 0,
+        request: gr.Request | None = None,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Status, bars, drawing and table, anew whenever there is something to see."""
+        session = getattr(request, "session_hash", None)
+        try:
+            if not picture:
+                raise DiveFastError("expected a picture, got none: drop one, or pick an example.")
+            yield views.told("Waiting for the model ...", "running"), None, None, ""
+            with self.shelf.taken(model) as entry:
+                watch = self.running[session] = watch_for(entry)
+                if entry.ask_about(classes, template):
+                    log.info("%s was loaded again for other classes.", entry.source)
+                settings = {"min_agreement": min_agreement, "budget": _whole(budget)}
+                asked = _asked(entry, picture, strategy, settings, _whole(probes), _whole(seed))
+                shown = None
+                for look in ask(entry, asked, watch):
+                    drawn = gr.skip()
+                    if look.found is not shown or look.state != "running":
+                        shown = look.found
+                        drawn = views.drawing(look, entry.predictor.names)
+                    yield views.status(look), views.bars(look), drawn, views.table(look)
+        except Exception as error:
+            sentence = _sentence(error, picture)
+            yield views.told(sentence, "error"), None, None, ""
+            raise gr.Error(escape(sentence), print_exception=False) from error
+        finally:
+            self.running.pop(session, None)
+
+    def choose(self, model: str, request: gr.Request) -> list[Any]:
+        """Loads another model, and shows what it can be asked."""
+        self.stop_own(request)
+        try:
+            with self.shelf.taken(model) as entry:
+                return self._of_model(entry)
+        except Exception as error:
+            raise gr.Error(escape(_sentence(error)), print_exception=False) from error
+
+    def settings_for(self, model: str, strategy: str) -> tuple[Any, Any]:
+        """Which settings a strategy has: agreement and budget."""
+        known = _settings_of(self.shelf[model], strategy)
+        return tuple(gr.update(visible=name in known) for name in ("min_agreement", "budget"))
+
+    def stop_own(self, request: gr.Request) -> None:
+        """Ends the search of this session, if there is one."""
+        watch = self.running.get(request.session_hash)
+        if watch is not None:
+            watch.stop()
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed: nobody waits for the answer."""
+        self.stop_own(request)
+
+    def _of_model(self, entry: Entry) -> list[Any]:
+        about, options = _about(entry), _strategies(entry)
+        known, name = _settings_of(entry, options[0]), str(entry.source)
+        return [
+            _hint(entry),
+            gr.update(visible=entry.prompted, value="\n".join(about)),
+            gr.update(visible=entry.prompted),
+            gr.update(choices=list(options), value=options[0]),
+            gr.update(visible="min_agreement" in known),
+            gr.update(visible="budget" in known),
+            gr.update(value=_verb(entry)),
+            IDLE,
+            gr.update(value=None, visible=not entry.detects),
+            gr.update(value=None, visible=entry.detects),
+            "",
+            *(
+                gr.update(visible=other == name and bool(samples.raw_samples))
+                for other, samples in self.examples.items()
+            ),
+        ]
+
+from gradio.events import Dependency
+
+class _Picture(gr.Image):
+    """Hands on the file as it was given: the library reads it, and says what is wrong with it."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str | None:
+        if payload is None or (payload.url and payload.url.startswith("data:")):
+            return super().preprocess(payload)
+        return payload.path
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def _asked(
+    entry: Entry,
+    picture: str,
+    strategy: str | None,
+    settings: Mapping[str, Any],
+    probes: int | None,
+    seed: int | None,
+) -> Question:
+    """The question, with the settings that its strategy has and that were given."""
+    options = _strategies(entry)
+    strategy = strategy or options[0]
+    if strategy not in options:
+        raise DiveFastError(f"expected a strategy of {', '.join(options)}, got {strategy!r}.")
+    known = _settings_of(entry, strategy)
+    given = {k: v for k, v in settings.items() if k in known and v is not None}
+    return Question(picture, strategy, given, probes, seed or 0)
+
+
+def _only(sample: Sequence[str]) -> str:
+    """The picture of an example."""
+    return sample[0]
+
+
+def _strategies(entry: Entry) -> tuple[str, ...]:
+    return layout_strategy_names() if entry.detects else strategy_names()
+
+
+def _settings_of(entry: Entry, strategy: str) -> set[str]:
+    """Names of what can be set of a strategy of classes."""
+    if entry.detects or strategy not in strategy_names():
+        return set()
+    return {field.name for field in fields(resolve_strategy(strategy, None, {}))}
+
+
+def _about(entry: Entry) -> tuple[str, ...]:
+    """The classes that a text-conditional model was loaded with."""
+    return entry.first.names if entry.first is not None else ()
+
+
+def _verb(entry: Entry) -> str:
+    return "Find objects" if entry.detects else "Classify"
+
+
+def _hint(entry: Entry) -> str:
+    """What the model sees of a picture, and what it may answer."""
+    predictor = entry.predictor
+    side = predictor.model.image_shape[1]
+    seen = "the whole picture, squashed to" if entry.detects else "the central square, at"
+    sentence = f"{entry.source} sees {seen} {side} x {side} pixels."
+    if not entry.prompted:
+        names = predictor.names
+        sentence += f" It knows {len(names):,} classes: {some(names, 10)}."
+    return f'<p class="note">{escape(sentence)}</p>'
+
+
+def _whole(value: float | None) -> int | None:
+    """What a box for numbers holds, which is None where it is empty.
+
+    Raises:
+        DiveFastError: no whole number.
+    """
+    if value is None:
+        return None
+    if value != int(value):
+        raise DiveFastError(f"expected a whole number, got {value}.")
+    return int(value)
+
+
+def _sentence(error: Exception, picture: str | None = None) -> str:
+    """What went wrong, in one sentence; pictures are called as the user calls them."""
+    if isinstance(error, DiveFastError):
+        text = str(error)
+        return text.replace(picture, Path(picture).name) if picture else text
+    log.warning("the page: %s: %s", type(error).__name__, first_line(error))
+    return f"the model failed ({type(error).__name__}): {first_line(error)}"
