@@ -1,13 +1,12 @@
-"""One and two threads of torch, on idle cores and beside busy processes, by how OpenMP waits.
+"""One and two threads of torch, on idle cores and beside busy processes, by how long OpenMP spins.
 
     python -m bench.threads --rounds 5
 
 Every variant is a process of its own, for OpenMP reads its settings once; they take turns, so that
-other load on the machine meets all alike. "spins" is torch as it comes, "sleeps" has
-OMP_WAIT_POLICY=PASSIVE, as the command line sets it; "chosen" has the number of threads that
-``choose_threads`` finds before each turn. Beside them run 0, 1 or 2 processes that are always busy.
-Before it counts, a variant's answers are compared with those of one thread. Appends to
-bench/results/threads.jsonl.
+other load on the machine meets all alike. "default" is torch as it comes, "short" has the
+GOMP_SPINCOUNT that the command line sets, "sleeps" OMP_WAIT_POLICY=PASSIVE. Beside them run 0, 1 or
+2 processes that are always busy. Before it counts, a variant's answers are compared with those of
+one thread. Appends to bench/results/threads.jsonl.
 """
 
 from __future__ import annotations
@@ -25,13 +24,16 @@ import torch
 
 from bench.records import RESULTS, append_line
 from dive_fast import DiffusionClassifier
-from dive_fast.core.threads import choose_threads
+from dive_fast.core.threads import SPINS
 from dive_fast.data.digits import load_digits
 from dive_fast.evaluation.machine import machine
 
-CHOSEN = 0
-WAITS = {"spins": {}, "sleeps": {"OMP_WAIT_POLICY": "PASSIVE"}}
-VARIANTS = [(wait, threads) for wait in WAITS for threads in (1, 2)] + [("sleeps", CHOSEN)]
+WAITS = {
+    "default": {},
+    "short": {"GOMP_SPINCOUNT": str(SPINS)},
+    "sleeps": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
+VARIANTS = [("default", 1), *((wait, 2) for wait in WAITS)]
 # How many images make a turn of about half a second on one idle core.
 IMAGES = {"digits": 20, "mnist": 4}
 OURS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -49,7 +51,7 @@ def main() -> None:
     for model in arguments.models:
         with contextlib.ExitStack() as stack:
             children = {v: stack.enter_context(started(model, v[0])) for v in VARIANTS}
-            expected = turn(children[VARIANTS[0]], 1)[2]
+            expected = turn(children[VARIANTS[0]], 1)[1]
             for busy in (0, 1, 2):
                 with neighbours(busy):
                     measure(model, children, busy, arguments.rounds, expected)
@@ -58,39 +60,36 @@ def main() -> None:
 def measure(model: str, children: dict, busy: int, rounds: int, expected: str) -> None:
     """Times all variants beside so many busy processes, and records them."""
     seconds: dict = {variant: [] for variant in children}
-    used: dict = {variant: [] for variant in children}
     for _ in range(rounds):
         for variant, process in children.items():
-            took, threads, answers = turn(process, variant[1])
+            took, answers = turn(process, variant[1])
             assert answers == expected, (variant, answers, expected)
             seconds[variant].append(took)
-            used[variant].append(threads)
     print(f"\n{model}, {busy} busy processes beside, {rounds} rounds of {IMAGES[model]} images")
     for (wait, threads), times in seconds.items():
         row = {
             "model": model,
             "busy": busy,
             "waiting": wait,
-            "threads": threads or "chosen",
-            "used": used[wait, threads],
+            "threads": threads,
             "rounds": rounds,
             "n": IMAGES[model],
             "seconds_per_image": median(times) / IMAGES[model],
             "spread": [t / IMAGES[model] for t in (min(times), max(times))],
         }
         print(
-            f"{wait:7} {row['threads']!s:7} {1e3 * row['seconds_per_image']:8.1f} ms an image  "
-            f"[{1e3 * row['spread'][0]:.1f}, {1e3 * row['spread'][1]:.1f}]  {used[wait, threads]}",
+            f"{wait:7} {threads} {1e3 * row['seconds_per_image']:8.1f} ms an image  "
+            f"[{1e3 * row['spread'][0]:.1f}, {1e3 * row['spread'][1]:.1f}]",
             flush=True,
         )
         append_line(RESULTS / "threads.jsonl", row, machine())
 
 
-def turn(process: subprocess.Popen, threads: int) -> tuple[float, int, str]:
-    """Seconds, threads and answers of one turn of a variant."""
+def turn(process: subprocess.Popen, threads: int) -> tuple[float, str]:
+    """Seconds and answers of one turn of a variant."""
     print(threads, file=process.stdin, flush=True)
-    took, used, answers = process.stdout.readline().split()
-    return float(took), int(used), answers
+    took, answers = process.stdout.readline().split()
+    return float(took), answers
 
 
 def child(model: str) -> None:
@@ -102,14 +101,12 @@ def child(model: str) -> None:
         images = list(torch.rand(IMAGES[model], 1, 28, 28, generator=torch.manual_seed(0)))
     asked = {"strategy": "enumerate", "probes": 10}
     classifier(images[:2], **asked)
-    most = torch.get_num_threads()
     for line in sys.stdin:
-        torch.set_num_threads(most)
-        threads = choose_threads(int(line) or None)
+        torch.set_num_threads(int(line))
         start = time.perf_counter()
         found = classifier(images, **asked)
         took = time.perf_counter() - start
-        print(took, threads, ",".join(str(answer.index) for answer in found), flush=True)
+        print(took, ",".join(str(answer.index) for answer in found), flush=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 OpenMP cuts every operation into as many equal parts as there are threads, and all wait for the
 last one. Beside another busy process the last part lies on a core that is shared, and the waiting
-threads spin on the others. docs/threads.md has the figures.
+threads spin on the others. docs/caching.md has the figures.
 
     free = cores that this process may use - cores that others were busy on
 
@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from dive_fast.core.numbers import whole
 
-T = TypeVar("T")
-
 # What the user may have said to OpenMP himself.
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# Turns of a waiting thread before it sleeps: about a tenth of a millisecond, which outlasts what
+# lies between two operations. libgomp's own are 300,000.
+SPINS = 10_000
 INTERVAL = 0.1  # seconds of the first look; the system counts in hundredths
-AGAIN = 10.0  # seconds between looks during a run
+AGAIN = 10.0  # seconds between the looks of a command
 # A core counts as free with this much of it taken: what the system does beside is no other work.
 _TOLERANCE = 0.3
 _STAT = Path("/proc/stat")
@@ -40,13 +41,13 @@ class _Seen(NamedTuple):
     own: float
 
 
-def wait_without_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Tells OpenMP that threads which wait shall sleep; before torch is imported, or to no effect.
+def spin_shortly(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Tells OpenMP that threads which wait shall soon sleep; to effect before torch is imported.
 
-    What the user said of it stands.
+    What the user said of it stands. It is for libgomp, which torch has on Linux.
     """
     if not any(name in environment for name in _WAITS):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def cores() -> int:
@@ -71,12 +72,17 @@ def free_cores(interval: float = INTERVAL) -> float | None:
     return _free(before, _look())
 
 
-def choose_threads(count: int | None = None) -> int:
+def choose_threads(count: int | None = None, *, again: float | None = None) -> int:
     """Sets how many threads torch computes with on the CPU, and returns the number.
 
     Args:
         count: that many. None: as many as cores are free now, at least 1 and at most as many as
             torch has; where OMP_NUM_THREADS or MKL_NUM_THREADS is set, what they say.
+        again: with None for ``count``, seconds after which ``classify``, ``detect`` and
+            ``evaluate`` look again as they come to their next image, in this thread. Threads of
+            this process count as its own, so that a core which another process has left is taken,
+            and one that another needs is given back. None: never. Ends with the next call, or when
+            somebody else sets the number of threads.
 
     Looking takes a tenth of a second. Another number of threads sums in another order: the last
     bits of the losses may differ.
@@ -89,32 +95,49 @@ def choose_threads(count: int | None = None) -> int:
         >>> dive_fast.choose_threads(1)
         1
     """
+    global _choice
     import torch
 
+    _choice = None
     if count is not None:
         torch.set_num_threads(whole("threads", count, 1))
     elif not any(name in os.environ for name in COUNTS):
-        _set(free_cores(), torch.get_num_threads())
+        most = torch.get_num_threads()
+        _set(free_cores(), most)
+        if again is not None and (seen := _look()) is not None:
+            _choice = _Choice(most, again, seen, torch.get_num_threads())
     return torch.get_num_threads()
 
 
-def keep_choosing(items: Iterable[T], most: int, every: float = AGAIN) -> Iterator[T]:
-    """Hands on ``items``; between them, looks again how many cores are free.
+def choose_again() -> None:
+    """Looks again, if it is time and ``choose_threads`` was told to."""
+    if _choice is None or time.monotonic() - _choice.seen.clock < _choice.every:
+        return
+    _choose_again(_choice)
 
-    The threads of this process count as its own, so that a core which another process has left is
-    taken, and one that another needs is given back.
 
-    Args:
-        most: threads, however many cores are free.
-        every: seconds between two looks.
-    """
-    seen = _look()
-    for item in items:
-        now = _look() if seen is not None and time.monotonic() - seen.clock >= every else None
-        if now is not None:
-            _set(_free(seen, now), most)
-            seen = now
-        yield item
+class _Choice(NamedTuple):
+    """What was chosen: of at most so many threads, every so many seconds; and what was seen."""
+
+    most: int
+    every: float
+    seen: _Seen
+    threads: int
+
+
+_choice: _Choice | None = None  # threads belong to the process, and so does this
+
+
+def _choose_again(last: _Choice) -> None:
+    global _choice
+    import torch
+
+    now = _look()
+    if now is None or torch.get_num_threads() != last.threads:
+        _choice = None
+        return
+    _set(_free(last.seen, now), last.most)
+    _choice = last._replace(seen=now, threads=torch.get_num_threads())
 
 
 def _set(free: float | None, most: int) -> None:
@@ -160,7 +183,8 @@ def _quota() -> float | None:
         pass
     try:
         most, period = (
-            int((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+            int((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text())
+            for name in ("quota", "period")
         )
         return most / period if most > 0 else None
     except (OSError, ValueError, ZeroDivisionError):

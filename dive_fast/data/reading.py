@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import multiprocessing
 import pickle
 import signal
@@ -18,17 +17,22 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dive_fast.core.numbers import whole
 from dive_fast.core.threads import free_cores
-from dive_fast.data.images import as_images
+from dive_fast.data.images import as_images, read_image, to_mode
 from dive_fast.errors import DiveFastError, ImageError, RunError, shown
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from dive_fast.data.coco import CocoImage
+    from dive_fast.data.examples import Example
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -43,22 +47,36 @@ MOST = 4
 
 @dataclass(frozen=True)
 class Pixels:
-    """Reads an example for a model: float32 [channels, size, size] in [-1, 1].
+    """Reads an image for a model: float32 [channels, size, size] in [-1, 1].
 
     Attributes:
-        examples: of a data set.
-        index: which of them.
+        read: gives it in any form that ``as_images`` takes.
         size, channels: of the model's input.
     """
 
-    examples: Sequence[Any]
-    index: int
+    read: Read
     size: int
     channels: int
 
     def __call__(self) -> torch.Tensor:
-        image = self.examples[self.index].load()
-        return as_images([image], self.size, self.channels)[0]
+        return as_images([self.read()], self.size, self.channels)[0]
+
+
+def load(examples: Sequence[Example], index: int) -> Image.Image | np.ndarray:
+    """The image of an example; unlike ``examples[index].load`` it refers to them all."""
+    return examples[index].load()
+
+
+def read_found(path: str, error: ImageError | None) -> Image.Image:
+    """The image of a path that ``expand_inputs`` gave; its error is raised."""
+    if error is not None:
+        raise error
+    return read_image(path)
+
+
+def read_rgb(image: CocoImage) -> Image.Image:
+    """An annotated image, RGB. A mode that cannot be converted is its error, not the detector's."""
+    return to_mode(image.read(), 3)
 
 
 def as_readers(readers: object) -> int | None:
@@ -182,7 +200,9 @@ def _start(reads: Iterator[bytes], readers: int, shared: Sequence[object]) -> It
         multiprocessing_context=context,
     )
     try:
-        with _no_interrupt():
+        with _no_interrupt(), warnings.catch_warnings():
+            # Of what does not pickle, which is told below, and of more readers than cores.
+            warnings.simplefilter("ignore")
             return iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise _cannot_pickle(error) from error
@@ -192,9 +212,11 @@ def _next(results: Iterator[Any]) -> Any:
     """The next result; None after the last."""
     try:
         return next(results, None)
-    except RuntimeError as error:
-        # That is how a DataLoader tells it, within seconds.
-        if "DataLoader worker (pid" not in str(error):
+    except (OSError, EOFError, RuntimeError) as error:
+        # A DataLoader finds it out within seconds, or the shared memory's connection is broken.
+        # What reading itself raised, by a mistake in its code, says in which worker.
+        lost = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
+        if not lost or "in DataLoader worker process" in str(error):
             raise
         raise RunError(
             "a process that read images ahead was killed, perhaps for lack of memory; what was "
