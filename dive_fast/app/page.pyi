@@ -29,6 +29,7 @@ HEAD = """\
 best. Pictures stay on this server and are removed when it ends.</p>"""
 IDLE = views.told("Choose a picture, and ask.")
 
+
 class Page:
     """All that is on the page.
 
@@ -281,10 +282,10 @@ class _Picture(gr.Image):
         return payload.path
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
+
 
 def _asked(
     entry: Entry,
@@ -303,12 +304,15 @@ def _asked(
     given = {k: v for k, v in settings.items() if k in known and v is not None}
     return Question(picture, strategy, given, probes, seed or 0)
 
+
 def _only(sample: Sequence[str]) -> str:
     """The picture of an example."""
     return sample[0]
 
+
 def _strategies(entry: Entry) -> tuple[str, ...]:
     return layout_strategy_names() if entry.detects else strategy_names()
+
 
 def _settings_of(entry: Entry, strategy: str) -> set[str]:
     """Names of what can be set of a strategy of classes."""
@@ -316,12 +320,15 @@ def _settings_of(entry: Entry, strategy: str) -> set[str]:
         return set()
     return {field.name for field in fields(resolve_strategy(strategy, None, {}))}
 
+
 def _about(entry: Entry) -> tuple[str, ...]:
     """The classes that a text-conditional model was loaded with."""
     return entry.first.names if entry.first is not None else ()
 
+
 def _verb(entry: Entry) -> str:
     return "Find objects" if entry.detects else "Classify"
+
 
 def _hint(entry: Entry) -> str:
     """What the model sees of a picture, and what it may answer."""
@@ -334,6 +341,7 @@ def _hint(entry: Entry) -> str:
         sentence += f" It knows {len(names):,} classes: {some(names, 10)}."
     return f'<p class="note">{escape(sentence)}</p>'
 
+
 def _whole(value: float | None) -> int | None:
     """What a box for numbers holds, which is None where it is empty.
 
@@ -345,6 +353,7 @@ def _whole(value: float | None) -> int | None:
     if value != int(value):
         raise DiveFastError(f"expected a whole number, got {value}.")
     return int(value)
+
 
 def _sentence(error: Exception, picture: str | None = None) -> str:
     """What went wrong, in one sentence; pictures are called as the user calls them."""
