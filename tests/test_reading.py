@@ -155,6 +155,12 @@ def test_no_number_of_readers(bad: object) -> None:
         as_readers(bad)
 
 
+def test_no_readers_beside_the_workers_of_ray() -> None:
+    assert [as_readers(n, on_ray=True) for n in (0, None, "auto")] == [0, None, None]
+    with pytest.raises(DiveFastError, match=r"^the workers of Ray read .* no readers, got 2\.$"):
+        as_readers(2, on_ray=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 digits by class as PNG files, and one that is none."""

@@ -157,7 +157,7 @@ def _found(options: argparse.Namespace, prediction_type: str | None = None) -> S
     from dive_fast.core.threads import AGAIN, choose_threads
     from dive_fast.models import check_place, resolve
 
-    if options.threads is not None or options.own_process:
+    if options.threads is not None or getattr(options, "own_process", False):
         choose_threads(options.threads, again=AGAIN)
     check_place(options.dtype, options.device)
     return resolve(

@@ -79,13 +79,20 @@ def read_rgb(image: CocoImage) -> Image.Image:
     return to_mode(image.read(), 3)
 
 
-def as_readers(readers: object) -> int | None:
+def as_readers(readers: object, *, on_ray: bool = False) -> int | None:
     """A number of readers, or None for "auto".
 
     Raises:
-        DiveFastError: it is neither.
+        DiveFastError: it is neither; or there shall be some, and the workers of Ray read.
     """
-    return None if readers is None or readers == "auto" else whole("readers", readers, 0)
+    if readers is None or readers == "auto":
+        return None
+    count = whole("readers", readers, 0)
+    if on_ray and count > 0:
+        raise DiveFastError(
+            f"the workers of Ray read their images themselves: expected no readers, got {count}."
+        )
+    return count
 
 
 def read_ahead(

@@ -82,7 +82,7 @@ def evaluate(
     """
     check_log_to(log_to)
     columns = expect_columns(data, group_by)
-    readers = as_readers(readers)
+    readers = as_readers(readers, on_ray=ray is not None)
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
     head = as_head(head, chosen, classifier.model)
@@ -114,7 +114,7 @@ def evaluate(
                 progress=progress,
                 total=len(data.examples),
                 readers=readers,
-                shared=(data.examples,),
+                shared=_indexed(data),
                 encode=classifier.encode_pixels,
                 at_once=images_at_once(classifier.model.device),
             )
@@ -128,15 +128,19 @@ def evaluate(
         return summary
 
 
+def _indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
+    """The examples, for readers to know them all; none of a stream, which bring their images."""
+    return (data.examples,) if isinstance(data.examples, Sequence) else ()
+
+
 def _pixel_sources(
     classifier: DiffusionClassifier, data: DataSet, columns: Sequence[str]
 ) -> Iterator[Source]:
     """Whose images are read as pixels, here or by another process, and encoded afterwards."""
     channels, size, _ = classifier.model.image_shape
+    known = _indexed(data)
     for i, example in enumerate(data.examples):
-        # Of what can be indexed a reader knows all; an example of a stream brings its image along.
-        indexed = isinstance(data.examples, Sequence)
-        read = partial(load, data.examples, i) if indexed else example.load
+        read = partial(load, *known, i) if known else example.load
         facts = facts_of(example, columns)
         yield Source(example.id, Pixels(read, size, channels), facts, name=example.id)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dive_fast.data.coco import (
     CocoDataset,
+    CocoImage,
     class_categories,
     expect_fitting_images,
     mirrored_images,
@@ -139,7 +140,7 @@ def evaluate_detections(
         DiveFastError: pycocotools is not installed, or ``log_to`` is no logger or its package is
             not.
     """
-    readers = as_readers(readers)
+    readers = as_readers(readers, on_ray=ray is not None)
     # Hours of search should not end at a missing package or at data that cannot be scored.
     pycocotools()
     check_log_to(log_to)
