@@ -186,6 +186,7 @@ class TestAgainstLibraries:
         assert found.area == pytest.approx(1 - right.mean())
 
 
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 class TestLittle:
     def test_no_image(self) -> None:
         table = table_of([])
@@ -208,7 +209,9 @@ class TestLittle:
         assert found.standard_errors["nll"] is found.standard_errors["brier"] is None
 
     def test_one_class(self) -> None:
-        found = metrics.figures(table_of([record("a", 0, [1.0]), record("b", 0, [1.0])]))
+        table = table_of([record("a", 0, [1.0]), record("b", 0, [1.0])])
+        found = metrics.figures(table)
+        assert metrics.confusion(table).tolist() == [[2]] and metrics.per_class(table)[0].f1 == 1
         assert (found.top1, found.auroc, found.macro_f1) == (1, None, 1)
         assert (found.nll, found.brier, found.ece) == (0, 0, 0)
 

@@ -214,8 +214,10 @@ def confusion(table: RunTable) -> np.ndarray:
     """
     if not len(table):
         return np.zeros((table.n_classes, table.n_classes), np.int64)
-    matrix = _needed_sklearn().confusion_matrix
-    return matrix(table.truth, table.index, labels=np.arange(table.n_classes)).astype(np.int64)
+    c = table.n_classes
+    labels = np.arange(max(2, c))  # of a single one scikit-learn warns
+    found = _needed_sklearn().confusion_matrix(table.truth, table.index, labels=labels)
+    return found[:c, :c].astype(np.int64)
 
 
 def by_group(table: RunTable, column: str, rows: np.ndarray | None = None) -> Groups:
