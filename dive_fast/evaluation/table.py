@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dive_fast.errors import RunError, shown
-from dive_fast.evaluation.records import Form, check_figures
+from dive_fast.evaluation.records import NOT_IN_FIGURES, Form, check_figures
 from dive_fast.evaluation.runfiles import RESULTS, cannot, each_result, read_run
 
 TOP = 5
@@ -110,7 +110,8 @@ class RunTable:
             raise RunError(f"{path}: expected a run of a classifier, got one of a detector.")
         columns = _Columns()
         try:
-            for _, _, record in each_result(path / RESULTS, Form(kind)):
+            form = Form(kind, whole=False)
+            for _, _, record in each_result(path / RESULTS, form, NOT_IN_FIGURES):
                 columns.add(record)
         except OSError as error:
             raise cannot("read", Path(error.filename or path), error) from error

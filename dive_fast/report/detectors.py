@@ -153,7 +153,7 @@ def _number(value: object) -> float | None:
 
 
 def _images(runs: Sequence[Run], pictures: Sequence[Annotated], n: int) -> Section | None:
-    parts: list[object] = [Text(p.problem) for p in pictures if p.problem]
+    parts: list[object] = []
     for run, of in zip(runs, pictures, strict=True):
         chosen = spread(run.records, n)
         gallery = Gallery([_picture(run, of, key) for key in chosen], wide=True)
@@ -192,7 +192,7 @@ def _picture(run: Run, pictures: Annotated, key: str) -> Picture:
     try:
         uri, size, pixelated = thumbnail(_drawn(run, pictures, key), SIDE)
     except ImageError as error:
-        missing = f"No picture: {error}"
+        missing = f"No picture: {error}" if pictures.found else ""
     return Picture(key, uri, size, alt, facts, pixelated=pixelated, missing=missing)
 
 

@@ -44,7 +44,7 @@ def closest(table: RunTable, n: int) -> np.ndarray:
 
 def image_section(runs: Sequence[Run], pictures: Sequence[Pictures], n: int) -> Section:
     """Of each run up to ``n`` of the worst and of the closest images."""
-    parts: list[object] = [Text(p.problem) for p in pictures if p.problem]
+    parts: list[object] = []
     for run, of in zip(runs, pictures, strict=True):
         lists = _lists(run, of, n, level=4 if len(runs) > 1 else 3)
         if len(runs) > 1:
@@ -87,7 +87,7 @@ def _picture(table: RunTable, pictures: Pictures, row: int) -> Picture:
     try:
         uri, size, pixelated = thumbnail(pictures.read(key, truth), SIDE)
     except ImageError as error:
-        missing = f"No picture: {error}"
+        missing = f"No picture: {error}" if pictures.found else ""
     return Picture(key, uri, size, alt, facts, truth == index, top, pixelated, missing)
 
 

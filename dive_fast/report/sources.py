@@ -32,6 +32,10 @@ class Pictures:
     _data: DataSet | None = None
     _row: Mapping[str, int] | None = None
 
+    @property
+    def found(self) -> bool:
+        return self._data is not None
+
     def read(self, key: str, truth: int) -> Image.Image:
         """The image of a record.
 
@@ -39,7 +43,7 @@ class Pictures:
             ImageError: there is none of that id, it cannot be read, or it is of another class than
                 the record says, and so another image.
         """
-        if self._data is None or key not in self._row:
+        if not self.found or key not in self._row:
             raise ImageError("no image of this id was found.")
         example = self._data.examples[self._row[key]]
         if example.label != truth:
@@ -59,6 +63,10 @@ class Annotated:
     problem: str = ""
     dataset: CocoDataset | None = None
     _of: Mapping[str, CocoImage] | None = None
+
+    @property
+    def found(self) -> bool:
+        return self.dataset is not None or self._of is None
 
     def read(self, key: str) -> Image.Image:
         """The image of a record; of ``dive-fast detect`` the file that its id names.
