@@ -100,6 +100,7 @@ def error_section(failed: Sequence[tuple[Run, dict[str, str]]]) -> Section | Non
         rows = [[Cell(key), Cell(error)] for key, error in list(errors.items())[:MOST_ERRORS]]
         columns = [Column("Image", numeric=False), Column("Error", numeric=False)]
         more = f", the first {MOST_ERRORS}" if len(errors) > MOST_ERRORS else ""
-        caption = f"{run.label}: {len(errors):,} images that could not be read{more}"
+        what = "one image" if len(errors) == 1 else f"{len(errors):,} images"
+        caption = f"{run.label}: {what} that could not be read{more}"
         parts.append(Table(caption, columns, rows))
     return Section("errors", "Errors", parts) if parts else None
