@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dive_fast.core.layouts import Layout, LayoutFormat
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.schedule import Schedule
+    from dive_fast.core.threads import choose_threads
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
@@ -52,6 +53,7 @@ _HOMES = {
     "RayClassifier": "dive_fast.predict.batches",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
+    "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
     "TimestepWeights": "dive_fast.core.timesteps",
     "register_layout_strategy": "dive_fast.strategies.layout",
@@ -95,6 +97,7 @@ __all__ = [
     "TimestepWeights",
     "__version__",
     "accelerate",
+    "choose_threads",
     "register_layout_strategy",
     "register_model_family",
     "register_preset",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dive_fast.data import folder_classes, load_all, open_dataset, select
-from dive_fast.data.hub_loading import load_hub_set, parse_hub_set
+from dive_fast.data.hub_loading import parse_hub_set
 from dive_fast.errors import DataError, ImageError
 
 hf = pytest.importorskip("datasets")
@@ -24,7 +24,6 @@ CLASSES = ("dog, hound", "Cat", "fish")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
-    load_hub_set.cache_clear()
 
 
 def pictures(n: int) -> list[Image.Image]:
@@ -231,6 +230,12 @@ class TestStream:
         assert next(examples).label == 2 and dataset.names is None
         with pytest.raises(DataError, match="row 1: the model does not know the classes 'cow'"):
             next(examples)
+
+    def test_elsewhere(self, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        sent = pickle.dumps(select(open_dataset("hf:a@test?streaming=true", CLASSES), 2, 0))
+        monkeypatch.chdir("/")
+        assert [e.load().height for e in pickle.loads(sent).examples] == [3, 4]
 
     def test_identity_counts(self, spec: str) -> None:
         dataset = open_dataset(spec, CLASSES)

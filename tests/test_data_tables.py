@@ -98,6 +98,38 @@ class TestCsv:
         some = pickle.loads(pickle.dumps(select(open_dataset(path, CLASSES), 4, 0)))
         assert [e.facts["square"] for e in some.examples] == [int(i[:-4]) ** 2 for i in some.ids]
 
+    def test_as_spreadsheets_and_pandas_write_it(self, tmp_path: Path) -> None:
+        """A mark, \\r\\n, cells of several lines, and a column without a name."""
+        path = tmp_path / "t.csv"
+        text = ',file,label,said\r\n0,a.png,0,"é, ""x""\r\ny"\r\n\r\n1,b.png,tench,z\r\n'
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        first, second = open_dataset(path, CLASSES).examples
+        assert first.facts == {"said": 'é, "x"\r\ny'} and second.facts == {"said": "z"}
+        with pytest.raises(DataError, match="line 6: expected 4 cells as in the header, got 1"):
+            path.write_bytes(path.read_bytes() + b"c\r\n")
+            open_dataset(path, CLASSES)
+
+    def test_facts_are_read_when_they_are_wanted(self, tmp_path: Path) -> None:
+        """However long the cells are, what a data set holds is an id, a label and an offset."""
+        sizes = []
+        for length in (10, 1000):
+            lines = [f"{i:03d}.png,0,{'x' * length}{i}" for i in range(100)]
+            path = save_csv(tmp_path / "t.csv", "file,label,caption", *lines)
+            dataset = open_dataset(path, CLASSES)
+            assert dataset.examples[42].facts == {"caption": f"{'x' * length}42"}
+            sizes.append(len(pickle.dumps(dataset)))
+        assert sizes[0] == sizes[1]
+
+    def test_a_table_that_changes_meanwhile(self, tmp_path: Path) -> None:
+        path = save_csv(tmp_path / "t.csv", "file,label,site", "a,0,x", "b,0,y")
+        dataset = open_dataset(path, CLASSES)
+        save_csv(path, "file,label,site", "longer,0,x", "b,0,y")
+        with pytest.raises(DataError, match="t.csv: was changed while it was in use"):
+            dataset.examples[1]
+        path.unlink()
+        with pytest.raises(DataError, match="t.csv: cannot be read as a table"):
+            dataset.examples[0]
+
     def test_identity(self, tmp_path: Path) -> None:
         rows = ["path,label,site", "1.png,0,a", "2.png,1,b"]
         for place in ("one", "two"):

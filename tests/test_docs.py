@@ -20,8 +20,10 @@ from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
 from dive_fast import Detections, DiffusionClassifier
+from dive_fast.data import open_dataset, select
 from dive_fast.data.coco import CocoDataset, CocoImage
 from dive_fast.data.digits import load_digits
+from dive_fast.evaluation import evaluate
 from dive_fast.models.source import FAMILIES
 from dive_fast.strategies import base
 
@@ -40,6 +42,7 @@ PAGES = (
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",
+    "docs/runs.md",
     "docs/logging.md",
 )
 
@@ -78,6 +81,13 @@ def annotated() -> dict:
         "found": Detections(boxes, classes, [0.93], ("zero", "one")),
         "data": CocoDataset(("zero", "one"), (1, 2), (image,), "boxes.json"),
     }
+
+
+def finish_runs(clf: DiffusionClassifier) -> None:
+    """Two runs on the same images."""
+    data = select(open_dataset("digits", clf.names), 3, seed=0)
+    evaluate(clf, data, "runs/auto")
+    evaluate(clf, data, "runs/enumerate", strategy="enumerate", probes=10)
 
 
 def test_every_page_has_code():
@@ -127,6 +137,8 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         "load": lambda directory, **options: None,
         "MyNetwork": PatchTransformer,
     }
+    if '"runs/auto' in code and "evaluate(" not in code:
+        finish_runs(clf)
     exec(compile(code, "<docs>", "exec"), names)
     if "halving" in code:
         assert clf(names["images"], strategy="halving")[0].n_probes.min() == 10

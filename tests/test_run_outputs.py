@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import stat
@@ -62,7 +63,7 @@ class TestFiles:
         RunDirectory.open(tmp_path, {"model": "own"}).close()
         write_outputs(tmp_path)
         found = read_json(tmp_path / "summary.json")
-        assert (found["dataset"], found["model"], found["pretrained"]) == (None, "own", "")
+        assert (found["dataset"], found["model"], found["pretrained"]) == ("", "own", "")
         assert found["metrics"]["acc1"] is None and found["n"] == 0
         assert table(tmp_path) == []
 
@@ -166,6 +167,14 @@ class TestEvaluate:
         with pytest.raises(RunError, match="another configuration: group_by"):
             evaluate(clf, data, tmp_path / "run", probes=2)
 
+    def test_an_image_without_a_value(self, dit_dir: Path, tmp_path: Path) -> None:
+        clf = DiffusionClassifier.from_pretrained(dit_dir)
+        some = examples(4, eye=["left"] * 4)
+        data = DataSet("four", [dataclasses.replace(some[0], facts={}), *some[1:]], None)
+        found = evaluate(clf, data, tmp_path / "run", probes=2, group_by=["eye"])
+        assert {v: f.n for v, f in found.groups["eye"].figures.items()} == {"": 1, "left": 3}
+        assert read_records(tmp_path / "run")["0"]["groups"] == {}
+
     def test_an_image_that_fails_has_its_groups(self, dit_dir: Path, tmp_path: Path) -> None:
         clf = DiffusionClassifier.from_pretrained(dit_dir)
         bad = Example("bad", 0, _cannot, {"eye": "left"})
@@ -176,8 +185,8 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("columns", "group_by", "sentence"),
         [
-            ({}, ["eye"], "the column 'eye' to group by, got '0' without; no column there is"),
-            ({"age": [1] * 6}, ["eye"], "got '0' without; the columns there are: 'age'"),
+            ({}, ["eye"], r"expected a column of the data to group by \(none\), got 'eye'"),
+            ({"age": [1] * 6}, ["eye"], r"to group by \(the columns 'age'\), got 'eye'"),
             (
                 {"eye": [None] * 6},
                 ["eye"],
@@ -226,7 +235,7 @@ class TestCommand:
             capsys, "evaluate", "--data", "digits", "--limit", 2, "--out", tmp_path / "run",
             "--group-by", "eye",
         )  # fmt: skip
-        assert_refused(said, "expected every image to have the column 'eye'")
+        assert_refused(said, "expected a column of the data to group by")
 
     def test_a_detector_has_no_groups(self, tmp_path: Path, capsys) -> None:
         said = call(capsys, "evaluate", "--data", "scenes", "--out", tmp_path, "--group-by", "eye")

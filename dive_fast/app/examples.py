@@ -40,26 +40,28 @@ def of_the_zoo(entry: Entry, folder: Path) -> list[str]:
         made = make()
     except DataError:  # scikit-learn is not installed
         return []
-    paths = [folder / f"{entry.source.text}-{i + 1}.png" for i in range(len(made))]
-    for image, path in zip(made, paths, strict=True):
-        image.save(path)
-    return [str(path) for path in paths]
+    paths = []
+    for name, image in made.items():
+        paths.append(str(folder / f"{name}.png"))
+        image.save(paths[-1])
+    return paths
 
 
-def _digits() -> list[Image.Image]:
+def _digits() -> dict[str, Image.Image]:
     from dive_fast.data.digits import NAMES, load_digits
 
     part = load_digits("test")
-    first = [(part.labels == label).argmax() for label in range(len(NAMES))]
-    images = (Image.fromarray(part.images[i]) for i in first)
     size = tuple(side * _FACTOR for side in part.images.shape[1:])
-    return [image.resize(size, Image.Resampling.NEAREST) for image in images]
+    first = {name: (part.labels == label).argmax() for label, name in enumerate(NAMES)}
+    images = {name: Image.fromarray(part.images[i]) for name, i in first.items()}
+    return {name: im.resize(size, Image.Resampling.NEAREST) for name, im in images.items()}
 
 
-def _scenes() -> list[Image.Image]:
+def _scenes() -> dict[str, Image.Image]:
     from dive_fast.data.scenes import load_scenes
 
-    return [Image.fromarray(image) for image in load_scenes("test", _SCENES).images]
+    images = load_scenes("test", _SCENES).images
+    return {f"scene {i + 1}": Image.fromarray(image) for i, image in enumerate(images)}
 
 
 _MAKERS = {"digits": _digits, "scenes": _scenes}

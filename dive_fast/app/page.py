@@ -15,7 +15,7 @@ from dive_fast.app import views
 from dive_fast.app.asking import Question, ask, watch_for
 from dive_fast.app.shelf import Entry, Shelf
 from dive_fast.app.watch import Watch
-from dive_fast.errors import DiveFastError, some
+from dive_fast.errors import DiveFastError
 from dive_fast.models.files.reading import first_line
 from dive_fast.strategies import Auto, resolve_strategy, strategy_names
 from dive_fast.strategies.layout import layout_strategy_names
@@ -27,6 +27,7 @@ HEAD = """\
 <h1>Which class explains this picture?</h1>
 <p>A frozen diffusion model is asked under which condition it predicts the noise in the picture
 best. Pictures stay on this server and are removed when it ends.</p>"""
+_SHOW_STATUS = "() => document.getElementById('status').scrollIntoView({block: 'nearest'})"
 IDLE = views.told("Choose a picture, and ask.")
 
 
@@ -43,11 +44,11 @@ class Page:
         self.running: dict[str | None, Watch] = {}  # by session
         first = shelf[shelf.names[0]]
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-            gr.HTML(HEAD)
+            gr.HTML(HEAD, padding=False)
             with gr.Row(equal_height=False):
-                with gr.Column(min_width=300):
+                with gr.Column(min_width=300, scale=4):
                     self._question(first, examples)
-                with gr.Column(min_width=300):
+                with gr.Column(min_width=300, scale=5):
                     self._answer(first)
             self._wire()
             blocks.unload(self.leave)
@@ -63,26 +64,6 @@ class Page:
     def _question(self, first: Entry, examples: Mapping[str, Sequence[str]]) -> None:
         names = list(self.shelf.names)
         self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
-        self.picture = _Picture(
-            label="Picture",
-            alt_text="The picture that is asked about",
-            type="filepath",
-            image_mode=None,
-            sources=["upload", "clipboard"],
-            buttons=[],
-            height=280,
-        )
-        self.hint = gr.HTML(_hint(first))
-        self.examples = {
-            name: gr.Dataset(
-                label="Examples",
-                components=[gr.Image(label="Example", render=False)],
-                samples=[[path] for path in examples.get(name, ())],
-                visible=bool(examples.get(name)) and name == names[0],
-                samples_per_page=12,
-            )
-            for name in names
-        }
         about, options = _about(first), _strategies(first)
         self.classes = gr.Textbox(
             "\n".join(about), label="Classes, one a line", lines=3, visible=first.prompted
@@ -93,7 +74,33 @@ class Page:
             placeholder="a photo of a {}.",
             visible=first.prompted,
         )
+        self.picture = gr.Image(
+            label="Picture",
+            alt_text="The picture that is asked about",
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            buttons=[],
+            height=260,
+            elem_id="picture",
+        )
+        # Of this component alone: for a class of its own gradio writes a file beside the source.
+        self.picture.preprocess = _sent
+        self.examples = {
+            name: gr.Dataset(
+                label="Examples",
+                components=[gr.Image(label="Example", render=False)],
+                samples=[[path] for path in examples.get(name, ())],
+                visible=bool(examples.get(name)) and name == names[0],
+                samples_per_page=12,
+                elem_classes="examples",
+            )
+            for name in names
+        }
         self.strategy = gr.Radio(list(options), value=options[0], label="Strategy")
+        with gr.Row():
+            self.go = gr.Button(_verb(first), variant="primary", min_width=120)
+            self.stop = gr.Button("Stop", min_width=120)
         with gr.Accordion("Settings", open=False):
             self.min_agreement = gr.Slider(
                 0.5,
@@ -118,12 +125,10 @@ class Page:
                 precision=0,
             )
             self.seed = gr.Number(0, label="Seed", info="Of the noise.", precision=0)
-        with gr.Row():
-            self.go = gr.Button(_verb(first), variant="primary", min_width=120)
-            self.stop = gr.Button("Stop", variant="stop", min_width=120)
+        self.hint = gr.HTML(_hint(first), padding=False)
 
     def _answer(self, first: Entry) -> None:
-        self.status = gr.HTML(IDLE)
+        self.status = gr.HTML(IDLE, elem_id="status", padding=False)
         self.bars = gr.Label(
             label="Probabilities", num_top_classes=views.MOST_CLASSES, visible=not first.detects
         )
@@ -134,9 +139,10 @@ class Page:
             buttons=["download", "fullscreen"],
             format="png",
             height=400,
+            elem_id="drawn",
             visible=first.detects,
         )
-        self.table = gr.HTML()
+        self.table = gr.HTML(padding=False)
 
     def _wire(self) -> None:
         question = [self.model, self.picture, self.classes, self.template, self.strategy]
@@ -151,6 +157,8 @@ class Page:
             concurrency_id="models",
             show_progress="hidden",
         )
+        # On a narrow screen the answer lies below.
+        self.go.click(None, js=_SHOW_STATUS)
         self.stop.click(
             self.stop_own, None, None, api_name="stop", queue=False, show_progress="hidden"
         )
@@ -220,7 +228,8 @@ class Page:
         except Exception as error:
             sentence = _sentence(error, picture)
             yield views.told(sentence, "error"), None, None, ""
-            raise gr.Error(escape(sentence), print_exception=False) from error
+            # The page has it by now; this is for those who call the server themselves.
+            raise gr.Error(escape(sentence), visible=False, print_exception=False) from error
         finally:
             self.running.pop(session, None)
 
@@ -270,15 +279,17 @@ class Page:
         ]
 
 
-class _Picture(gr.Image):
-    """Hands on the file as it was given: the library reads it, and says what is wrong with it."""
+def _sent(payload: Any) -> str | None:
+    """The file of a picture as it was sent: the library reads it, and says what is wrong with it.
 
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        if payload is None or (payload.url and payload.url.startswith("data:")):
-            return super().preprocess(payload)
-        return payload.path
+    Raises:
+        gr.Error: it is no file.
+    """
+    if payload is None:
+        return None
+    if not payload.path:
+        raise gr.Error("expected a file, got none.", print_exception=False)
+    return payload.path
 
 
 def _asked(
@@ -332,8 +343,13 @@ def _hint(entry: Entry) -> str:
     sentence = f"{entry.source} sees {seen} {side} x {side} pixels."
     if not entry.prompted:
         names = predictor.names
-        sentence += f" It knows {len(names):,} classes: {some(names, 10)}."
+        sentence += f" It knows {len(names):,} classes: {_listed(names)}."
     return f'<p class="note">{escape(sentence)}</p>'
+
+
+def _listed(names: Sequence[str], at_most: int = 10) -> str:
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _whole(value: float | None) -> int | None:

@@ -71,7 +71,7 @@ def serve(
         # Gradio reads where uploads go when the page is made.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "sent")
         from dive_fast.app.page import Page
-        from dive_fast.app.style import CSS, theme
+        from dive_fast.app.style import CSS, JS, theme
 
         page = Page(shelf, examples(made))
         blocks = page.blocks
@@ -93,6 +93,7 @@ def serve(
                 max_file_size=MOST_BYTES,
                 theme=theme(),
                 css=CSS,
+                js=JS,
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise DiveFastError(f"the page does not come up at {host}:{port}: {error}") from error

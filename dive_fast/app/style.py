@@ -8,9 +8,10 @@ _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial
 _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
-h1 { font-size: 1.6rem; margin: 0.4rem 0 0.2rem; }
-.told { font-size: 1.15rem; margin: 0.2rem 0; padding: 0.6rem 0.8rem; border-radius: 6px;
+.gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important;
+  min-width: 0; }
+h1 { font-size: 1.5rem !important; margin: 0.4rem 0 0.2rem !important; overflow-wrap: anywhere; }
+.told { font-size: 1.1rem; margin: 0 !important; padding: 0.6rem 0.8rem; border-radius: 6px;
   border-left: 4px solid var(--border-color-primary); background: var(--background-fill-secondary);
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .told.running { border-left-color: #2563eb; }
@@ -19,17 +20,52 @@ h1 { font-size: 1.6rem; margin: 0.4rem 0 0.2rem; }
 .told.error { border-left-color: #b91c1c; }
 .note { font-size: 0.9rem; color: var(--body-text-color-subdued); margin: 0.2rem 0;
   overflow-wrap: anywhere; }
+/* Small pictures fill their frame. */
+#picture img, #drawn img { width: 100%; height: 100%; object-fit: contain; }
 .rows { overflow-x: auto; }
-.rows table { width: 100%; border-collapse: collapse; font-size: 0.9rem; }
+.rows thead, .rows tbody, .rows tr { border: 0 !important; }
+.rows table { width: 100%; border: 0 !important; border-collapse: collapse; margin: 0;
+  font-size: 0.85rem; }
 .rows caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
-.rows th, .rows td { padding: 0.3rem 0.5rem; text-align: right; vertical-align: top;
-  border-bottom: 1px solid var(--border-color-primary); font-variant-numeric: tabular-nums; }
-.rows th:first-child, .rows td:last-child { text-align: left; }
-.rows thead th { font-weight: 600; }
+.rows table th, .rows table td { padding: 0.3rem; text-align: right; white-space: nowrap;
+  border: 0; border-bottom: 1px solid var(--border-color-primary);
+  font-variant-numeric: tabular-nums; }
+.rows table td:last-child { padding-left: 0.8rem; }
+.rows table th:first-child, .rows table td:last-child { text-align: left; }
+.rows table tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 4.5rem; }
+.html-container { padding: 0 !important; }
+.examples button, .examples button * { width: 3.6rem !important; height: 3.6rem !important; }
+.examples img { object-fit: cover; }
+"""
+
+# Gradio's examples are pictures without a text; a screen reader gets the names of the files.
+JS = """
+() => {
+  const name = () => {
+    for (const item of document.querySelectorAll(".examples .gallery-item:not([aria-label])")) {
+      const src = item.querySelector("img")?.getAttribute("src");
+      if (src) item.setAttribute("aria-label", decodeURIComponent(src.split("/").pop()));
+    }
+  };
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
+}
 """
 
 
 def theme() -> gr.themes.Base:
-    return gr.themes.Default(
+    base = gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=list(_SANS), font_mono=list(_MONO)
+    )
+    # Small print at a contrast of at least 4.5 to 1, on light ground and on dark.
+    subdued = {"light": "*neutral_600", "dark": "*neutral_300"}
+    return base.set(
+        body_text_color_subdued=subdued["light"],
+        body_text_color_subdued_dark=subdued["dark"],
+        block_label_text_color=subdued["light"],
+        block_label_text_color_dark=subdued["dark"],
+        block_title_text_color=subdued["light"],
+        block_title_text_color_dark=subdued["dark"],
+        block_info_text_color=subdued["light"],
+        block_info_text_color_dark=subdued["dark"],
     )

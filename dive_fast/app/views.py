@@ -98,26 +98,28 @@ def _class_table(found: Classification, final: bool) -> str:
                 state = "measured"
         else:
             bound = found.log_odds_bound[i].item()
-            state = f"given up: {_odds(bound)} at most" if math.isfinite(bound) else "given up"
+            state = f"given up, at most {_odds(bound)}" if math.isfinite(bound) else "given up"
         rows.append(
             (
                 entry["label"],
                 _percent(entry["score"]),
                 _odds(odds),
-                f"{found.losses[i].item():.5f}",
+                f"{found.losses[i].item():.4f}",
                 f"{int(found.n_probes[i]):,}",
                 state,
             )
         )
     unmeasured = int((found.n_probes == 0).sum())
     beyond = int((found.n_probes > 0).sum()) - len(rows)
-    notes = []
+    notes = ["odds are those to the first class"] if len(rows) > 1 else []
     if beyond > 0:
         notes.append(f"{_counted(beyond, 'further class', 'further classes')} measured")
     if unmeasured:
         notes.append(f"{_counted(unmeasured, 'class', 'classes')} never measured")
-    head = ("class", "probability", "odds to the answer", "mean loss", "probes", "how it stands")
-    return _html_table("The classes that explain the picture best", head, rows, "; ".join(notes))
+    head = ("class", "probability", "odds", "mean loss", "probes", "")
+    return _html_table(
+        "The classes that explain the picture best", head, rows, "; ".join(notes).capitalize()
+    )
 
 
 def _object_table(found: Detections) -> str:
@@ -154,9 +156,9 @@ def _html_table(
 def _percent(p: float) -> str:
     """A probability with as many digits as tell it from 0 and 1."""
     if 0 < p < 0.0005:
-        return "under 0.1%"
+        return "< 0.1%"
     if 0.9995 <= p < 1:
-        return "over 99.9%"
+        return "> 99.9%"
     return f"{p:.1%}"
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from dive_fast import __version__
+from dive_fast.core.threads import spin_shortly
 from dive_fast.errors import DiveFastError
 
 DESCRIPTION = """\
@@ -80,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after bad input, or 130 after an interrupt."""
     with _every_text_printable():
         options = build_parser().parse_args(arguments)
+        # The threads of a process that computes already are its caller's.
+        options.own_process = "torch" not in sys.modules
+        if options.own_process:
+            spin_shortly()
         _hush()
         return _run(options)
 

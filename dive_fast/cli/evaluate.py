@@ -15,7 +15,14 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import DATA, OTHER_DATA, add_log_to, add_options_of_both, count
+from dive_fast.cli.options import (
+    DATA,
+    OTHER_DATA,
+    add_log_to,
+    add_options_of_both,
+    add_readers,
+    count,
+)
 from dive_fast.cli.spread import add_ray, ray_options
 from dive_fast.errors import DiveFastError
 
@@ -78,6 +85,7 @@ def add_parser(commands) -> None:
         help="also the figures of the images of each value of this column of the data; may be "
         "given several times",
     )
+    add_readers(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
     add_log_to(parser)
     add_options_of_both(parser, strategy="auto", prior=True).add_argument(
@@ -150,6 +158,7 @@ def _classifier(options: argparse.Namespace):
         shard=options.shard,
         group_by=options.group_by,
         ray=ray,
+        readers=options.readers,
     )
     return summary, classifier_text
 
@@ -192,6 +201,7 @@ def _detector(options: argparse.Namespace):
             progress=sys.stderr.isatty(),
             shard=options.shard,
             ray=ray,
+            readers=options.readers,
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,
@@ -236,9 +246,10 @@ def _groups_text(groups) -> str:
     """A compact table of what a column's values come to, the lowest accuracies first."""
     order = sorted(groups.figures.items(), key=lambda item: (item[1].top1, item[0]))
     shown = order[:MOST_GROUPS]
-    width = max(len(groups.column), *(len(value) for value, _ in shown), 5)
+    width = max(len(groups.column), *(len(value) for value, _ in shown), 6)
     lines = ["", f"{groups.column:{width}}  images         accuracy  calibration error"]
     for value, of in shown:
+        value = value or "(none)"
         accuracy = f"{of.top1:.2%} +- {of.standard_errors['top1']:.2%}"
         lines.append(f"{value:{width}}  {of.n:6}  {accuracy:>15}  {of.ece:17.2%}")
     if len(order) > len(shown):

@@ -154,8 +154,11 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
 
 def _found(options: argparse.Namespace, prediction_type: str | None = None) -> Source:
     """The model that ``--model`` names, found once; a misspelt precision does not wait for it."""
+    from dive_fast.core.threads import AGAIN, choose_threads
     from dive_fast.models import check_place, resolve
 
+    if options.threads is not None or getattr(options, "own_process", False):
+        choose_threads(options.threads, again=AGAIN)
     check_place(options.dtype, options.device)
     return resolve(
         options.model,

@@ -93,6 +93,30 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def readers(text: str) -> int | None:
+    """A whole number, or None for "auto"."""
+    if text == "auto":
+        return None
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}")
+    return value
+
+
+def add_readers(parser: argparse.ArgumentParser) -> None:
+    """What ``read_ahead`` is told."""
+    parser.add_argument(
+        "--readers",
+        type=readers,
+        metavar="N|auto",
+        help="processes that read images ahead; 0 reads them between the batches (default: auto, "
+        "which starts some where reading keeps the network waiting and cores are free)",
+    )
+
+
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     """What ``load_classifier`` and ``chosen_strategy`` read."""
     group = parser.add_argument_group("model")
@@ -297,6 +321,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="bfloat16",
         help="run the network under bfloat16 autocast; the weights keep --dtype",
+    )
+    group.add_argument(
+        "--threads",
+        type=count,
+        metavar="N",
+        help="threads of the CPU (default: what OMP_NUM_THREADS says, else as many as cores are "
+        "free, looked at again every 10 seconds)",
     )
     group.add_argument(
         "--compile", action="store_true", help="run the network through torch.compile"

@@ -203,7 +203,6 @@ def _latents(classifier: DiffusionClassifier, data: DataSet, cache: Path) -> tup
     Raises:
         ImageError: an image cannot be read.
     """
-    import numpy as np
 
     from dive_fast.predict.chunks import Chunks
 
@@ -212,7 +211,7 @@ def _latents(classifier: DiffusionClassifier, data: DataSet, cache: Path) -> tup
 
     name = f"x0-{data.identity()['fingerprint']}"
     x0 = Chunks(cache).get(name, len(data.examples), compute)
-    return x0, np.array([example.label for example in data.examples], dtype=np.int64)
+    return x0, data.labels
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Columns of a table beside image and label: each value is held once, and a code per row."""
+"""Values of columns: the different labels, and what the texts of a CSV stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dive_fast.data.examples import NO_FACTS, Fact
+from dive_fast.data.examples import Fact
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Column:
 
     Attributes:
         values: the different values.
-        codes: int32 [n], each row's value among them; -1 where it has none.
+        codes: int32 [n], each row's value among them.
     """
 
-    values: list[Fact]
+    values: list[Any]
     codes: np.ndarray
 
 
@@ -30,39 +30,20 @@ class ColumnBuilder:
     """A column that is read row by row."""
 
     def __init__(self) -> None:
-        self._values: list[Fact] = []
-        self._code_of: dict[tuple[type, Fact], int] = {}
+        self._code_of: dict[str | int, int] = {}
         self._codes = array("i")
 
-    def set(self, row: int, value: Fact) -> None:
-        """The value of a row; rows that are passed over have none."""
-        self._codes.extend([-1] * (row - len(self._codes)))
-        key = (type(value), value)  # True is 1 for a dict
-        code = self._code_of.setdefault(key, len(self._values))
-        if code == len(self._values):
-            self._values.append(value)
-        self._codes.append(code)
+    def add(self, value: str | int) -> None:
+        """The value of the next row."""
+        self._codes.append(self._code_of.setdefault(value, len(self._code_of)))
 
-    def made(self, n_rows: int) -> Column:
-        codes = np.full(n_rows, -1, dtype=np.int32)
-        codes[: len(self._codes)] = np.frombuffer(self._codes, dtype=np.int32)
-        return Column(self._values, codes)
+    def made(self) -> Column:
+        return Column(list(self._code_of), np.array(self._codes, dtype=np.int32))
 
 
-class TableBuilder:
-    """Columns that are read row by row; they may turn up late."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, ColumnBuilder] = {}
-
-    def set(self, row: int, cells: Iterable[tuple[str, Any]]) -> None:
-        """The cells of a row; what is no text, finite number or truth value is left out."""
-        for name, value in cells:
-            if is_fact(value):
-                self._columns.setdefault(name, ColumnBuilder()).set(row, value)
-
-    def made(self, n_rows: int) -> dict[str, Column]:
-        return {name: column.made(n_rows) for name, column in self._columns.items()}
+def facts_among(cells: Iterable[tuple[str, Any]]) -> dict[str, Fact]:
+    """The cells that can stand in ``Example.facts``: texts, finite numbers and truth values."""
+    return {name: value for name, value in cells if is_fact(value)}
 
 
 def is_fact(value: Any) -> bool:
@@ -72,24 +53,25 @@ def is_fact(value: Any) -> bool:
     return isinstance(value, (str, int, bool))
 
 
-def facts_of(columns: Mapping[str, Column], row: int) -> Mapping[str, Fact]:
-    """What the columns say of a row."""
-    if not columns:
-        return NO_FACTS
-    codes = {name: int(column.codes[row]) for name, column in columns.items()}
-    return {name: columns[name].values[code] for name, code in codes.items() if code >= 0}
-
-
-def typed(column: Column) -> Column:
-    """A column of texts as whole numbers, numbers or truth values, if each of its texts is one.
+class Kinds:
+    """What the texts of each column are: whole numbers, numbers or truth values if all of them are.
 
     A whole number is one only as Python writes it: "007" stays a text.
     """
-    for read in (_whole, _number, _truth):
-        values = [read(text) for text in column.values]
-        if None not in values:
-            return Column(values, column.codes)
-    return column
+
+    def __init__(self) -> None:
+        self._possible: dict[str, list[Callable[[str], Fact | None]]] = {}
+
+    def see(self, cells: Mapping[str, str]) -> None:
+        """One more row."""
+        for name, text in cells.items():
+            possible = self._possible.setdefault(name, [_whole, _number, _truth])
+            if possible:
+                possible[:] = [read for read in possible if read(text) is not None]
+
+    def readers(self) -> dict[str, Callable[[str], Fact | None]]:
+        """Of each column that holds no texts, what makes values of its texts."""
+        return {name: possible[0] for name, possible in self._possible.items() if possible}
 
 
 def _whole(text: str) -> int | None:

@@ -44,7 +44,7 @@ class Pictures(Protocol):
         """What ``Example.load`` is, for an image by its row among all that lie there."""
         ...
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
         """What ``Example.facts`` is."""
         ...
 
@@ -108,7 +108,7 @@ class Examples(LazyExamples, Sequence[Example]):
         position = range(len(self))[operator.index(index)]
         row = position if self._rows is None else int(self._rows[position])
         name = self.ids[position]
-        load, facts = self._pictures.loader(row, name), self._pictures.facts(row)
+        load, facts = self._pictures.loader(row, name), self._pictures.facts(row, name)
         return Example(name, int(self.labels[position]), load, facts)
 
     def __iter__(self) -> Iterator[Example]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dive_fast.data.spec import split_options
@@ -57,6 +56,11 @@ class HubSet:
     def is_local(self) -> bool:
         return os.path.exists(self.place)
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        # Another process may work elsewhere.
+        place = os.path.abspath(self.place) if self.is_local else self.place
+        return HubSet, (place, *(getattr(self, f.name) for f in fields(self)[1:]))
+
 
 def parse_hub_set(spec: str) -> HubSet:
     """What the user named, without looking for it.
@@ -90,7 +94,6 @@ def _parted(text: str, sign: str) -> tuple[str, str, str]:
     return (before, found, after) if found else (text, "", "")
 
 
-@functools.lru_cache(maxsize=1)  # first the classes are asked for, then the images
 def load_hub_set(source: HubSet) -> Dataset | IterableDataset:
     """The split, as the library has it.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +75,7 @@ class HubPictures:
     def loader(self, row: int, example_id: str) -> Callable[[], Image.Image]:
         return partial(_load_row, self.images, row, self.columns.image, example_id)
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
         return {} if self.others is None else self.columns.facts_of(self.others[row])
 
 
@@ -126,7 +128,8 @@ def open_hub_set(source: HubSet, class_names: Sequence[str]) -> DataSet:
         DataError: ``datasets`` is not installed, the data set or its split cannot be loaded, a
             column is missing, or there is a label that the model does not know.
     """
-    data = load_hub_set(source)
+    data = _load_once(source, os.getcwd())
+    _load_once.cache_clear()
     columns = _columns(source, data.features)
     if source.streaming:
         return _streamed(source, data, columns, tuple(class_names))
@@ -154,11 +157,17 @@ def hub_classes(source: HubSet) -> list[str] | None:
     Raises:
         DataError: as ``open_hub_set``.
     """
-    data = load_hub_set(source)
+    data = _load_once(source, os.getcwd())
     columns = _columns(source, data.features)
     if columns.classes is not None or source.streaming:
         return list(columns.classes or ()) or None
     return named_labels(_labels(source, data, columns)[0])
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(source: HubSet, directory: str) -> Dataset | IterableDataset:
+    """For whom the classes are asked for first, and then the images."""
+    return load_hub_set(source)
 
 
 def _streamed(
@@ -252,11 +261,11 @@ def _labels(source: HubSet, data: Dataset, columns: _Columns) -> tuple[list[Any]
     row = 0
     for batch in data.select_columns([columns.label]).iter(10_000):
         for value in batch[columns.label]:
-            builder.set(row, _checked_label(source.where, row, value, columns.classes))
+            builder.add(_checked_label(source.where, row, value, columns.classes))
             row += 1
     if not row:
         raise DataError(f"{source.where}: expected at least one image, got none.")
-    column = builder.made(row)
+    column = builder.made()
     return column.values, column.codes
 
 

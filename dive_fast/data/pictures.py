@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from dive_fast.data.columns import Column, facts_of
-from dive_fast.data.examples import Fact
+from dive_fast.data.examples import NO_FACTS, Fact
 from dive_fast.data.image_files import read_image
 
 
@@ -21,21 +20,19 @@ class FilePictures:
 
     Attributes:
         folder: where the paths start.
-        columns: what else is known of the files.
     """
 
     folder: str
-    columns: Mapping[str, Column] = field(default_factory=dict)
 
     def loader(self, row: int, example_id: str) -> Callable[[], Image.Image]:
         return partial(read_image, Path(self.folder, example_id))
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
-        return facts_of(self.columns, row)
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
+        return NO_FACTS
 
-    def __reduce__(self) -> tuple[type, tuple[str, Mapping[str, Column]]]:
+    def __reduce__(self) -> tuple[type, tuple[str]]:
         # Another process may work elsewhere.
-        return FilePictures, (os.path.abspath(self.folder), self.columns)
+        return FilePictures, (os.path.abspath(self.folder),)
 
 
 def file_size(path: Path) -> int | None:

@@ -17,7 +17,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,8 +25,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dive_fast.data.columns import Column, ColumnBuilder, TableBuilder, facts_of
-from dive_fast.data.examples import DataSet, Examples, Fact, rows_digest
+from dive_fast.data.columns import Column, ColumnBuilder, facts_among
+from dive_fast.data.examples import NO_FACTS, DataSet, Examples, Fact, rows_digest
 from dive_fast.data.formats import IMAGE_SUFFIXES
 from dive_fast.data.image_files import decode_image
 from dive_fast.data.matching import label_rows, named_labels
@@ -52,26 +52,42 @@ class TarPictures:
     Attributes:
         shards: paths of the tar files.
         shard, offset, size: integers [n]: which file, and where in it, in bytes.
-        columns: what else the samples say.
+        json_offset, json_size: the same of the samples' ``.json``; size 0 where there is none.
+        label: what the user called the label.
+        in_json: bool [n], whether the label is an entry of the ``.json``.
     """
 
     shards: tuple[str, ...]
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
-    columns: Mapping[str, Column]
+    json_offset: np.ndarray
+    json_size: np.ndarray
+    in_json: np.ndarray
+    label: str | None
 
     def loader(self, row: int, example_id: str) -> Callable[[], Image.Image]:
         path = self.shards[self.shard[row]]
         return partial(_read_member, path, int(self.offset[row]), int(self.size[row]), example_id)
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
-        return facts_of(self.columns, row)
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
+        if not self.json_size[row]:
+            return NO_FACTS
+        path = self.shards[self.shard[row]]
+        member = _Member(int(self.json_offset[row]), int(self.json_size[row]))
+        try:
+            with open(path, "rb") as file:
+                content = _json_of(example_id, {"json": member}, file)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        if self.in_json[row]:
+            del content[find_column(example_id, list(content), LABEL_COLUMNS, self.label)]
+        return facts_among(content.items())
 
     def __reduce__(self) -> tuple[type, tuple]:
         # Another process may work elsewhere.
-        shards = tuple(map(os.path.abspath, self.shards))
-        return TarPictures, (shards, self.shard, self.offset, self.size, self.columns)
+        shards, *rest = (getattr(self, f.name) for f in fields(self))
+        return TarPictures, (tuple(map(os.path.abspath, shards)), *rest)
 
 
 class _Index(NamedTuple):
@@ -161,8 +177,9 @@ def _index(state: tuple[tuple[str, int, int], ...], image: str | None, label: st
     paths = [path for path, _, _ in state]
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     ids: list[str] = []
-    labels, facts = ColumnBuilder(), TableBuilder()
-    shard, offset, size = array("i"), array("q"), array("q")
+    labels = ColumnBuilder()
+    # shard; offset and size of the image; of the .json; whether the label is there
+    places = [array("i"), array("q"), array("q"), array("q"), array("q"), array("b")]
     without = 0
     for number, path in enumerate(paths):
         before = len(ids)
@@ -172,20 +189,19 @@ def _index(state: tuple[tuple[str, int, int], ...], image: str | None, label: st
             if (picture := _image_of(where, members, image)) is None:
                 without += 1
                 continue
-            truth, others = _label_of(where, members, file, label)
-            labels.set(len(ids), truth)
-            facts.set(len(ids), others)
-            shard.append(number)
-            offset.append(members[picture].offset)
-            size.append(members[picture].size)
+            truth, in_json = _label_of(where, members, file, label)
+            labels.add(truth)
+            described = members.get("json", _Member(0, 0))
+            place = (number, *members[picture], *described, in_json)
+            for values, value in zip(places, place, strict=True):
+                values.append(value)
             ids.append(f"{name}/{key}")
         if len(ids) == before:
             raise DataError(f"{path}: expected samples with an image (such as .jpg), got none.")
     if without:
         log.warning("%s: left out %d samples without an image.", common, without)
-    arrays = (np.array(values) for values in (shard, offset, size))
-    pictures = TarPictures(tuple(paths), *arrays, facts.made(len(ids)))
-    return _Index(ids, labels.made(len(ids)), pictures)
+    pictures = TarPictures(tuple(paths), *map(np.array, places), label)
+    return _Index(ids, labels.made(), pictures)
 
 
 def _samples(path: str) -> Iterator[tuple[str, dict[str, _Member], BinaryIO]]:
@@ -233,22 +249,20 @@ def _image_of(where: str, members: Mapping[str, _Member], named: str | None) -> 
 
 def _label_of(
     where: str, members: Mapping[str, _Member], file: BinaryIO, named: str | None
-) -> tuple[str | int, list[tuple[str, object]]]:
-    """The sample's label: a name or a row; and the other entries of its ``.json``."""
+) -> tuple[str | int, bool]:
+    """The sample's label, a name or a row, and whether it is an entry of its ``.json``."""
     text = "cls" if named is None else named
     content = _json_of(where, members, file)
     if text in members:
-        return _text_label(f"{where}, .{text}", _content(members[text], file)), list(
-            content.items()
-        )
+        return _text_label(f"{where}, .{text}", _content(members[text], file)), False
     if not content:
         expected = "a label (.cls, or .json with a label)" if named is None else f"a label .{named}"
         raise DataError(f"{where}: expected {expected}, got {some(list(members))}.")
     key = find_column(f"{where}, .json", list(content), LABEL_COLUMNS, named)
-    label = content.pop(key)
+    label = content[key]
     if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
         raise DataError(f"{where}, .json: expected the name or index of a class in {key!r}.")
-    return label, list(content.items())
+    return label, True
 
 
 def _json_of(where: str, members: Mapping[str, _Member], file: BinaryIO) -> dict[str, object]:

@@ -39,7 +39,7 @@ class TorchPictures:
     def loader(self, row: int, example_id: str) -> Callable[[], Picture]:
         return partial(_image, self.dataset, row, example_id)
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
         return NO_FACTS
 
 

@@ -8,11 +8,13 @@ from dive_fast.evaluation.detection import (
     evaluate_detections,
     summarise_detections,
 )
+from dive_fast.evaluation.on_ray import RayOptions
 from dive_fast.evaluation.rundir import RunDirectory, read_records
 from dive_fast.evaluation.summary import Summary, summarise
 
 __all__ = [
     "DetectionSummary",
+    "RayOptions",
     "RunDirectory",
     "Summary",
     "evaluate",

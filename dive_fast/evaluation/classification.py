@@ -12,6 +12,8 @@ import torch
 from dive_fast.core.head import Head
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
+from dive_fast.data.reading import Pixels, as_readers, load
+from dive_fast.evaluation.encoding import images_at_once
 from dive_fast.evaluation.grouping import expect_columns, facts_of
 from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import environment
@@ -44,6 +46,7 @@ def evaluate(
     shard: Shard | str | None = None,
     group_by: Sequence[str] = (),
     ray: RayOptions | None = None,
+    readers: int | None = 0,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
 
@@ -58,6 +61,9 @@ def evaluate(
         shard: only every N-th image: a ``Shard`` or its text, such as "3/16", or "auto" in a
             process of torchrun or srun. The run then lies in a folder of ``out`` of its own, and
             ``merging.merge`` makes one run of all.
+        readers: processes that read images ahead; 0 reads them here, None begins here and starts
+            some where that pays. A script that asks for them needs its ``if __name__ ==
+            "__main__":``, for they import it.
         group_by: columns of the data, ``Example.facts``, for each of whose values the summary has
             figures of its own. Records hold the values, as ``groups``.
         ray: have the workers of a Ray cluster compute, see ``RayOptions``; ``classifier`` is then
@@ -68,7 +74,7 @@ def evaluate(
         images in ``out/results.csv``.
 
     Raises:
-        DataError: an image lacks a column of ``group_by``, or it has very many values.
+        DataError: no image has a column of ``group_by``, or it has very many values.
         RunError: ``out`` holds another run or a damaged one, or cannot be written; or the logger
             cannot be opened.
         DiveFastError: an unknown strategy, preset or number of probes; ``log_to`` is no logger, or
@@ -76,6 +82,7 @@ def evaluate(
     """
     check_log_to(log_to)
     columns = expect_columns(data, group_by)
+    readers = as_readers(readers, on_ray=ray is not None)
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
     head = as_head(head, chosen, classifier.model)
@@ -100,9 +107,17 @@ def evaluate(
         logged(run, log_to, config) as records,
     ):
         if ray is None:
-            sources = (source(classifier, example) for example in data.examples)
-            answers = partial(stream, classifier)
-            run_over(sources, answers, records, progress=progress, total=len(data.examples))
+            run_over(
+                _pixel_sources(classifier, data, columns),
+                partial(stream, classifier),
+                records,
+                progress=progress,
+                total=len(data.examples),
+                readers=readers,
+                shared=_indexed(data),
+                encode=classifier.encode_pixels,
+                at_once=images_at_once(classifier.model.device),
+            )
             fill_rate = classifier.last_run.fill_rate
         else:
             work = Work(data.examples, data.ids, source, stream, partial(_identity, asked))
@@ -111,6 +126,23 @@ def evaluate(
         summary = write_outputs(run.path, ids=ids, fill_rate=fill_rate)
         records.finish(summary.to_dict())
         return summary
+
+
+def _indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
+    """The examples, for readers to know them all; none of a stream, which bring their images."""
+    return (data.examples,) if isinstance(data.examples, Sequence) else ()
+
+
+def _pixel_sources(
+    classifier: DiffusionClassifier, data: DataSet, columns: Sequence[str]
+) -> Iterator[Source]:
+    """Whose images are read as pixels, here or by another process, and encoded afterwards."""
+    channels, size, _ = classifier.model.image_shape
+    known = _indexed(data)
+    for i, example in enumerate(data.examples):
+        read = partial(load, *known, i) if known else example.load
+        facts = facts_of(example, columns)
+        yield Source(example.id, Pixels(read, size, channels), facts, name=example.id)
 
 
 def _source(columns: Sequence[str], classifier: DiffusionClassifier, example: Example) -> Source:

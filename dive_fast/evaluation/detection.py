@@ -19,7 +19,7 @@ from dive_fast.data.coco import (
     mirrored_images,
     unknown_classes,
 )
-from dive_fast.data.images import to_mode
+from dive_fast.data.reading import as_readers, read_rgb
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
 from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import machine
@@ -106,6 +106,7 @@ def evaluate_detections(
     environment: Mapping[str, Any] | None = None,
     log_to: LogTo | None = None,
     progress: bool = False,
+    readers: int | None = 0,
     shard: Shard | str | None = None,
     ray: RayOptions | None = None,
     **search: Any,
@@ -126,6 +127,7 @@ def evaluate_detections(
         environment: what else is worth recording; other versions are warned of.
         log_to: where running figures go beside the records, as for ``evaluate``.
         progress: show a bar.
+        readers: processes that read images ahead, as in ``evaluate``.
         shard: only every N-th image, as ``classification.evaluate`` has it.
         ray: have the workers of a Ray cluster compute, as ``classification.evaluate`` has it.
         **search: for the detector's ``stream``: strategy, probes, seed.
@@ -138,6 +140,7 @@ def evaluate_detections(
         DiveFastError: pycocotools is not installed, or ``log_to`` is no logger or its package is
             not.
     """
+    readers = as_readers(readers, on_ray=ray is not None)
     # Hours of search should not end at a missing package or at data that cannot be scored.
     pycocotools()
     check_log_to(log_to)
@@ -161,7 +164,8 @@ def evaluate_detections(
     ):
         if ray is None:
             sources = [_source(detector, image) for image in dataset.images]
-            run_over(sources, partial(detector.stream, **search), records, progress=progress)
+            answers = partial(detector.stream, **search)
+            run_over(sources, answers, records, progress=progress, readers=readers)
         else:
             identity = partial(_identity, search) if hasattr(detector, "identity") else None
             work = Work(dataset.images, ids, _source, partial(_stream, search), identity)
@@ -177,7 +181,7 @@ def evaluate_detections(
 def _source(detector: Detector, image: CocoImage) -> Source:
     # A missing image is among the data's problems already.
     name = None if image.path is None else str(image.path)
-    return Source(str(image.id), partial(_read, image), name=name)
+    return Source(str(image.id), partial(read_rgb, image), name=name)
 
 
 def _stream(
@@ -188,11 +192,6 @@ def _stream(
 
 def _identity(search: Mapping[str, Any], detector: Any) -> dict[str, Any]:
     return detector.identity(**search)
-
-
-def _read(image: CocoImage) -> Image.Image:
-    # A mode that cannot be converted is this image's error and not the detector's.
-    return to_mode(image.read(), 3)
 
 
 def summarise_detections(

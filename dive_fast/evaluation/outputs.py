@@ -81,13 +81,13 @@ def write_detection_outputs(
 def _head(
     config: Mapping[str, Any], environment: Mapping[str, Any], task: str, metrics: Mapping
 ) -> dict[str, Any]:
-    """The keys of clip_benchmark's results: dataset, model, pretrained, task, metrics, language."""
+    """The keys of CLIP_benchmark's results, which it makes one table of: names must be texts."""
     model, data = config.get("model"), config.get("data")
     model = model if isinstance(model, Mapping) else {"family": model}
     data = data if isinstance(data, Mapping) else {}
     return {
-        "dataset": data.get("source"),
-        "model": environment.get("model") or model.get("family"),
+        "dataset": str(data.get("source") or ""),
+        "model": str(environment.get("model") or model.get("family") or ""),
         "pretrained": str(model.get("weights") or ""),
         "task": task,
         "metrics": dict(metrics),

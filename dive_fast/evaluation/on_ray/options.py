@@ -69,7 +69,13 @@ class RayOptions:
 
 
 def spread(environment: Mapping[str, Any], options: RayOptions) -> dict[str, Any]:
-    """A run's environment, of which the driver knows what each worker has."""
+    """A run's environment, of which the driver knows what each worker has.
+
+    Raises:
+        DiveFastError: these are no ``RayOptions``.
+    """
+    if not isinstance(options, RayOptions):
+        raise DiveFastError(f"ray must be RayOptions or None, got {shown(options)}.")
     # The driver's own device and batches compute nothing.
     own = {k: v for k, v in environment.items() if k not in ("device", "batch_size", "threads")}
     device = "cuda" if options.gpus_per_worker else "cpu"

@@ -72,7 +72,6 @@ class _Hand:
         actor, events: Ray's handles: of the worker, and of what it tells.
         ready: its model is loaded.
         busy: it has been given images and has not yet drained them.
-        closing: it has been told that there are no more for now.
         given: positions in flight, by the id of their record.
     """
 
@@ -80,7 +79,6 @@ class _Hand:
     events: Any
     ready: bool = False
     busy: bool = False
-    closing: bool = False
     given: dict[str, int] = field(default_factory=dict)
 
 
@@ -192,11 +190,11 @@ class _Run:
                 hand.given.pop(record["id"], None)
                 self._append(record)
             case told.Want():
-                if hand.busy and not hand.closing:
-                    self._give(hand, self._handout.take(idle=False))
+                piece = self._handout.take(idle=False)
+                self._give(hand, piece, last=not piece)
             case told.Drained(rows, capacity):
                 self.rows, self.capacity = self.rows + rows, self.capacity + capacity
-                hand.busy = hand.closing = False
+                hand.busy = False
                 self._start(hand)
             case told.Ready(identity, versions):
                 self._stillborn = 0
@@ -211,15 +209,12 @@ class _Run:
     def _start(self, hand: _Hand) -> None:
         """Gives images to one that has none, if there are any."""
         if piece := self._handout.take(idle=True):
-            self._give(hand, piece)
-            if self._handout.must_be_alone(piece[0]):
-                self._give(hand, [])
+            self._give(hand, piece, last=self._handout.must_be_alone(piece[0]))
 
-    def _give(self, hand: _Hand, piece: list[int]) -> None:
-        """A piece; an empty one ends what it does."""
-        hand.busy, hand.closing = True, not piece
+    def _give(self, hand: _Hand, piece: list[int], last: bool) -> None:
+        hand.busy = True
         hand.given.update((self._work.ids[i], i) for i in piece)
-        hand.actor.give.remote(piece)
+        hand.actor.give.remote(piece, last)
 
     def _lose(self, hand: _Hand, error: Exception) -> None:
         """A worker is dead: another one in its place, and its images to whoever is there."""

@@ -31,7 +31,7 @@ class Ready(NamedTuple):
 
 
 class Want(NamedTuple):
-    """Few images are left; an empty piece says that there are no more for now."""
+    """Few images are left."""
 
 
 class Known(NamedTuple):
@@ -74,12 +74,16 @@ class Worker:
     def __init__(self, load: Callable[[], Any], work: Work, threads: int) -> None:
         self._load, self._work = load, work
         self._threads = threads
-        self._inbox: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[list[int], bool]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    def give(self, positions: list[int]) -> None:
-        """Images to classify, as positions among the items; none ends what was begun."""
-        self._inbox.put(positions)
+    def give(self, positions: list[int], last: bool) -> None:
+        """Images to classify, as positions among the items.
+
+        Args:
+            last: do not wait for more before these are answered.
+        """
+        self._inbox.put((positions, last))
 
     def events(self) -> Iterator[list[Event]]:
         """What happens, as it happens: never ends but by a failure."""
@@ -102,32 +106,29 @@ class Worker:
             # What is logged before the driver has said when it loaded the same model.
             logging.getLogger("dive_fast").addHandler(_Teller(self._outbox))
             while True:
-                if piece := self._inbox.get():
-                    self._classify(predictor, piece)
+                self._classify(predictor)
         except BaseException as error:
             self._outbox.put(Failed(_portable(error)))
 
-    def _classify(self, predictor: Any, piece: list[int]) -> None:
-        """Until a piece is empty; the batches are filled across pieces."""
-        sources = (self._work.source(predictor, item) for item in self._items(piece))
+    def _classify(self, predictor: Any) -> None:
+        """As far as the last piece; the batches are filled across pieces."""
+        sources = (self._work.source(predictor, item) for item in self._items())
         run_over(sources, partial(self._work.stream, predictor), _Records(self._outbox))
         record = getattr(predictor, "last_run", None)
         rows = (0, 0) if record is None else (record.rows, record.capacity_rows)
         self._outbox.put(Drained(*rows))
 
-    def _items(self, piece: list[int]) -> Iterator[Any]:
-        waiting, asked = deque(piece), False
-        while True:
+    def _items(self) -> Iterator[Any]:
+        piece, last = self._inbox.get()
+        waiting = deque(piece)
+        while waiting or not last:
             # Asked for while half a piece is left, so that the engine need not wait for it.
-            if not asked and len(waiting) <= len(piece) // 2:
+            if not last and len(waiting) <= len(piece) // 2:
                 self._outbox.put(Want())
-                asked = True
-            if not waiting or (asked and not self._inbox.empty()):
-                piece, asked = self._inbox.get(), False
+                while len(waiting) > 0 and self._inbox.empty():
+                    yield self._work.items[waiting.popleft()]
+                piece, last = self._inbox.get()
                 waiting.extend(piece)
-                if not piece:
-                    yield from (self._work.items[i] for i in waiting)
-                    return
             else:
                 yield self._work.items[waiting.popleft()]
 
