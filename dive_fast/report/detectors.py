@@ -11,7 +11,7 @@ from PIL import Image
 
 from dive_fast.core.numbers import is_number
 from dive_fast.data.images import read_image
-from dive_fast.errors import DiveFastError, ImageError
+from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.coco_scores import NAMES
 from dive_fast.evaluation.detection import summarise_detections
 from dive_fast.predict.detections import Detections
@@ -192,7 +192,7 @@ def _picture(run: Run, pictures: Annotated, key: str) -> Picture:
     uri, size, pixelated, missing = "", (SIDE, SIDE), False, ""
     try:
         uri, size, pixelated = thumbnail(_drawn(run, pictures, key), SIDE)
-    except ImageError as error:
+    except DiveFastError as error:
         missing = f"No picture: {error}" if pictures.found else ""
     return Picture(key, uri, size, alt, facts, pixelated=pixelated, missing=missing)
 

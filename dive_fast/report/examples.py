@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dive_fast.errors import ImageError
+from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.table import RunTable
 from dive_fast.report.parts import (
     Cell,
@@ -86,7 +86,7 @@ def _picture(table: RunTable, pictures: Pictures, row: int) -> Picture:
     uri, size, pixelated, missing = "", (SIDE, SIDE), False, ""
     try:
         uri, size, pixelated = thumbnail(pictures.read(key, truth), SIDE)
-    except ImageError as error:
+    except DiveFastError as error:
         missing = f"No picture: {error}" if pictures.found else ""
     return Picture(key, uri, size, alt, facts, truth == index, top, pixelated, missing)
 

@@ -126,6 +126,8 @@ class Sources:
                 raise
             return Pictures(f"{run.label}: its images were not found: {error}")
         data = self._opened[where, names]
+        if data.labels is None:  # to find a few of a stream's images is to read them all
+            return Pictures(f"{run.label}: its images are streamed; --data can name a copy.")
         row = {key: i for i, key in enumerate(data.ids)}
         return Pictures(_other_images(run, data, row), data, row)
 
