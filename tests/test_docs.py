@@ -43,6 +43,7 @@ PAGES = (
     "docs/layouts.md",
     "docs/records.md",
     "docs/runs.md",
+    "docs/report.md",
     "docs/logging.md",
 )
 

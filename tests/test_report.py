@@ -145,8 +145,8 @@ class TestNumbers:
         assert main["model"] == ["toy", "toy"] and main["seed"] == ["0", "0"]
 
     def test_errors(self, two: Element) -> None:
-        assert cells(table_of(two, "first: 1 images"))[1] == ["cat/2.png", "cat/2.png: cut off."]
-        assert cells(table_of(two, "second: 1 images"))[1] == [EVIL, f"{EVIL} & more"]
+        assert cells(table_of(two, "first: one image"))[1] == ["cat/2.png", "cat/2.png: cut off."]
+        assert cells(table_of(two, "second: one image"))[1] == [EVIL, f"{EVIL} & more"]
 
 
 class TestForm:

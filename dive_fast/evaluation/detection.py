@@ -154,6 +154,7 @@ def evaluate_detections(
     config = {**config, "data": dataset.identity(), "names": list(detector.names)}
     out, dataset, part, facts = as_shard(out, dataset, [str(i.id) for i in dataset.images], shard)
     config.update(part)
+    facts.update(data=dataset.where)
     form = Form("detection", detector.names)
     here = {**machine(), **(environment or {})}
     ids = [str(i.id) for i in dataset.images]

@@ -54,7 +54,8 @@ def _heat(run: Run, matrix: np.ndarray) -> Heat:
     ]
     caption = (
         f"{run.label}: of the images of each class (row), how many were answered with each "
-        "(column). Right answers lie on the diagonal; darker is a larger share of the row."
+        "(column). Right answers lie on the diagonal; a stronger colour is a larger share of the "
+        "row; empty cells are 0."
     )
     return Heat(caption, run.table.names, cells)
 

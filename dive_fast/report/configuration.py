@@ -59,9 +59,10 @@ def _main(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def _data(run: Run) -> str | None:
     data = run.data
-    if not data:
+    if "source" not in data:
         return run.where
-    return f"{data.get('source')}, {data.get('count')} images ({data.get('fingerprint')})"
+    fingerprint = f" ({data['fingerprint']})" if data.get("fingerprint") else ""
+    return f"{data['source']}, {data.get('count', NOTHING)} images{fingerprint}"
 
 
 def _table(caption: str, rows: Mapping[str, list], runs: Sequence[Run], mark: bool = True) -> Table:

@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image
 
 from dive_fast.core.numbers import is_number
-from dive_fast.errors import DiveFastError, ImageError
+from dive_fast.data.images import read_image
+from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.coco_scores import NAMES
 from dive_fast.evaluation.detection import summarise_detections
 from dive_fast.predict.detections import Detections
@@ -33,7 +34,7 @@ from dive_fast.report.runs import Run
 from dive_fast.report.sources import Annotated
 from dive_fast.report.thumbnails import thumbnail
 
-SIDE = 320  # pixels
+SIDE = 384  # pixels
 _SUMMARY = "summary.json"
 
 
@@ -191,13 +192,17 @@ def _picture(run: Run, pictures: Annotated, key: str) -> Picture:
     uri, size, pixelated, missing = "", (SIDE, SIDE), False, ""
     try:
         uri, size, pixelated = thumbnail(_drawn(run, pictures, key), SIDE)
-    except ImageError as error:
+    except DiveFastError as error:
         missing = f"No picture: {error}" if pictures.found else ""
     return Picture(key, uri, size, alt, facts, pixelated=pixelated, missing=missing)
 
 
 def _drawn(run: Run, pictures: Annotated, key: str) -> Image.Image:
+    """The image with its boxes; that of ``dive-fast detect`` is drawn already."""
     record = run.records[key]
+    path = (run.path / record.get("drawn", ".")).resolve()
+    if path.is_file() and path.is_relative_to(run.path.resolve()):
+        return read_image(path)
     names = _names(run)
     probabilities = record.get("class_probabilities")
     found = Detections(

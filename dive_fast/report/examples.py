@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dive_fast.errors import ImageError
+from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.table import RunTable
 from dive_fast.report.parts import (
     Cell,
@@ -86,7 +86,7 @@ def _picture(table: RunTable, pictures: Pictures, row: int) -> Picture:
     uri, size, pixelated, missing = "", (SIDE, SIDE), False, ""
     try:
         uri, size, pixelated = thumbnail(pictures.read(key, truth), SIDE)
-    except ImageError as error:
+    except DiveFastError as error:
         missing = f"No picture: {error}" if pictures.found else ""
     return Picture(key, uri, size, alt, facts, truth == index, top, pixelated, missing)
 
@@ -100,6 +100,7 @@ def error_section(failed: Sequence[tuple[Run, dict[str, str]]]) -> Section | Non
         rows = [[Cell(key), Cell(error)] for key, error in list(errors.items())[:MOST_ERRORS]]
         columns = [Column("Image", numeric=False), Column("Error", numeric=False)]
         more = f", the first {MOST_ERRORS}" if len(errors) > MOST_ERRORS else ""
-        caption = f"{run.label}: {len(errors):,} images that could not be read{more}"
+        what = "one image" if len(errors) == 1 else f"{len(errors):,} images"
+        caption = f"{run.label}: {what} that could not be read{more}"
         parts.append(Table(caption, columns, rows))
     return Section("errors", "Errors", parts) if parts else None

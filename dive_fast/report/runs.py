@@ -49,8 +49,15 @@ class Run:
 
     @property
     def where(self) -> str | None:
-        """Where the images lay, if the run tells."""
+        """Where the images lay, or their annotations, if the run tells."""
         found = self.content.get("data")
+        found = _mapping(found).get("annotations", found)
+        return found if isinstance(found, str) else None
+
+    @property
+    def images(self) -> str | None:
+        """The folder of annotated images, if the run tells."""
+        found = _mapping(self.content.get("data")).get("images")
         return found if isinstance(found, str) else None
 
 

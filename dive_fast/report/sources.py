@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from dive_fast.core.numbers import is_whole
 from dive_fast.data import DataSet, open_dataset
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco
 from dive_fast.data.images import as_image, read_image
-from dive_fast.data.scenes import write_scenes
+from dive_fast.data.scenes import N_TEST, write_scenes
 from dive_fast.errors import DataError, DiveFastError, ImageError
 from dive_fast.report.runs import Run
 
@@ -97,7 +98,7 @@ class Sources:
         self._images = images
         self._stack = ExitStack()
         self._opened: dict[tuple[str, tuple[str, ...]], DataSet] = {}
-        self._annotated: dict[tuple[str, int], CocoDataset] = {}
+        self._annotated: dict[tuple[str, str, int], CocoDataset] = {}
 
     def __enter__(self) -> Sources:
         return self
@@ -125,6 +126,8 @@ class Sources:
                 raise
             return Pictures(f"{run.label}: its images were not found: {error}")
         data = self._opened[where, names]
+        if data.labels is None:  # to find a few of a stream's images is to read them all
+            return Pictures(f"{run.label}: its images are streamed; --data can name a copy.")
         row = {key: i for i, key in enumerate(data.ids)}
         return Pictures(_other_images(run, data, row), data, row)
 
@@ -135,11 +138,11 @@ class Sources:
             DataError: as for ``of_classifier``; or annotations without their folder of images.
         """
         named = self._given if _is_annotated(self._given) else None
-        where = named or run.where or (SCENES if run.data.get("source") == SCENES else None)
+        where = named or run.where
         if where is None and not run.data:
             return Annotated()  # of dive-fast detect, whose ids are paths
         try:
-            dataset = self._open_annotated(where, run)
+            dataset = self._open_annotated(where, self._images or run.images, run)
         except DiveFastError as error:
             if named is not None:
                 raise
@@ -153,21 +156,23 @@ class Sources:
             problem = f"{run.label}: the images in {where} are not those of the run."
         return Annotated(problem, dataset, of)
 
-    def _open_annotated(self, where: str | None, run: Run) -> CocoDataset:
+    def _open_annotated(
+        self, where: str | None, images: str | os.PathLike[str] | None, run: Run
+    ) -> CocoDataset:
         if where is None:
             raise DataError("the run does not say where; --data FILE.json --images DIR can.")
+        if where != SCENES and images is None:
+            raise DataError(f"expected --images DIR, the images of {where}, got none.")
         count = run.data.get("count") if where == SCENES else 0
-        count = count if isinstance(count, int) and count > 0 else len(run.records)
-        if (where, count) not in self._annotated:
+        count = count if is_whole(count, 0) and count <= N_TEST else N_TEST
+        key = where, str(images), count
+        if key not in self._annotated:
             if where == SCENES:
                 folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="scenes-"))
-                found = write_scenes(folder, "test", count)
-            elif self._images is None:
-                raise DataError(f"expected --images DIR, the images of {where}, got none.")
+                self._annotated[key] = write_scenes(folder, "test", count)
             else:
-                found = read_coco(where, self._images)
-            self._annotated[where, count] = found
-        return self._annotated[where, count]
+                self._annotated[key] = read_coco(where, images)
+        return self._annotated[key]
 
 
 def _is_annotated(data: str | None) -> bool:

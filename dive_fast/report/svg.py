@@ -20,7 +20,7 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 _SETTINGS = {
     "svg.fonttype": "none",  # texts stay texts
     "text.parse_math": False,
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,
