@@ -15,15 +15,9 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import (
-    DATA,
-    OTHER_DATA,
-    add_log_to,
-    add_options_of_both,
-    add_readers,
-    count,
-)
+from dive_fast.cli.options import DATA, OTHER_DATA, add_log_to, add_options_of_both, add_readers
 from dive_fast.cli.spread import add_ray, ray_options
+from dive_fast.cli.values import count
 from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)

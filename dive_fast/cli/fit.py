@@ -15,7 +15,8 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import DATA, OTHER_DATA, add_options_of_both, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_options_of_both
+from dive_fast.cli.values import count
 
 log = logging.getLogger(__name__)
 
