@@ -28,7 +28,7 @@ WORTH_A_FIT = 200
 DESCRIPTION = """\
 Runs a classifier over labelled images, or a detector over annotated ones. The data say which:
 
-  classifier  --data digits, a folder by class, or an .npz
+  classifier  --data digits, a folder by class, an .npz or a table, wds: or hf: (docs/data.md)
               accuracy, AUROC, F1, calibration error, evaluations and seconds per image
   detector    --data scenes, or a COCO annotation file with --images
               the twelve COCO numbers, evaluations and seconds per image

@@ -25,7 +25,8 @@ Fits a frozen model's few free numbers to images with known answers, prints what
 writes them into dive_fast.json beside the model, where every command finds them. Use images that
 were not in the model's training, or it will be too sure. The data say what is fitted:
 
-  classifier  --data digits, a folder by class, or an .npz: all three, or what --what names
+  classifier  --data digits, a folder by class, an .npz or a table, wds: or hf:
+              all three, or what --what names
     timesteps   where probes tell the right class from its rivals; they are then taken there
     shortlist   what one gradient says of every class; strategy auto then measures fewer of them
                 (learned from 60 random images, each of which measures every class, and tried on

@@ -142,7 +142,8 @@ def add_options_of_both(
         "min_agreement=0.99 of auto or margin=0.05 of guided",
     )
     classifiers = parser.add_argument_group(
-        "only for a classifier", "(--data digits, a folder by class, or an .npz)"
+        "only for a classifier",
+        "(--data digits, a folder by class, an .npz or a table, wds: or hf:)",
     )
     _add_strategy_extras(classifiers)
     _add_lora(classifiers)
