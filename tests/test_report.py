@@ -93,6 +93,20 @@ class TestNumbers:
         _, *rows = cells(table_of(one, "Accuracy by eye"))
         assert rows == [["left", "2", "50.0% ± 35.4"], ["right", "2", "100.0% ± 0.0"]]
 
+    def test_groups_that_are_numbers(self, tmp_path: Path) -> None:
+        records = [answer(n, 0, [0.9, 0.1, 0.0], groups={"age": n}) for n in ("10", "9", "2.5")]
+        page = page_of(write_run(tmp_path / "run", records))
+        _, *rows = cells(table_of(page, "Accuracy by age"))
+        assert [row[0] for row in rows] == ["2.5", "9", "10"]
+
+    @pytest.mark.filterwarnings("ignore:A single label was found")
+    def test_a_single_class(self, tmp_path: Path) -> None:
+        page = page_of(write_run(tmp_path / "run", [answer("1", 0, [1.0], ["a"])], ["a"]))
+        heads, row = cells(table_of(page, "The runs side by side"))
+        found = dict(zip(heads, row, strict=True))
+        assert found["Accuracy"] == "100.0% ± 0.0" and found["AUROC"] == "–"
+        assert "No answer is wrong." in page.one("main").text
+
     def test_by_evaluations(self, one: Element) -> None:
         _, *rows = cells(table_of(one, "Accuracy by evaluations"))
         assert [row[1:] for row in rows] == [
@@ -328,6 +342,7 @@ class TestRefusals:
             (["failed"], r"got one without \(1 images failed\)"),
             (["folder"], "cannot be read"),
             ([3], "expected a run directory, got 3"),
+            (3, "expected run directories, got 3"),
         ],
     )
     def test_runs(self, tmp_path: Path, monkeypatch, runs: list, message: str) -> None:
@@ -369,6 +384,11 @@ class TestRefusals:
         os.mkfifo(tmp_path / "page.html")
         with pytest.raises(RunError, match="expected a regular file"):
             write_report(write_run(tmp_path / "run"), tmp_path / "page.html")
+
+    @pytest.mark.parametrize("name", ["data", "images"])
+    def test_data_of_another_type(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(DataError, match=f"expected {name} as a text or a path, got 3"):
+            write_report(write_run(tmp_path / "run"), tmp_path / "page.html", **{name: 3})
 
     @pytest.mark.parametrize("pictures", [-1, 1.5, True])
     def test_numbers_of_pictures(self, tmp_path: Path, pictures: object) -> None:

@@ -167,7 +167,7 @@ def _groups(runs: Sequence[Run], column: str) -> list[object]:
     found = [_of_groups(run, column) for run in runs]
     values = list(dict.fromkeys(value for of in found for value in of))
     largest = sorted(values, key=lambda v: -max(of.get(v, (0, 0))[0] for of in found))[:GROUPS]
-    shown = sorted(largest)
+    shown = _in_order(largest)
     rows = []
     for value in shown:
         cells = [Cell(value or NOTHING)]
@@ -196,6 +196,14 @@ def _of_groups(run: Run, column: str) -> dict[str, tuple[int, int]]:
     n = np.bincount(place).tolist()
     hits = np.bincount(place, run.table.correct).astype(int).tolist()
     return dict(zip(values.tolist(), zip(n, hits, strict=True), strict=True))
+
+
+def _in_order(values: Sequence[str]) -> list[str]:
+    """By their size where all are numbers, else by their letters."""
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return sorted(values)
 
 
 def _bar(value: float | None, error: float | None, series: int) -> Cell:

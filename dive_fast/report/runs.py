@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,14 @@ class Run:
         return found if isinstance(found, str) else None
 
 
-def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
+def read_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     """All runs, in the order given.
 
     Raises:
         RunError: there is none, one is given twice, is none, is damaged or has no answer.
     """
+    if not isinstance(paths, Iterable):
+        raise RunError(f"expected run directories, got {shown(paths)}.")
     paths = [_path(path) for path in paths]
     if not paths:
         raise RunError("expected at least one run directory, got none.")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dive_fast.core.files import replacing
 from dive_fast.core.numbers import whole
-from dive_fast.errors import DiveFastError, RunError, shown
+from dive_fast.errors import DataError, DiveFastError, RunError, shown
 from dive_fast.report.runs import Run, read_runs
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _NEEDED = {"jinja2": "Jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-le
 
 
 def write_report(
-    runs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    runs: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     data: str | os.PathLike[str] | None = None,
@@ -51,6 +51,9 @@ def write_report(
     """
     _expect_packages()
     pictures = whole("pictures", pictures, 0)
+    for name, given in (("data", data), ("images", images)):
+        if given is not None and not isinstance(given, str | os.PathLike):
+            raise DataError(f"expected {name} as a text or a path, got {shown(given)}.")
     out = _target(out)
     found = read_runs([runs] if isinstance(runs, str | os.PathLike) else runs)
     page, problems = _page(found, data, images, pictures)
