@@ -17,7 +17,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
 
 docs: $(VENV)/.installed
-	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir site
 
 # The tests of the pages want a Chromium. Root of a Debian gets one; elsewhere they are skipped.
 browser:

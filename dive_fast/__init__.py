@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from dive_fast.core.head import Head
     from dive_fast.core.layouts import Layout, LayoutFormat
     from dive_fast.core.probes import ProbeList
+    from dive_fast.core.schedule import Schedule
+    from dive_fast.core.threads import choose_threads
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
     from dive_fast.errors import DataError, DiveFastError, ImageError, ModelError, RunError
     from dive_fast.models import register_model_family
+    from dive_fast.predict.batches import RayClassifier
     from dive_fast.predict.calibration import Calibration
     from dive_fast.predict.classification import Classification
     from dive_fast.predict.classifier import DiffusionClassifier
@@ -47,8 +50,10 @@ _HOMES = {
     "LayoutFormat": "dive_fast.core.layouts",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.core.probes",
+    "RayClassifier": "dive_fast.predict.batches",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
+    "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
     "TimestepWeights": "dive_fast.core.timesteps",
     "register_layout_strategy": "dive_fast.strategies.layout",
@@ -62,6 +67,7 @@ _ROOMS = (
     "data",
     "errors",
     "evaluation",
+    "logs",
     "models",
     "ops",
     "priors",
@@ -85,11 +91,13 @@ __all__ = [
     "LayoutFormat",
     "ModelError",
     "ProbeList",
+    "RayClassifier",
     "RunError",
     "Schedule",
     "TimestepWeights",
     "__version__",
     "accelerate",
+    "choose_threads",
     "register_layout_strategy",
     "register_model_family",
     "register_preset",

@@ -33,7 +33,7 @@ def assert_refused(said: Said, message: str) -> None:
     assert said.code == 2, said
     lines = said.err.splitlines()
     assert len(lines) == 1, said.err
-    assert re.match(r"dive-fast( \w+)?: ", lines[0]) and lines[0][-1] in ".)", said.err
+    assert re.match(r"dive-fast( [\w-]+)?: ", lines[0]) and lines[0][-1] in ".)", said.err
     assert re.search(message, lines[0]), f"{message!r} is not in {lines[0]!r}"
 
 

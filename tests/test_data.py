@@ -295,9 +295,9 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_file(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text("1,2")
+    (tmp_path / "data.txt").write_text("1,2")
     with pytest.raises(DataError, match="an .npz file"):
-        open_dataset(tmp_path / "data.csv", CLASSES)
+        open_dataset(tmp_path / "data.txt", CLASSES)
 
 
 class TestIdentity:

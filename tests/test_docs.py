@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from tiny_sd import write_to_hub
 from tiny_unet import make_unet
 
 from dive_fast import Detections, DiffusionClassifier
+from dive_fast.data import open_dataset, select
 from dive_fast.data.coco import CocoDataset, CocoImage
 from dive_fast.data.digits import load_digits
+from dive_fast.evaluation import evaluate
 from dive_fast.models.source import FAMILIES
 from dive_fast.strategies import base
 
@@ -29,6 +32,7 @@ PAGES = (
     "README.md",
     "docs/strategies.md",
     "docs/models.md",
+    "docs/data.md",
     "docs/caching.md",
     "docs/accelerate.md",
     "docs/compat.md",
@@ -38,6 +42,10 @@ PAGES = (
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",
+    "docs/ray.md",
+    "docs/runs.md",
+    "docs/report.md",
+    "docs/logging.md",
 )
 
 
@@ -77,6 +85,13 @@ def annotated() -> dict:
     }
 
 
+def finish_runs(clf: DiffusionClassifier) -> None:
+    """Two runs on the same images."""
+    data = select(open_dataset("digits", clf.names), 3, seed=0)
+    evaluate(clf, data, "runs/auto")
+    evaluate(clf, data, "runs/enumerate", strategy="enumerate", probes=10)
+
+
 def test_every_page_has_code():
     ids = [p.id for p in snippets()]
     assert all(any(i.startswith(page) for i in ids) for page in PAGES)
@@ -100,6 +115,10 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
     monkeypatch.setitem(FAMILIES, "MyPipeline", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if "datasets." in code:
+        pytest.importorskip("datasets", reason="data sets of Hugging Face need their library")
+    if "open_clip:" in code:
+        find_spec("open_clip") or pytest.skip("the lists come with open_clip")
     if "lora=" in code:
         pytest.importorskip("peft", reason="LoRA weights need peft")
         (model,) = hub.glob("models--stable-diffusion-v1-5*/snapshots/*")
@@ -120,6 +139,8 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         "load": lambda directory, **options: None,
         "MyNetwork": PatchTransformer,
     }
+    if '"runs/auto' in code and "evaluate(" not in code:
+        finish_runs(clf)
     exec(compile(code, "<docs>", "exec"), names)
     if "halving" in code:
         assert clf(names["images"], strategy="halving")[0].n_probes.min() == 10

@@ -27,7 +27,8 @@ from dive_fast.evaluation import evaluate, read_records, summarise
 ROOT = Path(__file__).parent.parent
 SUMMARY = {
     "accuracy", "standard_error", "mean_per_class_accuracy", "expected_calibration_error",
-    "n", "failed", "evaluations_per_image", "seconds_per_image", "fill_rate",
+    "n", "failed", "evaluations_per_image", "seconds_per_image", "fill_rate", "top5_accuracy",
+    "auroc", "macro_f1", "nll", "brier", "standard_errors", "groups",
 }  # fmt: skip
 
 
@@ -85,6 +86,24 @@ class TestFigures:
             "evaluations_per_image": 10,
             "seconds_per_image": 0.5,
             "fill_rate": None,
+            # tp, fp, fn of class 0 are 3, 1, 1, of class 1 0, 1, 0, of class 2 0, 0, 1.
+            "macro_f1": pytest.approx(0.75 / 3),
+            # Not without the posteriors.
+            "top5_accuracy": None,
+            "auroc": None,
+            "nll": None,
+            "brier": None,
+            "standard_errors": {
+                "accuracy": pytest.approx((0.6 * 0.4 / 5) ** 0.5),
+                "mean_per_class_accuracy": pytest.approx((0.75 * 0.25 / 4) ** 0.5 / 2),
+                # One bin: the accuracy's.
+                "expected_calibration_error": pytest.approx((0.6 * 0.4 / 5) ** 0.5),
+                # 2 / 8 less twice 0.75 / 8 for each hit, -0.75 / 8 for the others, times 5 / 3.
+                "macro_f1": pytest.approx(
+                    (3 * (0.3125 / 3) ** 2 + 2 * (0.46875 / 3) ** 2) ** 0.5 / 5
+                ),
+            },
+            "groups": {},
         }
 
     @pytest.mark.parametrize("records", [[], [{"truth": 0, "error": "bad"}]])
@@ -107,7 +126,7 @@ class TestFigures:
 
         # Resumed: nothing is left to compute, so no batch was filled.
         said = call(capsys, *arguments)
-        assert said.out.startswith("accuracy  ") and len(said.out.splitlines()) == 6
+        assert said.out.startswith("accuracy  ") and len(said.out.splitlines()) == 11
 
 
 class TestRecords:
@@ -327,7 +346,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            ("nowhere", "nowhere: expected 'digits', a folder by class or an .npz file"),
+            ("nowhere", "nowhere: expected 'digits', a folder by class, an .npz file, a table"),
             ("empty", "expected a sub-folder for each class, got none"),
             ("no images", "expected images in its sub-folders, got none"),
             ("unknown", "the model does not know the classes 'zebra'"),

@@ -138,6 +138,22 @@ def test_records_and_summary(data: CocoDataset, tmp_path: Path, capfd) -> None:
     assert again.to_dict() == summary
 
 
+def test_files_at_the_end(data: CocoDataset, tmp_path: Path) -> None:
+    """Beside the records: the summary, and a table of the images in the data's order."""
+    (tmp_path / "pictures" / "2.png").write_bytes(b"")
+    out = tmp_path / "run"
+    summary = evaluate_detections(GreyDetector(), data, out, config=CONFIG).to_dict()
+    written = read_json(out / "summary.json")
+    assert summary.items() <= written.items()
+    assert (written["task"], written["model"]) == ("detection", "greys")
+    assert written["dataset"] == data.identity()["source"]
+    assert written["metrics"] == {name: summary[name] for name in NAMES}
+    lines = (out / "results.csv").read_text().splitlines()
+    assert lines[:2] == ["id,objects,evaluations,seconds,error", "10,0,110,0.5,"]
+    assert lines[3].startswith("12,,,,") and "2.png" in lines[3]
+    assert lines[4:] == ["13,3,113,0.5,", "14,0,114,0.5,", "15,1,115,0.5,"]
+
+
 def test_second_guesses_count(data: CocoDataset, tmp_path: Path) -> None:
     """All boxes are right, and all classes but the second."""
     out = tmp_path / "run"

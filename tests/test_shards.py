@@ -80,7 +80,7 @@ class TestShard:
             f"(pathlib.Path({str(tmp_path)!r}) / str(shard.index)).write_text(str(shard))\n"
         )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run([*command, "--nproc-per-node", "2", str(script)], check=True, timeout=100)
+        subprocess.run([*command, "--nproc-per-node", "2", str(script)], check=True, timeout=500)
         assert (tmp_path / "1").read_text() == "1/2" and (tmp_path / "2").read_text() == "2/2"
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from dive_fast import __version__
+from dive_fast.core.threads import spin_shortly
 from dive_fast.errors import DiveFastError
 
 DESCRIPTION = """\
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     from dive_fast.cli import (
         app,
         classify,
+        compare_runs,
         convert,
         demo,
         detect,
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         info,
         merge,
         probe,
+        report,
         train,
         train_layout,
         train_prior,
@@ -68,19 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    for module in (
-        classify,
-        detect,
-        evaluate,
-        merge,
-        fit,
-        probe,
-        *training,
-        convert,
-        app,
-        demo,
-        info,
-    ):
+    asked, runs = (classify, detect, app), (evaluate, merge, compare_runs, report)
+    for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 
@@ -89,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after bad input, or 130 after an interrupt."""
     with _every_text_printable():
         options = build_parser().parse_args(arguments)
+        # The threads of a process that computes already are its caller's.
+        options.own_process = "torch" not in sys.modules
+        if options.own_process:
+            spin_shortly()
         _hush()
         return _run(options)
 

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from dive_fast.cli.loading import chosen_strategy, load_classifier
-from dive_fast.cli.options import add_classifier_options, add_images, count
+from dive_fast.cli.options import add_classifier_options, add_images, add_readers
+from dive_fast.cli.values import count
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def add_parser(commands) -> None:
     )
     add_images(parser)
     add_classifier_options(parser)
+    add_readers(parser)
     parser.add_argument(
         "--top", type=count, default=1, metavar="K", help="show the best K classes (default: 1)"
     )
@@ -33,6 +35,8 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.data.paths import expand_inputs
+    from dive_fast.data.reading import Pixels, read_found
+    from dive_fast.evaluation.encoding import images_at_once
     from dive_fast.evaluation.run import Source, run_over
 
     # A misspelt name should not wait for a large model to load.
@@ -55,16 +59,18 @@ def run(options: argparse.Namespace) -> int:
                 progress=len(errors) if sys.stderr.isatty() else None,
             )
 
-    def latent(path: str) -> Any:
-        if (error := errors[path]) is not None:
-            raise error
-        return classifier.encode(path)[0]
-
+    channels, size, _ = (3, 1, 1) if classifier is None else classifier.model.image_shape
     run_over(
-        [Source(path, partial(latent, path)) for path in errors],
+        [
+            Source(path, Pixels(partial(read_found, path, errors[path]), size, channels))
+            for path in errors
+        ],
         stream,
         printed,
         record=lambda path, answer, x0: answer.to_dict(options.top),
+        readers=options.readers,
+        encode=None if classifier is None else classifier.encode_pixels,
+        at_once=1 if classifier is None else images_at_once(classifier.model.device),
     )
     if options.json:
         print(json.dumps(printed.records, indent=2, allow_nan=False))

@@ -15,7 +15,10 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import add_options_of_both, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_log_to, add_options_of_both, add_readers
+from dive_fast.cli.spread import add_ray, ray_options
+from dive_fast.cli.values import count
+from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +28,14 @@ WORTH_A_FIT = 200
 DESCRIPTION = """\
 Runs a classifier over labelled images, or a detector over annotated ones. The data say which:
 
-  classifier  --data digits, a folder by class, or an .npz
-              accuracy, calibration error, evaluations and seconds per image
+  classifier  --data digits, a folder by class, an .npz or a table, wds: or hf: (docs/data.md)
+              accuracy, AUROC, F1, calibration error, evaluations and seconds per image
   detector    --data scenes, or a COCO annotation file with --images
               the twelve COCO numbers, evaluations and seconds per image
 
 RUN/run.json holds the configuration, RUN/results.jsonl one line per image, appended as they come
-(docs/records.md). Interrupted and run again with the same options it goes on where it stopped. An
+(docs/records.md); at the end RUN/summary.json the figures and RUN/results.csv a table of the images
+(docs/runs.md). Interrupted and run again with the same options it goes on where it stopped. An
 image that cannot be read is recorded with its error and the rest go on; the exit code is then 2.
 
 A text-conditional model without --classes is asked about the names of the sub-folders, or about the
@@ -48,9 +52,10 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        metavar="digits|DIR|FILE.npz|scenes|FILE.json",
+        metavar=f"{DATA}|scenes|FILE.json",
         help="for a classifier digits (the held-out ones), a folder with one sub-folder per class, "
-        "or an .npz with images and labels (or x_test and y_test); for a detector scenes (the "
+        f"an .npz with images and labels (or x_test and y_test), {OTHER_DATA}; for a "
+        "detector scenes (the "
         "held-out ones), or a COCO annotation file",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
@@ -58,7 +63,7 @@ def add_parser(commands) -> None:
         "--limit",
         type=count,
         metavar="N",
-        help="a random subset of N images; of scenes the first N",
+        help="a random subset of N images; of scenes and streams the first N",
     )
     parser.add_argument(
         "--shard",
@@ -66,12 +71,23 @@ def add_parser(commands) -> None:
         help="only every N-th image, from the I-th on (1 to N), into a folder of RUN of its own; "
         "auto takes both from torchrun or srun. 'dive-fast merge RUN' makes one run of all",
     )
+    parser.add_argument(
+        "--group-by",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="also the figures of the images of each value of this column of the data; may be "
+        "given several times",
+    )
+    add_readers(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+    add_log_to(parser)
     add_options_of_both(parser, strategy="auto", prior=True).add_argument(
         "--head",
         metavar="FILE",
         help="a head that 'dive-fast probe' wrote, from whose ranking of the classes auto starts",
     )
+    add_ray(parser)
     parser.set_defaults(run=run)
 
 
@@ -117,7 +133,9 @@ def _classifier(options: argparse.Namespace):
     from dive_fast.evaluation import evaluate
 
     strategy = chosen_strategy(options)
-    classifier = load_classifier(options, folder_classes(options.data))
+    classes = folder_classes(options.data)
+    ray = ray_options(options, load_classifier, classes)
+    classifier = load_classifier(options, classes)
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
     _offer_fit(options, classifier, strategy, len(data.examples))
     summary = evaluate(
@@ -129,8 +147,12 @@ def _classifier(options: argparse.Namespace):
         seed=options.seed,
         timesteps=options.timesteps,
         head=options.head,
+        log_to=options.log_to,
         progress=sys.stderr.isatty(),
         shard=options.shard,
+        group_by=options.group_by,
+        ray=ray,
+        readers=options.readers,
     )
     return summary, classifier_text
 
@@ -154,11 +176,14 @@ def _offer_fit(options: argparse.Namespace, classifier, strategy, images: int) -
 
 
 def _detector(options: argparse.Namespace):
+    if options.group_by:
+        raise DiveFastError("--group-by is for classifiers, and these data are for a detector.")
     from dive_fast.evaluation import evaluate_detections
     from dive_fast.evaluation.machine import environment
 
     strategy = chosen_layout_strategy(options)
     with annotated_images(options, "test") as data:
+        ray = ray_options(options, load_detector, data.names)
         detector = load_detector(options, data.names)
         data.tell_problems(log.warning)
         summary = evaluate_detections(
@@ -166,8 +191,11 @@ def _detector(options: argparse.Namespace):
             data,
             options.out,
             environment=environment(detector),
+            log_to=options.log_to,
             progress=sys.stderr.isatty(),
             shard=options.shard,
+            ray=ray,
+            readers=options.readers,
             strategy=strategy,
             probes=options.probes,
             seed=options.seed,
@@ -176,11 +204,24 @@ def _detector(options: argparse.Namespace):
 
 
 def classifier_text(summary) -> str:
-    """The summary, one figure a line."""
-    lines = [
-        f"accuracy                 {summary.accuracy:.2%} +- {summary.standard_error:.2%}",
-        f"mean per-class accuracy  {summary.mean_per_class_accuracy:.2%}",
-        f"calibration error        {summary.expected_calibration_error:.2%}",
+    """The summary, one figure a line, and the groups as tables."""
+    errors = summary.standard_errors
+    figures = (
+        ("accuracy", "accuracy", "{:.2%}"),
+        ("top-5 accuracy", "top5_accuracy", "{:.2%}"),
+        ("mean per-class accuracy", "mean_per_class_accuracy", "{:.2%}"),
+        ("AUROC", "auroc", "{:.4f}"),
+        ("macro F1", "macro_f1", "{:.4f}"),
+        ("calibration error", "expected_calibration_error", "{:.2%}"),
+        ("-log p(truth), nats", "nll", "{:.4f}"),
+        ("Brier score", "brier", "{:.4f}"),
+    )
+    lines = []
+    for title, name, form in figures:
+        if (value := getattr(summary, name)) is not None:
+            error = f" +- {form.format(errors[name])}" if name in errors else ""
+            lines.append(f"{title:25}{form.format(value)}{error}")
+    lines += [
         f"images                   {summary.n}",
         f"evaluations per image    {summary.evaluations_per_image:,.0f}",
         f"seconds per image        {summary.seconds_per_image:.3f}",
@@ -189,6 +230,24 @@ def classifier_text(summary) -> str:
         lines.append(f"batches filled           {summary.fill_rate:.1%}")
     if summary.failed:
         lines.append(f"images that failed       {summary.failed}")
+    return "\n".join([*lines, *map(_groups_text, summary.groups.values())])
+
+
+MOST_GROUPS = 20  # that are printed; summary.json has all
+
+
+def _groups_text(groups) -> str:
+    """A compact table of what a column's values come to, the lowest accuracies first."""
+    order = sorted(groups.figures.items(), key=lambda item: (item[1].top1, item[0]))
+    shown = order[:MOST_GROUPS]
+    width = max(len(groups.column), *(len(value) for value, _ in shown), 6)
+    lines = ["", f"{groups.column:{width}}  images         accuracy  calibration error"]
+    for value, of in shown:
+        value = value or "(none)"
+        accuracy = f"{of.top1:.2%} +- {of.standard_errors['top1']:.2%}"
+        lines.append(f"{value:{width}}  {of.n:6}  {accuracy:>15}  {of.ece:17.2%}")
+    if len(order) > len(shown):
+        lines.append(f"and {len(order) - len(shown)} more in summary.json")
     return "\n".join(lines)
 
 

@@ -18,6 +18,8 @@ OF_CLASSIFIERS = (
     *("preset", "timesteps", "timestep_embedding", "average", "generate", "unlabelled", "head"),
     *("lora", "lora_scale", "prediction_type"),
 )
+# Their names may end as an annotation file's does.
+SCHEMES_OF_CLASSIFIERS = ("hf:", "wds:")
 OF_DETECTORS = ("images", "prior", "prior_weight")
 
 
@@ -31,6 +33,7 @@ def is_detection(options: argparse.Namespace) -> bool:
 
     data = options.data or ""
     detection = data == SCENES or data.lower().endswith(".json")
+    detection = detection and not data.startswith(SCHEMES_OF_CLASSIFIERS)
     mine, other = ("detectors", "classifiers") if detection else ("classifiers", "detectors")
     for name in OF_CLASSIFIERS if detection else OF_DETECTORS:
         if getattr(options, name, None) is not None:

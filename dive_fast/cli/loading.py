@@ -66,13 +66,14 @@ def strategy_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def class_names(text: str) -> Classes:
-    """The classes that ``--classes`` gives: what a file lists, or what stands between commas.
+    """The classes that ``--classes`` gives: a file's, a package's, or what is between commas.
 
     Raises:
-        DataError: the file is no list of classes.
+        DataError: the file is no list of classes, or the package has no such list.
         ModelError: there is no such file.
     """
     from dive_fast.data.class_lists import read_classes
+    from dive_fast.data.known_lists import is_known_list, known_classes
     from dive_fast.errors import ModelError
 
     path = Path(text)
@@ -82,9 +83,24 @@ def class_names(text: str) -> Classes:
         is_file = False
     if is_file:
         return read_classes(path)
+    if is_known_list(text):
+        return known_classes(text)
     if "," not in text and (path.suffix or path.name != text):
         raise ModelError(f"expected classes with commas between or a file of them, got {text!r}.")
     return [name.strip() for name in text.split(",")]
+
+
+def templates(texts: Sequence[str] | None) -> list[str] | None:
+    """The templates that ``--template`` gives, lists of packages written out; None without any.
+
+    Raises:
+        DataError: a package is not installed or has no such list.
+    """
+    from dive_fast.data.known_lists import is_known_list, known_templates
+
+    if texts is None:
+        return None
+    return [t for text in texts for t in (known_templates(text) if is_known_list(text) else [text])]
 
 
 def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None = None):
@@ -138,8 +154,11 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
 
 def _found(options: argparse.Namespace, prediction_type: str | None = None) -> Source:
     """The model that ``--model`` names, found once; a misspelt precision does not wait for it."""
+    from dive_fast.core.threads import AGAIN, choose_threads
     from dive_fast.models import check_place, resolve
 
+    if options.threads is not None or getattr(options, "own_process", False):
+        choose_threads(options.threads, again=AGAIN)
     check_place(options.dtype, options.device)
     return resolve(
         options.model,
@@ -158,7 +177,7 @@ def _common(
     return {
         **{name: getattr(options, name) for name in names},
         "classes": _chosen_classes(options, classes, source),
-        "templates": options.template,
+        "templates": templates(options.template),
     }
 
 

@@ -30,15 +30,15 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.cli.evaluate import classifier_text
-    from dive_fast.evaluation import read_records, summarise
     from dive_fast.evaluation.merging import merge
+    from dive_fast.evaluation.outputs import write_outputs
     from dive_fast.evaluation.runfiles import is_detection_run
 
     target = merge(options.runs, options.out)
     if is_detection_run(target):
         print(f"merged into {target}: 'dive-fast evaluate' with the same options scores it.")
         return 0
-    summary = summarise(list(read_records(target).values()))
+    summary = write_outputs(target)
     if options.json:
         print(json.dumps(summary.to_dict(), allow_nan=False))
     else:

@@ -7,61 +7,44 @@ their data is for, and have the options of both.
 from __future__ import annotations
 
 import argparse
-import math
+
+from dive_fast.cli.values import count, log_target, number, readers, seed, weight
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
+DATA = "digits|DIR|FILE|wds:TARS|hf:NAME@SPLIT"  # of a classifier
+OTHER_DATA = (
+    "a table of paths and labels (.csv, .tsv, .jsonl), webdataset's tar files "
+    "(wds:path/{000..099}.tar), or a data set of Hugging Face (hf:NAME[:CONFIG]@SPLIT); "
+    "docs/data.md has all"
+)
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    """A whole number that every generator takes."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from 0 to 2^63 - 1, got {text!r}"
-        )
-    return value
-
-
-def weight(text: str) -> float:
-    """A number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    """Any number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
+def add_log_to(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that compute for long."""
+    parser.add_argument(
+        "--log-to",
+        type=log_target,
+        metavar="tensorboard|wandb|trackio",
+        help="log figures as they come; behind a colon a directory (tensorboard:DIR; default: in "
+        "--out) or a project (wandb:PROJECT, trackio:PROJECT; default: dive_fast)",
+    )
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """The images that ``classify`` and ``detect`` look at."""
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, folders of them, or globs"
+    )
+
+
+def add_readers(parser: argparse.ArgumentParser) -> None:
+    """What ``read_ahead`` is told."""
+    parser.add_argument(
+        "--readers",
+        type=readers,
+        metavar="N|auto",
+        help="processes that read images ahead; 0 reads them between the batches (default: auto, "
+        "which starts some where reading keeps the network waiting and cores are free)",
     )
 
 
@@ -159,7 +142,8 @@ def add_options_of_both(
         "min_agreement=0.99 of auto or margin=0.05 of guided",
     )
     classifiers = parser.add_argument_group(
-        "only for a classifier", "(--data digits, a folder by class, or an .npz)"
+        "only for a classifier",
+        "(--data digits, a folder by class, an .npz or a table, wds: or hf:)",
     )
     _add_strategy_extras(classifiers)
     _add_lora(classifiers)
@@ -225,15 +209,17 @@ def _add_prompts(
     group = parser.add_argument_group(f"classes of a text-conditional model ({models})")
     group.add_argument(
         "--classes",
-        metavar="NAMES|FILE",
-        help="names with commas between, or a file: one name a line, or a table (.csv, .tsv), JSON "
-        "or YAML, also with prompts",
+        metavar="NAMES|FILE|LIST",
+        help="names with commas between; a file: one name a line, or a table (.csv, .tsv), JSON "
+        "or YAML, also with prompts; or a package's list: open_clip:imagenet, clip_benchmark:pets",
     )
     group.add_argument(
         "--template",
         action="append",
-        metavar="TEXT",
-        help="makes a prompt of a name, with {} in its place; may be given several times "
+        metavar="TEXT|LIST",
+        help="makes a prompt of a name, with {} in its place; or a package's list of such: "
+        "open_clip:openai (80), open_clip:simple (7), clip_benchmark:pets; may be given several "
+        "times "
         f"(default: {default_template})",
     )
     return group
@@ -267,6 +253,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="bfloat16",
         help="run the network under bfloat16 autocast; the weights keep --dtype",
+    )
+    group.add_argument(
+        "--threads",
+        type=count,
+        metavar="N",
+        help="threads of the CPU (default: what OMP_NUM_THREADS says, else as many as cores are "
+        "free, looked at again every 10 seconds)",
     )
     group.add_argument(
         "--compile", action="store_true", help="run the network through torch.compile"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dive_fast.cli.loading import chosen_strategy, load_classifier
-from dive_fast.cli.options import add_classifier_options, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_classifier_options
+from dive_fast.cli.values import count
 
 if TYPE_CHECKING:  # torch is not loaded for the help
     from dive_fast.data import DataSet
@@ -48,20 +49,19 @@ def add_parser(commands) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    data = "digits|DIR|FILE.npz"
     parser.add_argument(
         "--data",
         required=True,
-        metavar=data,
+        metavar=DATA,
         help="images to learn from: digits (the training part), a folder with one sub-folder per "
-        "class, or an .npz with images and labels (or x_train and y_train)",
+        f"class, an .npz with images and labels (or x_train and y_train), {OTHER_DATA}",
     )
     parser.add_argument(
         "--test",
         required=True,
-        metavar=data,
-        help="images to measure on: digits (the held-out ones), a folder, or an .npz with images "
-        "and labels (or x_test and y_test)",
+        metavar=DATA,
+        help="images to measure on: digits (the held-out ones), a folder, an .npz with images and "
+        "labels (or x_test and y_test), or another of these",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run directory")
     parser.add_argument(
@@ -204,7 +204,6 @@ def _latents(classifier: DiffusionClassifier, data: DataSet, cache: Path) -> tup
     Raises:
         ImageError: an image cannot be read.
     """
-    import numpy as np
 
     from dive_fast.predict.chunks import Chunks
 
@@ -213,7 +212,7 @@ def _latents(classifier: DiffusionClassifier, data: DataSet, cache: Path) -> tup
 
     name = f"x0-{data.identity()['fingerprint']}"
     x0 = Chunks(cache).get(name, len(data.examples), compute)
-    return x0, np.array([example.label for example in data.examples], dtype=np.int64)
+    return x0, data.labels
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dive_fast.cli.options import count, seed
+from dive_fast.cli.options import add_log_to
+from dive_fast.cli.values import count, seed
 
 
 def add_parser(commands) -> None:
@@ -37,6 +38,7 @@ def add_course_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute the network in bfloat16; its weights stay float32",
     )
+    add_log_to(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         bf16=options.bf16,
+        log_to=options.log_to,
     )
     print(
         f"{options.out}: {expected['accuracy']:.2%} of {expected['n']} held-out images by "
@@ -67,7 +70,13 @@ def run_scenes(options: argparse.Namespace) -> int:
         raise DataError(
             f"the scenes are made of scikit-learn's digits: expected no --data, got {options.data}."
         )
-    losses = train_scenes(options.out, steps=options.steps, seed=options.seed, bf16=options.bf16)
+    losses = train_scenes(
+        options.out,
+        steps=options.steps,
+        seed=options.seed,
+        bf16=options.bf16,
+        log_to=options.log_to,
+    )
     print(
         f"{options.out}: loss of held-out scenes {losses['layout']:.4f} with their layout, "
         f"{losses['empty']:.4f} with that of an empty canvas"

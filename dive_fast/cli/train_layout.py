@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dive_fast.cli.options import count
 from dive_fast.cli.train import add_course_options
+from dive_fast.cli.values import count
 
 
 def add_parser(commands) -> None:
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         options.out,
         max_objects=options.max_objects,
         config=config,
+        log_to=options.log_to,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )
     losses = trained.expected

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dive_fast.cli.options import count
 from dive_fast.cli.train import add_course_options
+from dive_fast.cli.values import count
 
 
 def add_parser(commands) -> None:
@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         bf16=options.bf16,
+        log_to=options.log_to,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )
     learned = "scenes made anew" if trained.n_train is None else f"{trained.n_train} layouts"

@@ -32,7 +32,7 @@ class ArrayPictures:
     def loader(self, row: int, example_id: str) -> Callable[[], np.ndarray]:
         return partial(operator.getitem, self.images, row)
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
         return NO_FACTS
 
 

@@ -5,38 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from dive_fast.data.examples import NO_FACTS, DataSet, Examples, Fact, rows_digest
-from dive_fast.data.images import read_image
-from dive_fast.data.matching import ClassMatcher
+from dive_fast.data.examples import DataSet, Examples, rows_digest
+from dive_fast.data.matching import label_rows
 from dive_fast.data.paths import LeftOut, list_images, once, real_paths
+from dive_fast.data.pictures import FilePictures, file_size
 from dive_fast.errors import DataError, ImageError, some
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FilePictures:
-    """Files whose ids are their paths below a folder."""
-
-    folder: str
-
-    def loader(self, row: int, example_id: str) -> Callable[[], Image.Image]:
-        return partial(read_image, Path(self.folder, example_id))
-
-    def facts(self, row: int) -> Mapping[str, Fact]:
-        return NO_FACTS
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        # Another process may work elsewhere.
-        return FilePictures, (os.path.abspath(self.folder),)
 
 
 def open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
@@ -50,7 +30,9 @@ def open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
         subfolders = _subfolders(folder, left)
         if not subfolders:
             raise DataError(f"{folder}: expected a sub-folder for each class, got none.")
-        of_folders = _folder_labels(folder, [p.name for p in subfolders], class_names)
+        of_folders = label_rows(
+            str(folder), [p.name for p in subfolders], class_names, "the sub-folder"
+        )
         ids, labels = _labelled_paths(folder, subfolders, of_folders, left)
     except (OSError, ImageError) as error:
         raise DataError(f"{folder}: cannot be read ({error}).") from error
@@ -62,7 +44,7 @@ def open_folder(folder: Path, class_names: Sequence[str]) -> DataSet:
         name=folder.resolve().name,
         examples=Examples(ids, np.array(labels), FilePictures(os.fspath(folder))),
         names=tuple(p.name for p in subfolders),
-        content=rows_digest((name, _size(folder / name)) for name in ids),
+        content=rows_digest((name, file_size(folder / name)) for name in ids),
     )
 
 
@@ -88,27 +70,8 @@ def _subfolders(folder: Path, left: LeftOut) -> list[Path]:
     return found
 
 
-def _folder_labels(folder: Path, found: list[str], class_names: Sequence[str]) -> list[int]:
-    """The class index of each sub-folder."""
-    matcher = ClassMatcher(class_names)
-    indices = [matcher.meant(name) for name in found]
-    unknown = [name for name, matches in zip(found, indices, strict=True) if not matches]
-    if unknown:
-        raise DataError(
-            f"{folder}: the model does not know the classes {some(unknown)}: expected names such "
-            f"as {some(class_names)} or indices 0 to {len(class_names) - 1}."
-        )
-    for name, matches in zip(found, indices, strict=True):
-        if len(matches) > 1:
-            raise DataError(
-                f"{folder}: the sub-folder {name!r} could be any of the model's classes "
-                f"{', '.join(map(str, matches))}: name it by its index."
-            )
-    return [matches[0] for matches in indices]
-
-
 def _labelled_paths(
-    folder: Path, subfolders: list[Path], labels: list[int], left: LeftOut
+    folder: Path, subfolders: list[Path], labels: Sequence[int], left: LeftOut
 ) -> tuple[list[str], list[int]]:
     """The images of all classes, each once in its class, by their paths below the folder.
 
@@ -157,10 +120,3 @@ def _tell_contradictions(folder: Path, of_classes: list[list[str]]) -> None:
 def _hashes(folder: Path, names: list[str]) -> np.ndarray:
     """Where files lie without links, as int64 [n] that differ where the places do, but rarely."""
     return np.array([hash(real) for real in real_paths([folder / n for n in names])], np.int64)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:  # a dangling link is one record's error, when it is loaded
-        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, overload
@@ -43,12 +44,34 @@ class Pictures(Protocol):
         """What ``Example.load`` is, for an image by its row among all that lie there."""
         ...
 
-    def facts(self, row: int) -> Mapping[str, Fact]:
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
         """What ``Example.facts`` is."""
         ...
 
 
-class Examples(Sequence[Example]):
+class LazyExamples(ABC):
+    """Examples that are made when they are gone through.
+
+    Attributes:
+        ids: of all, in order.
+        labels: int64 [n], or None where they are known only then.
+    """
+
+    ids: Sequence[str]
+    labels: np.ndarray | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Example]: ...
+
+    @abstractmethod
+    def take(self, positions: Sequence[int]) -> LazyExamples:
+        """Those at the positions."""
+
+
+class Examples(LazyExamples, Sequence[Example]):
     """Examples that are made when they are indexed or iterated: only ids and labels are held.
 
     Args:
@@ -85,7 +108,7 @@ class Examples(Sequence[Example]):
         position = range(len(self))[operator.index(index)]
         row = position if self._rows is None else int(self._rows[position])
         name = self.ids[position]
-        load, facts = self._pictures.loader(row, name), self._pictures.facts(row)
+        load, facts = self._pictures.loader(row, name), self._pictures.facts(row, name)
         return Example(name, int(self.labels[position]), load, facts)
 
     def __iter__(self) -> Iterator[Example]:
@@ -105,7 +128,8 @@ class DataSet:
     Attributes:
         name: ``"digits"``, or the name of the folder or file.
         examples: the images with their labels; those that ``open_dataset`` gives are made when
-            they are indexed or iterated.
+            they are indexed or iterated. Those of a stream (``streams.StreamedExamples``) are best
+            iterated.
         names: what the data itself calls its classes, or None if it only has numbers.
         content: digest of the source's content (pixels for arrays; paths and sizes for files).
         where: what ``open_dataset`` was given, paths made absolute; None for data of another
@@ -121,14 +145,17 @@ class DataSet:
     @property
     def ids(self) -> Sequence[str]:
         """The ids of all examples, none of which is made for it."""
-        if isinstance(self.examples, Examples):
+        if isinstance(self.examples, LazyExamples):
             return self.examples.ids
         return [example.id for example in self.examples]
 
     @property
-    def labels(self) -> np.ndarray:
-        """The labels of all examples, int64 [n], none of which is made for it."""
-        if isinstance(self.examples, Examples):
+    def labels(self) -> np.ndarray | None:
+        """The labels of all examples, int64 [n], none of which is made for it.
+
+        None of a stream, where an example's label is known when its turn has come.
+        """
+        if isinstance(self.examples, LazyExamples):
             return self.examples.labels
         return np.array([example.label for example in self.examples], dtype=np.int64)
 
@@ -138,7 +165,7 @@ class DataSet:
         Raises:
             IndexError: there is no such position.
         """
-        if isinstance(self.examples, Examples):
+        if isinstance(self.examples, LazyExamples):
             return replace(self, examples=self.examples.take(positions))
         return replace(self, examples=[self.examples[i] for i in positions])
 
@@ -149,7 +176,9 @@ class DataSet:
         data lies, so a run resumes after the data were moved.
         """
         chosen = hashlib.sha256(f"[{json.dumps(self.content)}, ".encode())
-        _add_rows(chosen, zip(self.ids, self.labels.tolist(), strict=True))
+        labels = self.labels
+        known = [None] * len(self.examples) if labels is None else labels.tolist()
+        _add_rows(chosen, zip(self.ids, known, strict=True))
         chosen.update(b"]")
         return {
             "source": self.name,

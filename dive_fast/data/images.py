@@ -7,10 +7,7 @@ already goes to the classifier as ``latents=`` and never comes here.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,53 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 
-from dive_fast.data.formats import FORMATS, HEAD, other_kind, readable_formats
-from dive_fast.data.quiet import native_stderr_closed
+from dive_fast.data.formats import FORMATS
+from dive_fast.data.image_files import MAX_PIXELS, by, decoded, read_image
 from dive_fast.errors import ImageError
 
 T = TypeVar("T")
 
-MAX_PIXELS = 89_478_485  # Pillow's own default: a quarter of a gigabyte as RGB
 _ARRAY_CHANNELS = (1, 3, 4)
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read and decode one image file, turned upright by its EXIF orientation.
-
-    The whole file is decoded here, so that a truncated one fails here and not later. Of an
-    animation the first frame is read. The content says which of ``formats.FORMATS`` it is,
-    whatever the file is called.
-
-    Raises:
-        ImageError: the file is missing, a directory, empty, truncated, no image, of a format that
-            is not read, or has more than ``MAX_PIXELS`` pixels.
-    """
-    path = os.fsdecode(path)
-    _check_file(path)
-    try:
-        with warnings.catch_warnings():
-            # _decode refuses by our own limit, which does not depend on Pillow's global one.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=readable_formats())
-    except Image.UnidentifiedImageError as error:
-        found = other_kind(_head(path)) or "a file of no known image format"
-        raise ImageError(f"{path}: expected an image, got {found}.") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got more.") from error
-    except Exception as error:  # decoders meet damaged headers with whatever they trip over
-        raise ImageError(f"{path}: cannot be read ({_reason(error)}).") from error
-    with image:
-        return _decode(image, path)
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -85,7 +42,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
             "give the input in model space as latents=."
         )
     if min(image.size) < 1:
-        raise ImageError(f"expected an image of at least 1 pixel, got {_by(image.size)}.")
+        raise ImageError(f"expected an image of at least 1 pixel, got {by(image.size)}.")
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8bit(_deep_values(image)))
     try:
@@ -119,7 +76,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"an image of {_by(image.size)} is too long and thin: with its shorter side resized "
+            f"an image of {by(image.size)} is too long and thin: with its shorter side resized "
             f"to {size} it would exceed {MAX_PIXELS:,} pixels."
         )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -157,7 +114,7 @@ def as_image(image: object) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         _check_opened(image)
-        return _decode(image, f"the PIL image of {_by(image.size)}")
+        return decoded(image, f"the PIL image of {by(image.size)}")
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
     if isinstance(image, torch.Tensor):
@@ -206,31 +163,8 @@ def _check_sides(image: Image.Image, size: int) -> None:
     if size < 1 or min(image.size) < 1:
         raise ImageError(
             f"expected an image and a size of at least 1 pixel, got an image of "
-            f"{_by(image.size)} and size {size}."
+            f"{by(image.size)} and size {size}."
         )
-
-
-def _check_file(path: str) -> None:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file.") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ImageError(f"{path!r}: cannot be read ({_reason(error)}).") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{path}: expected an image file, got a directory.")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path}: expected an image file, got a device, pipe or socket.")
-    if status.st_size == 0:
-        raise ImageError(f"{path}: expected an image file, got an empty one (0 bytes).")
-
-
-def _head(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(HEAD)
-    except OSError:  # it was there a moment ago
-        return b""
 
 
 def _check_opened(image: Image.Image) -> None:
@@ -241,40 +175,10 @@ def _check_opened(image: Image.Image) -> None:
     decoded = any(image.__dict__.get(slot) is not None for slot in ("_im", "im"))
     if isinstance(image, ImageFile.ImageFile) and not decoded and image.format not in FORMATS:
         raise ImageError(
-            f"the PIL image of {_by(image.size)}: expected one of the formats "
+            f"the PIL image of {by(image.size)}: expected one of the formats "
             f"{', '.join(FORMATS)}, got {image.format} that is not decoded yet; decode it yourself "
             "(image.load()), or convert it to JPEG or PNG."
         )
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Decode the pixels and apply the EXIF orientation."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"{name}: expected at most {MAX_PIXELS:,} pixels, got {_by(image.size)} = "
-            f"{image.width * image.height:,}."
-        )
-    try:
-        with native_stderr_closed() if image.format == "TIFF" else contextlib.nullcontext():
-            image.load()
-    except Exception as error:  # decoders meet damaged data with whatever they trip over
-        raise ImageError(f"{name}: truncated or damaged ({_reason(error)}).") from error
-    method = _UPRIGHT.get(exif_orientation(image))
-    if method is None:
-        return image
-    upright = image.transpose(method)
-    # The orientation is used up; only what the pixels need to be understood stays.
-    upright.info = {k: v for k, v in image.info.items() if k == "transparency"}
-    return upright
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """How EXIF turns the stored pixels, 1 to 8; 1, upright, where it does not say."""
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # a damaged EXIF block does not make the pixels unreadable
-        return 1
-    return int(orientation) if orientation in _UPRIGHT else 1
 
 
 def _each(images: object, channels: int, make: Callable[[Image.Image], T]) -> list[T]:
@@ -382,12 +286,3 @@ def _deep_values(image: Image.Image) -> np.ndarray:
             f"{values.min()} to {values.max()}."
         )
     return values.astype(np.uint16)
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
-
-
-def _reason(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text or type(error).__name__).rstrip(".")

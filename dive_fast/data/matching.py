@@ -1,4 +1,4 @@
-"""Which class a folder's name means."""
+"""Which class a name or number means."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dive_fast.core.distinct import without_row
 from dive_fast.core.names import comparable
+from dive_fast.errors import DataError, some
 
 
 class ClassMatcher:
@@ -49,6 +50,48 @@ class ClassMatcher:
         if not found and name.isascii() and name.isdigit() and int(name) < self.n_classes:
             return [int(name)]
         return found
+
+
+def label_rows(
+    where: str, labels: Sequence[str | int], class_names: Sequence[str], what: str = "the label"
+) -> list[int]:
+    """The row of the class that each of the data's labels means.
+
+    Args:
+        where: what a sentence calls the data.
+        labels: names, as ``ClassMatcher.meant`` takes them, or rows.
+        class_names: of the model, in order.
+        what: what a sentence calls a label.
+
+    Raises:
+        DataError: the model does not know one, or it could mean several classes.
+    """
+    matcher = ClassMatcher(class_names)
+    found = [
+        matcher.meant(label)
+        if isinstance(label, str)
+        else [label] * (0 <= label < len(class_names))
+        for label in labels
+    ]
+    unknown = [label for label, rows in zip(labels, found, strict=True) if not rows]
+    if unknown:
+        raise DataError(
+            f"{where}: the model does not know the classes {some(unknown)}: expected names such "
+            f"as {some(class_names)} or indices 0 to {len(class_names) - 1}."
+        )
+    for label, rows in zip(labels, found, strict=True):
+        if len(rows) > 1:
+            raise DataError(
+                f"{where}: {what} {label!r} could be any of the model's classes "
+                f"{', '.join(map(str, rows))}: name it by its index."
+            )
+    return [rows[0] for rows in found]
+
+
+def named_labels(labels: Sequence[str | int]) -> list[str] | None:
+    """What the data call their classes, sorted; None where all labels are numbers."""
+    names = sorted(map(str, labels))
+    return None if all(name.isascii() and name.isdigit() for name in names) else names
 
 
 def _composed(name: str) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,7 +227,8 @@ def write_scenes(
             f"{folder}: the scenes cannot be written ({error.strerror or error})."
         ) from error
     write_coco(folder / ANNOTATIONS, dataset, pictures)
-    return read_coco(folder / ANNOTATIONS, pictures)
+    # The folder may be gone tomorrow; the scenes can be made again.
+    return replace(read_coco(folder / ANNOTATIONS, pictures), where={"annotations": "scenes"})
 
 
 def scenes_dataset(made: Scenes, pictures: Path, source: str) -> CocoDataset:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dive_fast.evaluation.classification import Summary, evaluate, summarise
+from dive_fast.evaluation.classification import evaluate
 from dive_fast.evaluation.detection import (
     DetectionSummary,
     evaluate_detections,
     summarise_detections,
 )
+from dive_fast.evaluation.on_ray import RayOptions
 from dive_fast.evaluation.rundir import RunDirectory, read_records
+from dive_fast.evaluation.summary import Summary, summarise
 
 __all__ = [
     "DetectionSummary",
+    "RayOptions",
     "RunDirectory",
     "Summary",
     "evaluate",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,45 +12,22 @@ import torch
 from dive_fast.core.head import Head
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
+from dive_fast.data.reading import Pixels, as_readers, load
+from dive_fast.evaluation.encoding import images_at_once
+from dive_fast.evaluation.grouping import expect_columns, facts_of
+from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import environment
-from dive_fast.evaluation.records import Form, check_figures
+from dive_fast.evaluation.on_ray import RayOptions, Work, run_on_ray, spread
+from dive_fast.evaluation.outputs import write_outputs
+from dive_fast.evaluation.records import Form
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.evaluation.shards import Shard, as_shard
+from dive_fast.evaluation.summary import Summary
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.predict.arguments import as_head
-from dive_fast.predict.calibration import expected_calibration_error
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.strategies import Strategy, Task, resolve_strategy
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What an evaluation found; ``None`` stands for figures that no image supports.
-
-    Attributes:
-        accuracy: share of the images answered right.
-        standard_error: of the accuracy, sqrt(p (1 - p) / n).
-        mean_per_class_accuracy: mean over the classes that occur.
-        expected_calibration_error: mean distance of confidence and accuracy, over 15 bins.
-        n: images answered.
-        failed: images that could not be read.
-        evaluations_per_image: forwards plus backwards of the network.
-        seconds_per_image: of wall time.
-        fill_rate: share of the batches' rows that were used, over what this process computed.
-    """
-
-    accuracy: float | None
-    standard_error: float | None
-    mean_per_class_accuracy: float | None
-    expected_calibration_error: float | None
-    n: int
-    failed: int
-    evaluations_per_image: float | None
-    seconds_per_image: float | None
-    fill_rate: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def evaluate(
@@ -67,8 +41,12 @@ def evaluate(
     seed: int = 0,
     timesteps: str | TimestepWeights | None = None,
     head: Head | str | Path | None = None,
+    log_to: LogTo | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
+    group_by: Sequence[str] = (),
+    ray: RayOptions | None = None,
+    readers: int | None = 0,
 ) -> Summary:
     """Classifies every image of ``data`` and appends one line each to ``out/results.jsonl``.
 
@@ -77,14 +55,34 @@ def evaluate(
     the rest go on.
 
     Args:
+        log_to: where running figures go beside the records: "tensorboard", "wandb" or "trackio",
+            with a directory or project behind a colon if wanted, or an object with the methods of
+            ``logs.Logger``.
         shard: only every N-th image: a ``Shard`` or its text, such as "3/16", or "auto" in a
             process of torchrun or srun. The run then lies in a folder of ``out`` of its own, and
             ``merging.merge`` makes one run of all.
+        readers: processes that read images ahead; 0 reads them here, None begins here and starts
+            some where that pays. A script that asks for them needs its ``if __name__ ==
+            "__main__":``, for they import it.
+        group_by: columns of the data, ``Example.facts``, for each of whose values the summary has
+            figures of its own. Records hold the values, as ``groups``.
+        ray: have the workers of a Ray cluster compute, see ``RayOptions``; ``classifier`` is then
+            what theirs are compared with, and need not lie on a GPU.
+
+    Returns:
+        The summary over ``results.jsonl``. It is also in ``out/summary.json``, and a table of the
+        images in ``out/results.csv``.
 
     Raises:
-        RunError: ``out`` holds another run or a damaged one, or cannot be written.
-        DiveFastError: an unknown strategy, preset or number of probes.
+        DataError: no image has a column of ``group_by``, or it has very many values.
+        RunError: ``out`` holds another run or a damaged one, or cannot be written; or the logger
+            cannot be opened.
+        DiveFastError: an unknown strategy, preset or number of probes; ``log_to`` is no logger, or
+            its package is not installed; or as ``run_on_ray``.
     """
+    check_log_to(log_to)
+    columns = expect_columns(data, group_by)
+    readers = as_readers(readers, on_ray=ray is not None)
     chosen = resolve_strategy(strategy, preset, {})
     probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
     head = as_head(head, chosen, classifier.model)
@@ -93,57 +91,76 @@ def evaluate(
     asked = {"strategy": chosen, "probes": probes, "seed": seed, "timesteps": timesteps}
     asked["head"] = head
     config = {**classifier.identity(**asked), "data": data.identity()}
+    if columns:
+        config["group_by"] = list(columns)
     out, data, part, facts = as_shard(out, data, data.ids, shard)
     config.update(part)
     facts.update(names=classifier.names, data=data.where)
-    sources = (
-        Source(e.id, partial(_latent, classifier, e), {"truth": e.label}, name=e.id)
-        for e in data.examples
-    )
     labels = data.labels
     truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
     form = Form("classification", classifier.names, truths)
 
-    def stream(latents: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
-        return classifier.stream(latents=latents, **asked)
+    source, stream = partial(_source, columns), partial(_stream, asked)
+    here = environment(classifier) if ray is None else spread(environment(classifier), ray)
+    with (
+        RunDirectory.open(out, config, here, form, facts) as run,
+        logged(run, log_to, config) as records,
+    ):
+        if ray is None:
+            run_over(
+                _pixel_sources(classifier, data, columns),
+                partial(stream, classifier),
+                records,
+                progress=progress,
+                total=len(data.examples),
+                readers=readers,
+                shared=_indexed(data),
+                encode=classifier.encode_pixels,
+                at_once=images_at_once(classifier.model.device),
+            )
+            fill_rate = classifier.last_run.fill_rate
+        else:
+            work = Work(data.examples, data.ids, source, stream, partial(_identity, asked))
+            fill_rate = run_on_ray(work, classifier, records, ray, progress=progress)
+        ids = set(data.ids) if truths is None else truths
+        summary = write_outputs(run.path, ids=ids, fill_rate=fill_rate)
+        records.finish(summary.to_dict())
+        return summary
 
-    with RunDirectory.open(out, config, environment(classifier), form, facts) as run:
-        run_over(sources, stream, run, progress=progress, total=len(data.examples))
-        done = run.done()
-        summary = summarise([done[e.id] for e in data.examples if e.id in done])
-        return dataclasses.replace(summary, fill_rate=classifier.last_run.fill_rate)
+
+def _indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
+    """The examples, for readers to know them all; none of a stream, which bring their images."""
+    return (data.examples,) if isinstance(data.examples, Sequence) else ()
+
+
+def _pixel_sources(
+    classifier: DiffusionClassifier, data: DataSet, columns: Sequence[str]
+) -> Iterator[Source]:
+    """Whose images are read as pixels, here or by another process, and encoded afterwards."""
+    channels, size, _ = classifier.model.image_shape
+    known = _indexed(data)
+    for i, example in enumerate(data.examples):
+        read = partial(load, *known, i) if known else example.load
+        facts = facts_of(example, columns)
+        yield Source(example.id, Pixels(read, size, channels), facts, name=example.id)
+
+
+def _source(columns: Sequence[str], classifier: DiffusionClassifier, example: Example) -> Source:
+    read = partial(_latent, classifier, example)
+    return Source(example.id, read, facts_of(example, columns), name=example.id)
+
+
+def _stream(
+    asked: Mapping[str, Any],
+    classifier: DiffusionClassifier,
+    latents: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, Any]]:
+    return classifier.stream(latents=latents, **asked)
+
+
+def _identity(asked: Mapping[str, Any], classifier: DiffusionClassifier) -> dict[str, Any]:
+    return classifier.identity(**asked)
 
 
 def _latent(classifier: DiffusionClassifier, example: Example) -> torch.Tensor:
     return classifier.encode([example.load()])[0]
-
-
-def summarise(records: Sequence[Mapping[str, Any]]) -> Summary:
-    """The figures over records of ``results.jsonl``.
-
-    Raises:
-        RunError: a record lacks what the figures are made of, such as its ``truth``.
-    """
-    for record in records:
-        check_figures(record)
-    good = [record for record in records if "error" not in record]
-    failed = len(records) - len(good)
-    if not good:
-        return Summary(None, None, None, None, 0, failed, None, None)
-    correct = [record["index"] == record["truth"] for record in good]
-    right: dict[int, list[bool]] = {}
-    for record, hit in zip(good, correct, strict=True):
-        right.setdefault(record["truth"], []).append(hit)
-    n = len(good)
-    p = sum(correct) / n
-    confidence = [record["probability"] for record in good]
-    return Summary(
-        accuracy=p,
-        standard_error=math.sqrt(p * (1 - p) / n),
-        mean_per_class_accuracy=sum(sum(c) / len(c) for c in right.values()) / len(right),
-        expected_calibration_error=expected_calibration_error(confidence, correct),
-        n=n,
-        failed=failed,
-        evaluations_per_image=sum(record["evaluations"] for record in good) / n,
-        seconds_per_image=sum(record["seconds"] for record in good) / n,
-    )

@@ -63,7 +63,7 @@ class Coverage:
     Attributes:
         points: at every twentieth of the images, the smallest coverage first.
         area: under the curve of risk (1 - accuracy) over coverage, the mean over 1 to n images
-            (AURC, Geifman and El-Yaniv 2017); None of no images. Lower is better.
+            (AURC, arXiv 1805.08206); None of no images. Lower is better.
     """
 
     points: list[CoveragePoint]

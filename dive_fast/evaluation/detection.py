@@ -19,13 +19,17 @@ from dive_fast.data.coco import (
     mirrored_images,
     unknown_classes,
 )
-from dive_fast.data.images import to_mode
+from dive_fast.data.reading import as_readers, read_rgb
 from dive_fast.evaluation.coco_scores import NAMES, BoxScores, pycocotools, score_boxes
+from dive_fast.evaluation.logs import logged
 from dive_fast.evaluation.machine import machine
+from dive_fast.evaluation.on_ray import RayOptions, Work, run_on_ray, spread
+from dive_fast.evaluation.outputs import write_detection_outputs
 from dive_fast.evaluation.records import Form, check_detection
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.evaluation.shards import Shard, as_shard
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.predict.detections import Detections
 
 log = logging.getLogger(__name__)
@@ -100,8 +104,11 @@ def evaluate_detections(
     *,
     config: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
+    log_to: LogTo | None = None,
     progress: bool = False,
+    readers: int | None = 0,
     shard: Shard | str | None = None,
+    ray: RayOptions | None = None,
     **search: Any,
 ) -> DetectionSummary:
     """Searches every image of ``dataset`` and appends one line each to ``out/results.jsonl``.
@@ -118,18 +125,25 @@ def evaluate_detections(
             ``LayoutDetector`` its ``identity`` if None. A run of another configuration is not
             resumed.
         environment: what else is worth recording; other versions are warned of.
+        log_to: where running figures go beside the records, as for ``evaluate``.
         progress: show a bar.
+        readers: processes that read images ahead, as in ``evaluate``.
         shard: only every N-th image, as ``classification.evaluate`` has it.
+        ray: have the workers of a Ray cluster compute, as ``classification.evaluate`` has it.
         **search: for the detector's ``stream``: strategy, probes, seed.
 
     Raises:
-        RunError: ``out`` holds another run or a damaged one, or cannot be written.
+        RunError: ``out`` holds another run or a damaged one, or cannot be written; or the logger
+            cannot be opened.
         DataError: the detector knows none of the classes, nothing is annotated, or all images have
             another size than annotated.
-        DiveFastError: pycocotools is not installed.
+        DiveFastError: pycocotools is not installed, or ``log_to`` is no logger or its package is
+            not.
     """
+    readers = as_readers(readers, on_ray=ray is not None)
     # Hours of search should not end at a missing package or at data that cannot be scored.
     pycocotools()
+    check_log_to(log_to)
     dataset.expect_objects("to score")
     unknown = unknown_classes(dataset, detector.names)
     expect_fitting_images(dataset)
@@ -140,21 +154,44 @@ def evaluate_detections(
     config = {**config, "data": dataset.identity(), "names": list(detector.names)}
     out, dataset, part, facts = as_shard(out, dataset, [str(i.id) for i in dataset.images], shard)
     config.update(part)
-    sources = [
-        # A missing image is among the data's problems already.
-        Source(str(i.id), partial(_read, i), name=None if i.path is None else str(i.path))
-        for i in dataset.images
-    ]
+    facts.update(data=dataset.where)
     form = Form("detection", detector.names)
     here = {**machine(), **(environment or {})}
-    with RunDirectory.open(out, config, here, form, facts) as run:
-        run_over(sources, partial(detector.stream, **search), run, progress=progress)
-        return summarise_detections(run.done(), dataset, detector.names)
+    ids = [str(i.id) for i in dataset.images]
+    with (
+        RunDirectory.open(out, config, spread(here, ray) if ray else here, form, facts) as run,
+        logged(run, log_to, config) as records,
+    ):
+        if ray is None:
+            sources = [_source(detector, image) for image in dataset.images]
+            answers = partial(detector.stream, **search)
+            run_over(sources, answers, records, progress=progress, readers=readers)
+        else:
+            identity = partial(_identity, search) if hasattr(detector, "identity") else None
+            work = Work(dataset.images, ids, _source, partial(_stream, search), identity)
+            run_on_ray(work, detector, records, ray, progress=progress)
+        done = run.done()
+        summary = summarise_detections(done, dataset, detector.names)
+        there = ((key, done[key]) for key in ids if key in done)
+        write_detection_outputs(run.path, summary.to_dict(), there)
+        records.finish(summary.to_dict())
+        return summary
 
 
-def _read(image: CocoImage) -> Image.Image:
-    # A mode that cannot be converted is this image's error and not the detector's.
-    return to_mode(image.read(), 3)
+def _source(detector: Detector, image: CocoImage) -> Source:
+    # A missing image is among the data's problems already.
+    name = None if image.path is None else str(image.path)
+    return Source(str(image.id), partial(read_rgb, image), name=name)
+
+
+def _stream(
+    search: Mapping[str, Any], detector: Detector, images: Iterable[tuple[str, Image.Image]]
+) -> Iterator[tuple[str, Detections]]:
+    return detector.stream(images, **search)
+
+
+def _identity(search: Mapping[str, Any], detector: Any) -> dict[str, Any]:
+    return detector.identity(**search)
 
 
 def summarise_detections(

@@ -24,6 +24,12 @@ from dive_fast.evaluation.curves import (
     coverage,
     reliability,
 )
+from dive_fast.evaluation.influence import (
+    auroc_influence,
+    calibration_influence,
+    error_of,
+    macro_f1_influence,
+)
 from dive_fast.evaluation.table import TOP, RunTable
 from dive_fast.predict.calibration import (
     UNMEASURED_PROBABILITY,
@@ -49,12 +55,16 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 2**21  # probabilities of the memory map that are held at once
+_BLOCK = 2**18  # probabilities of the memory map that are held at once
+_QUICK = 10**6  # probabilities of which the error of AUROC is computed in a second
+_FEWEST = 16  # classes that are read at once, so that there are not too many readings
 
 
 @dataclass(frozen=True)
 class Figures:
     """Of some answered images; None where they do not support a figure.
+
+    ``top5``, ``auroc``, ``nll`` and ``brier`` need records with ``log_posterior``.
 
     Attributes:
         n: images.
@@ -68,8 +78,8 @@ class Figures:
         ece: expected calibration error over 15 bins.
         nll: mean of -log p(truth | x0), in nats; a class that was not measured counts as 1e-6.
         brier: mean of sum_y (p(y | x0) - [y = truth])^2, in [0, 2].
-        standard_errors: by the names above; None where there is none to tell: of AUROC, F1 and
-            ECE, and of a mean of one image.
+        standard_errors: by the names above; None where there is none to tell: of one image, and
+            of the AUROC where images times classes are more than a million.
     """
 
     n: int
@@ -154,19 +164,21 @@ def figures(table: RunTable, rows: np.ndarray | None = None) -> Figures:
     correct = truth == index
     found: dict[str, tuple[float | None, float | None]] = dict.fromkeys(FIGURES, (None, None))
     found["top1"] = _share(correct)
-    if table.n_classes >= TOP:
-        found["top5"] = _share(table.truth_rank[rows] <= TOP)
     found["mean_per_class"] = _mean_recall(truth, correct)
-    found["ece"] = expected_calibration_error(table.probability[rows], correct), None
-    found["nll"] = _mean(-_log_probability(table, rows))
+    p = table.probability[rows]
+    ece_error = error_of(calibration_influence(p, correct))
+    found["ece"] = expected_calibration_error(p, correct), ece_error
     with table.posteriors() as posteriors:
         if posteriors is not None:
+            found["nll"] = _mean(-log_probability(table, rows))
             found["brier"] = _mean(_brier(posteriors, rows, truth))
+            if table.n_classes >= TOP:
+                found["top5"] = _share(table.truth_rank[rows] <= TOP)
         if (sklearn := _sklearn_metrics()) is not None:
             f1 = sklearn.f1_score(truth, index, average="macro", zero_division=0)
-            found["macro_f1"] = float(f1), None
+            found["macro_f1"] = float(f1), error_of(macro_f1_influence(truth, index))
             if posteriors is not None:
-                found["auroc"] = _auroc(sklearn, posteriors, rows, truth), None
+                found["auroc"] = _auroc(sklearn, posteriors, rows, truth)
     return Figures(
         n,
         **{name: value for name, (value, _) in found.items()},
@@ -211,12 +223,19 @@ def confusion(table: RunTable) -> np.ndarray:
     """
     if not len(table):
         return np.zeros((table.n_classes, table.n_classes), np.int64)
-    matrix = _needed_sklearn().confusion_matrix
-    return matrix(table.truth, table.index, labels=np.arange(table.n_classes)).astype(np.int64)
+    c = table.n_classes
+    labels = np.arange(max(2, c))  # of a single one scikit-learn warns
+    found = _needed_sklearn().confusion_matrix(table.truth, table.index, labels=labels)
+    return found[:c, :c].astype(np.int64)
 
 
-def by_group(table: RunTable, column: str) -> Groups:
+def by_group(table: RunTable, column: str, rows: np.ndarray | None = None) -> Groups:
     """The figures of the images of each value of a column of ``--group-by``.
+
+    Args:
+        table: the run.
+        column: its name.
+        rows: int [m], rows of the table; all if None.
 
     Raises:
         RunError: the run has no such column.
@@ -224,10 +243,11 @@ def by_group(table: RunTable, column: str) -> Groups:
     if column not in table.groups:
         there = some(list(table.groups)) if table.groups else "none"
         raise RunError(f"expected a column that the run is grouped by ({there}), got {column!r}.")
-    rows: dict[str, list[int]] = {}
-    for row, value in enumerate(table.groups[column]):
-        rows.setdefault(value, []).append(row)
-    found = {value: figures(table, np.array(rows[value])) for value in sorted(rows)}
+    values = table.groups[column]
+    of_value: dict[str, list[int]] = {}
+    for row in range(len(table)) if rows is None else rows.tolist():
+        of_value.setdefault(values[row], []).append(row)
+    found = {value: figures(table, np.array(of_value[value])) for value in sorted(of_value)}
     return Groups(column, found, min(found, key=lambda value: found[value].top1, default=None))
 
 
@@ -254,8 +274,8 @@ def _mean_recall(truth: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
     return float(recall.mean()), math.sqrt(variance) / len(n)
 
 
-def _log_probability(table: RunTable, rows: np.ndarray) -> np.ndarray:
-    """log p(truth | x0), float64 [m]."""
+def log_probability(table: RunTable, rows: np.ndarray) -> np.ndarray:
+    """log p(truth | x0) of some rows, float64 [m], in nats; not measured it counts as log 1e-6."""
     found = table.truth_log_probability[rows]
     return np.where(found == -math.inf, math.log(UNMEASURED_PROBABILITY), found)
 
@@ -270,21 +290,28 @@ def _brier(posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray) -> np.nd
     return found
 
 
-def _auroc(sklearn, posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray) -> float | None:
+def _auroc(
+    sklearn, posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray
+) -> tuple[float | None, float | None]:
     n = np.bincount(truth, minlength=posteriors.shape[1])
-    areas = [
-        sklearn.roc_auc_score(truth == first + i, block[:, i])
-        for first, block in _blocks(posteriors, rows)
-        for i in range(block.shape[1])
-        if 0 < n[first + i] < len(rows)
-    ]
-    return float(np.mean(areas)) if areas else None
+    quick = posteriors.shape[1] * len(rows) <= _QUICK
+    areas, influence = [], np.zeros(len(rows))
+    for first, block in _blocks(posteriors, rows):
+        for row, scores in enumerate(block.T, start=first):
+            if 0 < n[row] < len(rows):
+                right = truth == row
+                areas.append(sklearn.roc_auc_score(right, scores))
+                if quick:
+                    influence += auroc_influence(scores, right)
+    if not areas:
+        return None, None
+    return float(np.mean(areas)), error_of(influence / len(areas)) if quick else None
 
 
 def _blocks(posteriors: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """p(y | x0) of some images for a few classes after the other: (first class, [m, classes])."""
     classes = posteriors.shape[1]
-    width = min(classes, max(1, _BLOCK // len(rows)))
+    width = min(classes, max(_FEWEST, _BLOCK // len(rows)))
     height = max(1, _BLOCK // classes)  # rows of which whole pages may be mapped at once
     for first in range(0, classes, width):
         block = np.empty((len(rows), min(width, classes - first)), np.float32)

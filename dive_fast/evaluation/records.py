@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, NoReturn
 
 from dive_fast.core.numbers import is_number, is_whole
@@ -19,6 +20,9 @@ _ROUNDING = 1e-3
 _OF_DETECTIONS = {"boxes", "labels", "indices", "confidences", "class_probabilities"}
 _OF_CLASSIFICATIONS = {"index", "probability", "top", "losses", "log_posterior"}
 
+# Lists of a number for each class, which are most of a record of many classes.
+NOT_IN_FIGURES = ("losses", "n_probes", "log_odds_bound")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -29,17 +33,20 @@ class Form:
             its fields say, and one without fields of either is somebody's own and not looked at.
         names: the model's classes, where they are known.
         truths: the right class by id, where it is known: then it must be there, and the same.
+        whole: whether a classification needs the lists, too, that no figure is made of:
+            ``NOT_IN_FIGURES``.
     """
 
     kind: Kind | None = None
     names: Sequence[str] | None = None
     truths: Mapping[str, int] | None = None
+    whole: bool = True
 
     def wrong(self, record: Record) -> str | None:
         """What is wrong with a record that has an ``id``, or None."""
         kind = self.kind or _kind_of(record)
         if kind == "classification":
-            return _wrong(_require_classification, record, self.names, self.truths)
+            return _wrong(_require_classification, record, self.names, self.truths, self.whole)
         return None if kind is None else _wrong(_require_detection, record, self.names)
 
 
@@ -73,13 +80,14 @@ def _kind_of(record: Record) -> Kind | None:
 
 
 def _require_classification(
-    record: Record, names: Sequence[str] | None, truths: Mapping[str, int] | None
+    record: Record, names: Sequence[str] | None, truths: Mapping[str, int] | None, whole: bool
 ) -> None:
     _require_truth(record, names, truths)
+    _require_groups(record)
     if "error" in record:
         _require_text(record, "error")
     else:
-        _require_answer(record, names)
+        _require_answer(record, names, whole)
 
 
 def _require_detection(record: Record, names: Sequence[str] | None) -> None:
@@ -110,17 +118,28 @@ def _require_truth(
         _fail(f"'truth' to be {right} as in the data", record["truth"])
 
 
-def _require_answer(record: Record, names: Sequence[str] | None) -> None:
+def _require_groups(record: Record) -> None:
+    if "groups" in record:
+        what = "an object of texts, numbers, or true or false"
+        _require(record, "groups", lambda x: isinstance(x, dict), what)
+        for value in record["groups"].values():
+            if not (_is_text(value) or isinstance(value, bool) or is_number(value)):
+                _fail(f"'groups' to be {what}", value)
+
+
+def _require_answer(record: Record, names: Sequence[str] | None, whole: bool) -> None:
     _require_text(record, "label")
     _require_row(record, "index", None if names is None else len(names))
     _require(record, "probability", _is_share, _SHARE)
     _require_each(record, "top", _is_ranked, 'of {"label", "index", "score"}')
-    _require_each(record, "losses", _is_number_or_null, "of numbers or null")
-    classes = len(record["losses"]) if names is None else len(names)
-    for name in ("log_posterior", "log_odds_bound"):
-        _require_each(record, name, _is_number_or_null, "of numbers or null")
-    _require_each(record, "n_probes", _is_row, "of whole numbers of at least 0")
-    for name in ("losses", "log_posterior", "log_odds_bound", "n_probes"):
+    lists = ("losses", "log_posterior", "log_odds_bound") if whole else ("log_posterior",)
+    for name in lists:
+        _require_each(record, name, _is_number_or_null, "of numbers or null", _floats_or_null)
+    classes = len(record[lists[0]]) if names is None else len(names)
+    if whole:
+        what = "of whole numbers of at least 0"
+        _require_each(record, "n_probes", _is_row, what, _rows)
+    for name in (*lists, "n_probes") if whole else lists:
         _require_length(record, name, classes)
     _require_row(record, "index", classes)
     _require_each(record, "eliminated", _below(classes), f"of rows in [0, {classes})")
@@ -191,9 +210,21 @@ def _require_row(record: Record, name: str, classes: int | None) -> None:
         _require(record, name, _below(classes), f"a row in [0, {classes})")
 
 
-def _require_each(record: Record, name: str, ok: Callable[[object], bool], what: str) -> None:
-    """A list; says which of its items is wrong, for it may be long."""
+def _require_each(
+    record: Record,
+    name: str,
+    ok: Callable[[object], bool],
+    what: str,
+    all_ok: Callable[[list], bool] = lambda values: False,
+) -> None:
+    """A list; says which of its items is wrong, for it may be long.
+
+    Args:
+        all_ok: says quickly that all are right; they are looked at one by one where it does not.
+    """
     _require(record, name, lambda value: isinstance(value, list), f"a list {what}")
+    if all_ok(record[name]):
+        return
     for position, item in enumerate(record[name]):
         if not ok(item):
             raise _WrongRecord(
@@ -228,6 +259,16 @@ def _are_shares(value: object) -> bool:
 
 def _is_number_or_null(value: object) -> bool:
     return value is None or is_number(value)
+
+
+def _floats_or_null(values: list) -> bool:
+    """Whether they are nothing but finite floats, whose sum is finite, too, and null."""
+    return set(map(type, values)) <= {float, type(None)} and isfinite(sum(filter(None, values)))
+
+
+def _rows(values: list) -> bool:
+    """Whether they are nothing but whole numbers of at least 0."""
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0
 
 
 def _is_box(value: object) -> bool:

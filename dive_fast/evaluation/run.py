@@ -7,13 +7,17 @@ and the rest go on. docs/records.md says what a record holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from dive_fast.core.threads import choose_again
+from dive_fast.data.reading import read_ahead
 from dive_fast.errors import ImageError
+from dive_fast.evaluation.encoding import Encode, encoded
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +64,12 @@ def run_over(
     progress: bool = False,
     total: int | None = None,
     record: Callable[[str, Any, Any], Mapping[str, Any]] = as_record,
+    readers: int | None = 0,
+    shared: Sequence[object] = (),
+    encode: Encode | None = None,
+    at_once: int = 1,
 ) -> None:
-    """Reads the images one by one, and appends a record of each as soon as it is known.
+    """Reads the images in their order, and appends a record of each as soon as it is known.
 
     Args:
         sources: the images, gone through once: none is kept but those on their way.
@@ -70,42 +78,47 @@ def run_over(
         progress: show a bar.
         total: how many sources there are, for the bar; their ``len`` if None.
         record: of an id, its answer and its image, what goes into the record.
+        readers, shared: processes that read ahead, see ``read_ahead``.
+        encode: makes what the stream takes of the pixels of ``at_once`` images; None: they are it.
     """
     if total is None and isinstance(sources, Sized):
         total = len(sources)
     under_way: dict[str, tuple[Source, Any]] = {}  # read, but not answered yet
     with tqdm(total=total, unit="image", disable=not progress) as bar:
 
-        def pairs() -> Iterator[tuple[str, Any]]:
+        def unfinished() -> Iterator[tuple[Source, Callable[[], Any]]]:
             for source in sources:
                 if records.finished(source.id):
                     if progress:
                         bar.initial += 1  # computed before: it says nothing of the speed
                     bar.update()
-                elif (image := _read(source, records)) is _UNREAD:
+                else:
+                    yield source, source.read
+
+        def pairs(images: Iterable[tuple[Source, Any]]) -> Iterator[tuple[str, Any]]:
+            for source, image in images:
+                choose_again()
+                if isinstance(image, ImageError):
+                    records.append(_failed(source, image))
                     bar.update()
                 else:
                     under_way[source.id] = (source, image)
                     yield source.id, image
 
-        for key, answer in stream(pairs()):
-            source, image = under_way.pop(key)
-            records.append({"id": key, **source.facts, **record(key, answer, image)})
-            bar.update()
+        # Closed here, so that its processes end however this ends.
+        with closing(read_ahead(unfinished(), readers, shared=shared, total=total)) as images:
+            ready = images if encode is None else encoded(images, encode, at_once)
+            for key, answer in stream(pairs(ready)):
+                source, image = under_way.pop(key)
+                records.append({"id": key, **source.facts, **record(key, answer, image)})
+                bar.update()
 
 
-_UNREAD = object()
-
-
-def _read(source: Source, records: Records) -> Any:
-    """The image, or ``_UNREAD`` after a record of why it cannot be read."""
-    try:
-        return source.read()
-    except ImageError as error:
-        if source.name is not None:
-            log.warning(sentence(source.name, error))
-        records.append({"id": source.id, **source.facts, "error": str(error)})
-        return _UNREAD
+def _failed(source: Source, error: ImageError) -> dict[str, Any]:
+    """The record of an image that cannot be read, which is told."""
+    if source.name is not None:
+        log.warning(sentence(source.name, error))
+    return {"id": source.id, **source.facts, "error": str(error)}
 
 
 def sentence(name: str, error: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dive_fast.core.files import leftovers, replacing
@@ -84,8 +84,15 @@ def write_run(directory: Path, content: Mapping) -> None:
 # -- results.jsonl ---------------------------------------------------------------------------------
 
 
-def each_result(path: Path, form: Form | None) -> Iterator[tuple[int, int, dict]]:
+def each_result(
+    path: Path, form: Form | None, without: Sequence[str] = ()
+) -> Iterator[tuple[int, int, dict]]:
     """Each whole record of the file, one at a time: (first byte, byte behind it, record).
+
+    Args:
+        path: of the file.
+        form: what the records must be.
+        without: lists of numbers that are left out, unread, by the names of their fields.
 
     Raises:
         RunError: it is no regular file, a line is damaged, or a record is not of the form.
@@ -96,7 +103,8 @@ def each_result(path: Path, form: Form | None) -> Iterator[tuple[int, int, dict]
     size = path.stat().st_size
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            record = parse_result(line, "utf-8-sig" if number == 1 else "utf-8")
+            read = _without(line, without) if without else line
+            record = parse_result(read, "utf-8-sig" if number == 1 else "utf-8")
             if record is None:
                 if end + len(line) == size:
                     return  # torn: the process died while it was written
@@ -108,6 +116,21 @@ def each_result(path: Path, form: Form | None) -> Iterator[tuple[int, int, dict]
                 raise RunError(f"{path}: line {number}: {wrong}.")
             yield end, end + len(line), record
             end += len(line)
+
+
+def _without(line: bytes, names: Sequence[str]) -> bytes:
+    """A record's line without its lists of these names.
+
+    In a text a quotation mark has a backslash before it, so none is taken for a field's name.
+    """
+    for name in names:
+        field = f'"{name}": ['.encode()
+        start = line.find(field)
+        first, end = start + len(field), line.find(b"], ", start)
+        # What is no list of numbers stays, to be refused or read as what it is.
+        if 0 <= start < end and line.find(b'"', first, end) < 0 > line.find(b"[", first, end):
+            line = line[:start] + line[end + 3 :]
+    return line
 
 
 def read_results(path: Path, form: Form | None) -> dict[str, dict]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dive_fast.errors import RunError, shown
-from dive_fast.evaluation.records import Form, check_figures
+from dive_fast.evaluation.records import NOT_IN_FIGURES, Form, check_figures
 from dive_fast.evaluation.runfiles import RESULTS, cannot, each_result, read_run
 
 TOP = 5
@@ -110,7 +110,8 @@ class RunTable:
             raise RunError(f"{path}: expected a run of a classifier, got one of a detector.")
         columns = _Columns()
         try:
-            for _, _, record in each_result(path / RESULTS, Form(kind)):
+            form = Form(kind, whole=False)
+            for _, _, record in each_result(path / RESULTS, form, NOT_IN_FIGURES):
                 columns.add(record)
         except OSError as error:
             raise cannot("read", Path(error.filename or path), error) from error
@@ -129,7 +130,7 @@ class _Columns:
     """Grows by one record after the other; memory holds some twenty numbers of each."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, None] = {}
         self.failed: dict[str, str] = {}
         self.truth, self.index, self.rank = array("i"), array("i"), array("i")
         self.probability, self.of_truth = array("f"), array("f")
@@ -155,7 +156,7 @@ class _Columns:
             self.failed[key] = record["error"]
             return
         self.failed.pop(key, None)
-        self.rows[key] = len(self.rows)
+        self.rows[key] = None
         self._numbers(record)
         self._groups(record.get("groups") or {})
 
@@ -204,16 +205,16 @@ class _Columns:
         whole = os.fstat(self.posteriors.fileno()).st_size == 4 * n * self.n_classes
         return RunTable(
             ids=list(self.rows),
-            truth=np.array(self.truth, np.int32),
-            index=np.array(self.index, np.int32),
-            probability=np.array(self.probability, np.float32),
-            truth_probability=np.array(self.of_truth, np.float32),
-            truth_log_probability=np.array(self.log_of_truth, np.float64),
-            truth_rank=np.array(self.rank, np.int32),
-            top=np.array(self.top, np.int32).reshape(n, TOP),
-            top_scores=np.array(self.top_scores, np.float32).reshape(n, TOP),
-            evaluations=np.array(self.evaluations, np.int64),
-            seconds=np.array(self.seconds, np.float64),
+            truth=np.asarray(self.truth),
+            index=np.asarray(self.index),
+            probability=np.asarray(self.probability),
+            truth_probability=np.asarray(self.of_truth),
+            truth_log_probability=np.asarray(self.log_of_truth),
+            truth_rank=np.asarray(self.rank),
+            top=np.asarray(self.top).reshape(n, TOP),
+            top_scores=np.asarray(self.top_scores).reshape(n, TOP),
+            evaluations=np.asarray(self.evaluations),
+            seconds=np.asarray(self.seconds),
             groups=self.groups,
             failed=self.failed,
             n_classes=len(names),

@@ -65,7 +65,7 @@ class OpStatus:
 def native_status() -> dict[str, OpStatus]:
     """Which ops run compiled code, by op name.
 
-    Example:
+    Examples:
         >>> import dive_fast.ops
         >>> sorted(dive_fast.ops.native_status())[-1]
         'q_sample'

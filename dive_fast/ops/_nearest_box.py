@@ -106,7 +106,7 @@ def nearest_box(
         DiveFastError: an argument has the wrong shape, dtype, device or range, or requires a
             gradient.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dive_fast.ops import nearest_box
         >>> tl = torch.tensor([[[5.0, 5.0, 5.0], [5.0, 5.0, 5.0], [5.0, 1.0, 3.0]]])
@@ -158,7 +158,7 @@ def snap_boxes(boxes: Tensor, grid: int, min_size: int | tuple[int, int] = 1) ->
     Raises:
         DiveFastError: an argument has the wrong shape, dtype or range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dive_fast.ops import snap_boxes
         >>> snap_boxes(torch.tensor([[0.1, 0.6, 0.9, 0.55]]), grid=5)

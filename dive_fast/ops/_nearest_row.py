@@ -153,7 +153,7 @@ def nearest_row(
             gradient, or (CPU only) a query is allowed no row at all.
         IndexError: (CPU only) `allowed` or `extra` leaves the table.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dive_fast.ops import nearest_row
         >>> table = torch.tensor([[0.0, 0.0], [3.0, 4.0], [9.0, 9.0]])
@@ -188,10 +188,9 @@ def projection(
     Returns:
         the rows, [N, D], differentiable in `v`, and their index, int64 [N].
 
-    Raises:
-        As `nearest_row`.
+    It raises what `nearest_row` does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dive_fast.ops import projection
         >>> v = torch.tensor([[0.9]], requires_grad=True)

@@ -236,7 +236,7 @@ def noise_prediction_loss(
             than `prediction` requires a gradient; or a double backward is asked for.
         IndexError: an index is out of range (on a GPU, torch's own device assertion).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dive_fast.ops import noise_prediction_loss
         >>> prediction, noise = torch.zeros(2, 6, 8, 8), torch.full((1, 3, 8, 8), 2.0)
@@ -276,7 +276,7 @@ def noise_prediction_error_map(
         DiveFastError: as `noise_prediction_loss`, and also if `prediction` requires a gradient.
         IndexError: an index is out of range (on a GPU, torch's own device assertion).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dive_fast.ops import noise_prediction_error_map
         >>> noise, row, one = torch.ones(1, 3, 2, 2), torch.tensor([0]), torch.ones(1)

@@ -115,7 +115,7 @@ def q_sample(
             gradient.
         IndexError: an index is out of range (on a GPU, torch's own device assertion).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dive_fast.ops import q_sample
         >>> x0, noise = torch.zeros(1, 3, 8, 8), torch.ones(2, 3, 8, 8)

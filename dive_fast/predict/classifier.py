@@ -48,7 +48,7 @@ class DiffusionClassifier(Fitting, Probing):
     Args:
         model, batch_size, options: see ``Predictor``.
 
-    Example:
+    Examples:
         >>> clf = DiffusionClassifier.from_pretrained("digits")
         >>> clf("three.png")[0].label
         'three'
@@ -153,7 +153,7 @@ class DiffusionClassifier(Fitting, Probing):
         Raises:
             ModelError: the parts do not fit together; it says which.
 
-        Example:
+        Examples:
             >>> clf = DiffusionClassifier.from_network(
             ...     net, schedule=Schedule.linear(), embeddings=net.labels, shape=(1, 28, 28))
         """

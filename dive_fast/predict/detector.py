@@ -261,7 +261,7 @@ class LayoutDetector(DetectorFitting):
                     raise DiveFastError(f"expected a key for each image, got {key!r} twice.")
                 image = as_image(given)
                 sizes[key] = image.size
-                x0 = self._encoded(squashed_tensor(image, side, channels)[None])[0]
+                x0 = self.encode_pixels(squashed_tensor(image, side, channels)[None])[0]
                 yield self._job(key, x0, chosen.search(board))
 
         for finished in self._run(jobs(), probe_list, chosen.loss, progress):

@@ -224,10 +224,14 @@ class Predictor:
             ModelError: the model fails, or makes something else of them.
         """
         channels, size, _ = self.model.image_shape
-        return self._encoded(torch.stack(as_images(images, size, channels)))
+        return self.encode_pixels(torch.stack(as_images(images, size, channels)))
 
-    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
-        """x0 of pixels [B, channels, size, size]."""
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """x0 [B, C, h, w] of float32 pixels [B, channels, size, size] in [-1, 1].
+
+        Raises:
+            ModelError: the model fails, or makes something else of them.
+        """
         found = told(self.model, "encode", self.model.encode, pixels)
         return check_encoded(self.model, found, len(pixels))
 

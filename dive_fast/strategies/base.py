@@ -99,10 +99,12 @@ def register_preset(name: str, strategy: str, settings: Strategy) -> None:
 
 
 def strategy_names() -> tuple[str, ...]:
+    """Of all strategies that are registered."""
     return tuple(_STRATEGIES)
 
 
 def preset_names() -> tuple[str, ...]:
+    """Of all presets that are registered."""
     return tuple(_PRESETS)
 
 

@@ -16,6 +16,7 @@ from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.data.coco import CocoDataset, held_out_split, mirrored_images, read_coco
 from dive_fast.data.coco.problems import Problem, tell_all
 from dive_fast.errors import DataError, ImageError
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.training.layout import Batch, Draw, LayoutTrainingConfig, train_into
 from dive_fast.training.loop import Course, check_unfinished, prepare_directory
@@ -42,6 +43,7 @@ def train_annotated(
     *,
     max_objects: int,
     config: LayoutTrainingConfig = ANNOTATED,
+    log_to: LogTo | None = None,
     progress: bool = True,
     tell: Callable[[str], object] = print,
 ) -> TrainedModel:
@@ -56,6 +58,7 @@ def train_annotated(
         images: the folder of its images.
         max_objects: slots of the model; of an image with more objects the smallest are left out.
         config: sizes and course; ``sample_size`` is the side of the images.
+        log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
         tell: takes one sentence on everything that was left out, images that cannot be read too.
 
     Raises:
@@ -63,6 +66,7 @@ def train_annotated(
             can be read, or ``config`` has images of an odd side.
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
+    check_log_to(log_to)
     out = Path(out)
     if config.sample_size % PIXELS_PER_STEP:
         raise DataError(f"expected an even number of pixels as size, got {config.sample_size}.")
@@ -90,7 +94,7 @@ def train_annotated(
     shown = (pixels[held_out], tokens[held_out])
     learned = dataclasses.replace(dataset, images=tuple(chosen[i] for i in read.tolist()))
     command, data = "dive-fast train-layout", learned.identity()
-    expected = train_into(out, layout, config, draw, shown, command, progress, data)
+    expected = train_into(out, layout, config, draw, shown, command, progress, data, log_to)
     return TrainedModel(expected, len(train), len(held_out))
 
 

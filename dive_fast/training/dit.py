@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dive_fast.logs import LogTo
 from dive_fast.training.loop import Course, train
 
 
@@ -121,7 +122,12 @@ def augment_images(x0: torch.Tensor, config: TrainingConfig, generator) -> torch
 
 
 def train_transformer(
-    images: np.ndarray, labels: np.ndarray, config: TrainingConfig, out: Path, progress: bool = True
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: TrainingConfig,
+    out: Path,
+    progress: bool = True,
+    log_to: LogTo | None = None,
 ):
     """Trains on uint8 images [N, h, w] and returns the transformer with averaged (EMA) weights.
 
@@ -156,5 +162,5 @@ def train_transformer(
             prediction = model(x_t, t, y).sample
         return F.mse_loss(prediction.float(), eps)
 
-    train(model, loss_of, config, out, progress=progress)
+    train(model, loss_of, config, out, log_to=log_to, progress=progress)
     return model

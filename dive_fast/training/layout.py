@@ -31,6 +31,7 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.timesteps import BINS, TimestepWeights
+from dive_fast.logs import LogTo
 from dive_fast.models.files.sidecar import write_extra
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
 from dive_fast.models.layout_to_image.transformer import (
@@ -84,6 +85,7 @@ def train_into(
     command: str,
     progress: bool,
     data: Mapping[str, Any],
+    log_to: LogTo | None = None,
 ) -> dict[str, float]:
     """Trains a new model and writes its directory; returns what is expected of it.
 
@@ -97,7 +99,7 @@ def train_into(
     trained = build(layout, config)
     whole = {"layout": layout.to_dict(), **data}
     expected = train_layout_model(
-        trained, draw, held_out, layout.none, config, out, progress, whole
+        trained, draw, held_out, layout.none, config, out, progress, whole, log_to
     )
     scheduler = DDPMScheduler(beta_schedule="linear")
     model = LayoutTransformerModel(trained.transformer, trained.encoder, scheduler)
@@ -119,6 +121,7 @@ def train_layout_model(
     out: Path,
     progress: bool = True,
     data: Mapping[str, Any] | None = None,
+    log_to: LogTo | None = None,
 ) -> dict[str, float]:
     """Trains it in place; at the end it holds its averaged (EMA) weights.
 
@@ -161,6 +164,7 @@ def train_layout_model(
         out,
         identity={"data": data},
         held_out=lambda: held_out_losses(model, held_out, none, config, alpha_bar),
+        log_to=log_to,
         progress=progress,
     ).held_out
 

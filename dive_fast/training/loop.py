@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from dive_fast.core.files import leftovers, replacing
 from dive_fast.errors import RunError
+from dive_fast.logs import Logger, LogTo, logging_to
 from dive_fast.models.files.sidecar import FILE
 
 LOG = "training.jsonl"
@@ -74,6 +75,7 @@ def train(
     *,
     identity: Mapping[str, Any] | None = None,
     held_out: Callable[[], dict[str, float]] = dict,
+    log_to: LogTo | None = None,
     log_every: int = LOG_EVERY,
     state_every: int = STATE_EVERY,
     progress: bool = True,
@@ -93,11 +95,13 @@ def train(
         identity: what else tells this training from others, in plain values.
         held_out: measures the model, which is in eval mode and has its averaged weights then; no
             gradients are kept. By default nothing is measured.
+        log_to: where these losses and the learning rate go as well, see ``logs.check_log_to``.
         progress: shows a bar with the losses and the time that is left.
 
     Raises:
         RunError: ``out`` holds the state of a run with another course or identity, or a damaged
-            one, or cannot be written.
+            one, or cannot be written; or the logger cannot be opened.
+        DiveFastError: ``log_to`` is no logger, or needs a package that is not installed.
     """
     state = _State(model, course, {**asdict(course), **(identity or {})})
     state.read(out / STATE)
@@ -113,24 +117,28 @@ def train(
         desc="train",
         unit="step",
     )
-    with bar, _late_interrupt() as interrupted:
-        for step in bar:
-            state.advance(loss_of(step, state.generator), course)
-            done, stop = state.step, interrupted()
-            if stop or done % state_every == 0 or done == course.steps:
-                state.write(out / STATE)
-            if stop:
-                raise KeyboardInterrupt
-            if done % log_every == 0 and done < course.steps:
-                measured = state.measure(held_out)
-                log_losses(out, done, {"loss": state.loss, **measured})
-            losses = {"loss": state.loss, **measured}
-            bar.set_postfix({name: f"{loss:.4f}" for name, loss in losses.items()}, refresh=False)
-    state.ema.copy_to(state.averaged)
-    model.eval()
-    measured = state.measure(held_out)
-    log_losses(out, state.step, {"loss": state.loss, **measured})
-    return Finished(measured, *state.spent())
+    with logging_to(log_to, out, state.identity, state.step) as logger:
+        with bar, _late_interrupt() as interrupted:
+            for step in bar:
+                state.advance(loss_of(step, state.generator), course)
+                done, stop = state.step, interrupted()
+                if stop or done % state_every == 0 or done == course.steps:
+                    state.write(out / STATE)
+                if stop:
+                    raise KeyboardInterrupt
+                if done % log_every == 0 and done < course.steps:
+                    measured = state.measure(held_out)
+                    _log(out, logger, state, course, measured)
+                losses = {"loss": state.loss, **measured}
+                shown = {name: f"{loss:.4f}" for name, loss in losses.items()}
+                bar.set_postfix(shown, refresh=False)
+        state.ema.copy_to(state.averaged)
+        model.eval()
+        measured = state.measure(held_out)
+        _log(out, logger, state, course, measured)
+        finished = Finished(measured, *state.spent())
+        logger.finish({"loss": state.loss, **measured, "seconds": finished.seconds})
+    return finished
 
 
 class _State:
@@ -315,6 +323,16 @@ def learning_rate_at(step: int, course: Course) -> float:
     """Linear warm-up, then a half cosine to zero."""
     warm = min(1.0, (step + 1) / course.warmup_steps)
     return course.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / course.steps))
+
+
+def _log(
+    out: Path, logger: Logger, state: _State, course: Course, measured: dict[str, float]
+) -> None:
+    """The losses after a step, and the learning rate of it."""
+    losses = {"loss": state.loss, **measured}
+    log_losses(out, state.step, losses)
+    rate = learning_rate_at(state.step - 1, course)
+    logger.log(state.step, {**losses, "learning_rate": rate})
 
 
 def log_losses(out: Path, step: int, losses: dict[str, float]) -> None:

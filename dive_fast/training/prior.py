@@ -21,6 +21,7 @@ from torch import Tensor
 from dive_fast.data.coco import CocoDataset, held_out_split, read_box_arrays, read_coco
 from dive_fast.data.scenes import SceneMaker, load_scenes
 from dive_fast.errors import ModelError, RunError
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.models import load_model
 from dive_fast.models.files.sidecar import FILE, write_extra
 from dive_fast.models.protocol import optional
@@ -66,6 +67,7 @@ def train_layout_prior(
     steps: int | None = None,
     seed: int = 0,
     bf16: bool = False,
+    log_to: LogTo | None = None,
     progress: bool = True,
     tell: Callable[[str], object] = print,
 ) -> TrainedPrior:
@@ -79,6 +81,7 @@ def train_layout_prior(
         model: the layout-to-image model whose tokens and embeddings the prior is over.
         steps: fewer or more than the 10,000 of ``PriorTrainingConfig``.
         bf16: the network computes in bfloat16; its weights stay float32.
+        log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
         tell: takes one sentence on everything that was left out.
 
     Raises:
@@ -87,6 +90,7 @@ def train_layout_prior(
         RunError: ``out`` holds a prior already, a model or another training run, or cannot be
             written.
     """
+    check_log_to(log_to)
     out = Path(out)
     check_free(out)
     loaded = load_model(model, device="cpu")
@@ -122,7 +126,7 @@ def train_layout_prior(
         layers=config.layers,
         heads=config.heads,
     )
-    loss = train_prior(prior, table, draw, held_out, config, out, progress)
+    loss = train_prior(prior, table, draw, held_out, config, out, progress, log_to)
     trained = TrainedPrior(loss, None if known is None else len(known), len(held_out))
     try:
         # Half precision halves the file; what is loaded again computes in float32.
@@ -189,6 +193,7 @@ def train_prior(
     config: PriorTrainingConfig,
     out: Path,
     progress: bool = True,
+    log_to: LogTo | None = None,
 ) -> float:
     """Trains in place; at the end the prior holds its averaged (EMA) weights.
 
@@ -223,6 +228,7 @@ def train_prior(
         # Priors of another model, or of other layouts, differ in their configuration.
         identity={"prior": dict(prior.config)},
         held_out=lambda: {"held_out": held_out_loss(prior, table, held_out, config)},
+        log_to=log_to,
         progress=progress,
     )
     prior.requires_grad_(False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.data import scenes
 from dive_fast.data.scenes import SceneMaker, Scenes, load_scenes
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.training.layout import Batch, LayoutTrainingConfig, train_into
 from dive_fast.training.loop import prepare_directory
 
@@ -26,6 +27,7 @@ def train_scenes(
     steps: int | None = None,
     seed: int = 0,
     bf16: bool = False,
+    log_to: LogTo | None = None,
     progress: bool = True,
 ) -> dict:
     """Trains the zoo's ``scenes`` into ``out``, a diffusers model directory.
@@ -33,6 +35,7 @@ def train_scenes(
     Args:
         steps: fewer than the zoo's, for a try.
         bf16: the network computes in bfloat16; its weights stay float32.
+        log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
 
     Returns:
         What is expected of it: the loss of held-out scenes with their layout, and with that of an
@@ -42,6 +45,7 @@ def train_scenes(
         DataError: scikit-learn, whose digits the scenes show, is not installed.
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
+    check_log_to(log_to)
     out = Path(out)
     config = dataclasses.replace(SCENES, steps=steps or SCENES.steps, seed=seed, bf16=bf16)
     make, held_out = SceneMaker("train"), load_scenes("test", N_HELD_OUT)
@@ -52,7 +56,7 @@ def train_scenes(
 
     command, data = "dive-fast train scenes", {"source": "scenes"}
     shown = scene_batch(held_out)
-    return train_into(out, SCENES_FORMAT, config, draw, shown, command, progress, data)
+    return train_into(out, SCENES_FORMAT, config, draw, shown, command, progress, data, log_to)
 
 
 def scene_batch(made: Scenes) -> Batch:

@@ -18,6 +18,7 @@ from dive_fast.data.mnist import load_mnist
 from dive_fast.data.npz import LabelledImages
 from dive_fast.data.omniglot import load_omniglot
 from dive_fast.errors import DataError, RunError
+from dive_fast.logs import LogTo, check_log_to
 from dive_fast.models.files.sidecar import write_extra
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.predict.fitting_shortlist import FINALISTS
@@ -78,6 +79,7 @@ def train_zoo_model(
     steps: int | None = None,
     seed: int = 0,
     bf16: bool = False,
+    log_to: LogTo | None = None,
     progress: bool = True,
 ) -> dict:
     """Trains a model of the zoo into ``out``, a diffusers model directory.
@@ -87,6 +89,7 @@ def train_zoo_model(
         data: the ``.npz`` of MNIST or Omniglot; the digits come with scikit-learn.
         steps: fewer than the zoo's, for a try.
         bf16: the network computes in bfloat16; its weights stay float32.
+        log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
 
     Returns:
         What is expected of it: strategy, probes, accuracy on the test part, and on how many.
@@ -95,6 +98,7 @@ def train_zoo_model(
         DataError: the data are missing or of another form.
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
+    check_log_to(log_to)
     recipe, out = RECIPES[model], Path(out)
     if recipe.needs_data == (data is None):
         raise DataError(
@@ -107,7 +111,7 @@ def train_zoo_model(
     config = dataclasses.replace(
         recipe.config, steps=steps or recipe.config.steps, seed=seed, bf16=bf16
     )
-    transformer = train_transformer(train.images, train.labels, config, out, progress)
+    transformer = train_transformer(train.images, train.labels, config, out, progress, log_to)
     try:
         write_model(out, transformer, train.names)
     except (OSError, SafetensorError) as error:

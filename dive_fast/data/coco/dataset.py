@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,8 @@ class CocoDataset:
         images: in the file's order.
         source: the name of the annotation file, or of what made the images.
         notes: what was left out or changed when the annotations were read.
+        where: what was read, paths made absolute: ``annotations``, and ``images`` where a folder
+            was given; None for data of another origin. It is no part of the identity.
     """
 
     names: tuple[str, ...]
@@ -118,6 +120,7 @@ class CocoDataset:
     images: tuple[CocoImage, ...]
     source: str
     notes: tuple[Problem, ...] = ()
+    where: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.category_ids):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from dive_fast.data.formats import readable_formats
-from dive_fast.data.images import exif_orientation
+from dive_fast.data.image_files import exif_orientation
 
 QUARTER_TURNS = range(5, 9)
 

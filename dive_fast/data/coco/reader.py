@@ -59,6 +59,11 @@ def read_coco(
         ),
         source=path.name,
         notes=tuple(problems),
+        where={
+            name: os.path.abspath(given)
+            for name, given in (("annotations", annotations), ("images", images))
+            if given is not None
+        },
     )
 
 

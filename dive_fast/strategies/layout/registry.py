@@ -17,6 +17,7 @@ def register_layout_strategy(name: str, default: LayoutStrategy) -> None:
 
 
 def layout_strategy_names() -> tuple[str, ...]:
+    """Of all searches for boxes that are registered."""
     return tuple(_STRATEGIES)
 
 
