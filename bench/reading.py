@@ -41,14 +41,16 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500, help="images (default: 500)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"
         lay_out(Path(arguments.pictures), pictures, arguments.n)
-        for name, classifier in (("digits", digits()), ("vae", behind_a_vae())):
-            compare(name, classifier, pictures, Path(folder) / name, arguments.rounds)
-    encoder_alone(behind_a_vae())
+        for name in arguments.networks:
+            compare(name, NETWORKS[name](), pictures, Path(folder) / name, arguments.rounds)
+    if "vae" in arguments.networks:
+        encoder_alone(behind_a_vae())
 
 
 def lay_out(archive: Path, folder: Path, n: int) -> None:
@@ -95,6 +97,9 @@ def behind_a_vae() -> DiffusionClassifier:
         vae=vae.eval(),
         name="vae",
     )
+
+
+NETWORKS = {"digits": digits, "vae": behind_a_vae}
 
 
 def compare(

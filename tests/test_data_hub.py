@@ -7,13 +7,17 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
 
-from dive_fast.data import folder_classes, load_all, open_dataset, select
+from dive_fast.data import DataSet, folder_classes, load_all, open_dataset, select
 from dive_fast.data.hub_loading import parse_hub_set
+from dive_fast.data.streams import StreamedExamples
 from dive_fast.errors import DataError, ImageError
 
 hf = pytest.importorskip("datasets")
@@ -215,6 +219,32 @@ class TestStream:
         assert [e.load().height for e in taken.examples] == [4, 7]
         assert list(dataset.take([]).examples) == []
 
+    def test_by_index(self, spec: str) -> None:
+        """Read on from one index to the next; anew for one further back."""
+        stream = open_dataset(spec, CLASSES).examples._stream
+        starts = []
+
+        class Counting:
+            where = "counted"
+
+            def examples(self, start: int):
+                starts.append(start)
+                return stream.examples(start)
+
+        examples = StreamedExamples(Counting(), [1, 2, 4, 5])
+        assert [examples[i].id[-1] for i in (0, 1, 3)] == ["1", "2", "5"] and starts == [1]
+        assert [examples[i].load().height for i in (2, -1, 0)] == [7, 8, 4] and starts == [1, 4, 1]
+        with pytest.raises(IndexError):
+            examples[4]
+        with pytest.raises(DataError, match="expected 10 images, but the stream ended before"):
+            StreamedExamples(stream, [9])[0]
+
+    def test_not_in_workers_that_would_get_a_part(self, spec: str) -> None:
+        dataset = select(open_dataset(spec, CLASSES), 2, 0)
+        loader = DataLoader(WholeStream(dataset), batch_size=None, num_workers=1)
+        with pytest.raises(DataError, match="not in a worker of a DataLoader"):
+            list(loader)
+
     def test_only_what_is_asked_is_decoded(self, tmp_path: Path) -> None:
         cells = [{"bytes": b"no image", "path": None}] * 4
         place = parquet(tmp_path / "a", made(4).remove_columns("img").add_column("img", cells))
@@ -244,12 +274,10 @@ class TestStream:
 
     def test_refused(self, spec: str, tmp_path: Path) -> None:
         dataset = select(open_dataset(spec, CLASSES), 9, 0)
-        with pytest.raises(DataError, match="expected 9 images, but the stream ended behind row 5"):
+        with pytest.raises(DataError, match="expected 9 images, but the stream ended before"):
             list(select(StreamWithoutCount.of(dataset), 9, 0).examples)
         with pytest.raises(DataError, match="--limit N takes the first N"):
             StreamWithoutCount.of(dataset).identity()
-        with pytest.raises(DataError, match="one after the other"):
-            dataset.examples[0]
         with pytest.raises(DataError, match="positions that ascend"):
             dataset.take([2, 1])
         with pytest.raises(DataError, match="model does not know the classes 'cat'"):
@@ -259,15 +287,21 @@ class TestStream:
             open_dataset(f"hf:{tmp_path}/disk?streaming=true", CLASSES)
 
 
+class WholeStream(IterableDataset):
+    """The ids of a stream, for torch."""
+
+    def __init__(self, dataset: DataSet) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[str]:
+        return (example.id for example in self.dataset.examples)
+
+
 class StreamWithoutCount:
     """A stream of which nobody says how long it is."""
 
     @staticmethod
     def of(dataset):
-        from dataclasses import replace
-
-        from dive_fast.data.streams import StreamedExamples
-
         return replace(dataset, examples=StreamedExamples(dataset.examples._stream, None))
 
 

@@ -42,6 +42,7 @@ PAGES = (
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",
+    "docs/ray.md",
     "docs/runs.md",
     "docs/report.md",
     "docs/logging.md",

@@ -96,6 +96,12 @@ class TestFigures:
             "standard_errors": {
                 "accuracy": pytest.approx((0.6 * 0.4 / 5) ** 0.5),
                 "mean_per_class_accuracy": pytest.approx((0.75 * 0.25 / 4) ** 0.5 / 2),
+                # One bin: the accuracy's.
+                "expected_calibration_error": pytest.approx((0.6 * 0.4 / 5) ** 0.5),
+                # 2 / 8 less twice 0.75 / 8 for each hit, -0.75 / 8 for the others, times 5 / 3.
+                "macro_f1": pytest.approx(
+                    (3 * (0.3125 / 3) ** 2 + 2 * (0.46875 / 3) ** 2) ** 0.5 / 5
+                ),
             },
             "groups": {},
         }

@@ -58,7 +58,7 @@ class TestByHand:
         assert errors["mean_per_class"] == pytest.approx((0.25 / 2) ** 0.5 / 3)
         assert errors["brier"] == pytest.approx(np.std(brier, ddof=1) / 2)
         assert errors["nll"] == pytest.approx(np.std(np.log([0.7, 0.4, 0.8, 1e-6]), ddof=1) / 2)
-        assert errors["auroc"] is errors["macro_f1"] is errors["ece"] is errors["top5"] is None
+        assert errors["top5"] is None
         assert found.to_dict()["standard_errors"] == errors
 
     def test_per_class(self) -> None:
@@ -149,6 +149,26 @@ class TestAgainstLibraries:
         ]
         assert found.ece == pytest.approx(sum(gaps), abs=1e-6)
 
+    def test_errors_are_those_of_a_bootstrap(self, random, monkeypatch) -> None:
+        table, p, truth = random
+        draw, answer, top, drawn = np.random.default_rng(1), p.argmax(1), p.max(1), []
+        for _ in range(300):
+            i = draw.integers(0, 300, 300)
+            bins, gap = np.ceil(top[i] * 15).astype(int), (answer == truth)[i] - top[i]
+            drawn.append(
+                (
+                    np.mean([sk.roc_auc_score(truth[i] == c, p[i, c]) for c in range(6)]),
+                    sk.f1_score(truth[i], answer[i], average="macro"),
+                    np.abs(np.bincount(bins, gap)).sum() / 300,
+                )
+            )
+        errors = metrics.figures(table).standard_errors
+        expected = dict(zip(("auroc", "macro_f1", "ece"), np.std(drawn, axis=0), strict=True))
+        for name, within in (("auroc", 0.1), ("macro_f1", 0.1), ("ece", 0.3)):
+            assert errors[name] == pytest.approx(expected[name], rel=within), name
+        monkeypatch.setattr(metrics, "_QUICK", 2099)
+        assert metrics.figures(table).standard_errors["auroc"] is None
+
     def test_many_blocks_are_one(self, random, monkeypatch) -> None:
         """Whatever is held of the posteriors at once, in classes and in rows."""
         table, _, _ = random
@@ -186,6 +206,7 @@ class TestAgainstLibraries:
         assert found.area == pytest.approx(1 - right.mean())
 
 
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 class TestLittle:
     def test_no_image(self) -> None:
         table = table_of([])
@@ -205,10 +226,14 @@ class TestLittle:
         assert (found.top1, found.mean_per_class, found.auroc) == (1, 1, None)
         assert found.macro_f1 == 1 and found.nll == pytest.approx(-math.log(0.6))
         assert found.standard_errors["top1"] == 0
-        assert found.standard_errors["nll"] is found.standard_errors["brier"] is None
+        assert all(
+            found.standard_errors[name] is None for name in ("nll", "brier", "ece", "macro_f1")
+        )
 
     def test_one_class(self) -> None:
-        found = metrics.figures(table_of([record("a", 0, [1.0]), record("b", 0, [1.0])]))
+        table = table_of([record("a", 0, [1.0]), record("b", 0, [1.0])])
+        found = metrics.figures(table)
+        assert metrics.confusion(table).tolist() == [[2]] and metrics.per_class(table)[0].f1 == 1
         assert (found.top1, found.auroc, found.macro_f1) == (1, None, 1)
         assert (found.nll, found.brier, found.ece) == (0, 0, 0)
 

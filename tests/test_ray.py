@@ -22,10 +22,11 @@ from command import assert_refused, call
 from networks import CLASSES, PatchTransformer
 from ray_images import die, die_once, digits, fail, unreadable
 
-from dive_fast import DiffusionClassifier, DiveFastError
+from dive_fast import DataError, DiffusionClassifier, DiveFastError
 from dive_fast.core.schedule import Schedule
-from dive_fast.evaluation import evaluate, read_records
-from dive_fast.evaluation.on_ray import RayOptions
+from dive_fast.data import DataSet
+from dive_fast.data.streams import StreamedExamples
+from dive_fast.evaluation import RayOptions, evaluate, read_records
 from dive_fast.evaluation.on_ray.handout import Handout
 
 pytest.importorskip("ray", reason="needs the extra ray")
@@ -173,6 +174,18 @@ def test_what_a_worker_meets_reaches_the_caller(cluster, clf, tmp_path) -> None:
 def test_options_that_are_none(options: dict, message: str) -> None:
     with pytest.raises(DiveFastError, match=re.escape(message)):
         RayOptions(**options)
+
+
+def test_a_stream_cannot_be_handed_out(clf, tmp_path) -> None:
+    class Once:
+        def examples(self, start: int):
+            raise AssertionError
+
+    data = DataSet("stream", StreamedExamples(Once(), range(3)), None, "stream")
+    with pytest.raises(DataError, match="without streaming=true to hand out among workers"):
+        evaluate(clf, data, tmp_path / "run", **ASKED, ray=RayOptions("127.0.0.1:1"))
+    with pytest.raises(DiveFastError, match="ray must be RayOptions or None, got 4"):
+        evaluate(clf, digits(2), tmp_path / "run", **ASKED, ray=4)
 
 
 class TestHandout:

@@ -201,23 +201,25 @@ def test_the_same_answers_with_readers(folder: Path, tmp_path: Path) -> None:
 
 
 @linux
-def test_an_interrupt_ends_the_readers_too(folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C goes to the whole group of processes; one sentence, and nobody is left."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_readers_end_with_their_command(folder: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C goes to the whole group of processes, a kill to one; nobody is left."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "dive_fast", "evaluate", "--data", str(folder)]
     command += ["--out", str(out), "--readers", "2", "--strategy", "enumerate", "--probes", "300"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
-        results = out / "results.jsonl"
-        end = time.monotonic() + 120
-        while not (results.exists() and results.stat().st_size) and time.monotonic() < end:
-            time.sleep(0.05)
-        group = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if alive(pid)}
-        group = {pid for pid in group if _session(pid) == process.pid}
-        os.killpg(process.pid, signal.SIGINT)
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    lines = [line for line in told.decode().splitlines() if "z.png" not in line]
-    assert lines == [f"dive-fast: interrupted; run again to go on from {out}."]
+    with open(tmp_path / "told", "w") as told:
+        process = subprocess.Popen(command, stderr=told, start_new_session=True)
+    results = out / "results.jsonl"
+    end = time.monotonic() + 120
+    while not (results.exists() and results.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.05)
+    group = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if alive(pid)}
+    group = {pid for pid in group if _session(pid) == process.pid}
+    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+    assert process.wait(timeout=60) == (130 if how == signal.SIGINT else -how)
+    lines = [line for line in (tmp_path / "told").read_text().splitlines() if "z.png" not in line]
+    interrupted = [f"dive-fast: interrupted; run again to go on from {out}."]
+    assert lines == (interrupted if how == signal.SIGINT else [])
     assert len(group) >= 3
     assert gone(group)
 

@@ -117,6 +117,12 @@ class TestFiles:
         assert list(summary.groups["eye"].figures) == ["left"]
         assert [row["id"] for row in table(run)] == ["a"]
 
+    def test_a_group_of_each_image_is_left_out(self, tmp_path: Path, caplog) -> None:
+        records = [record(f"{i}", 0, [0.7, 0.3], groups={"n": i, "a": 0}) for i in range(1001)]
+        summary = write_outputs(write_run(tmp_path, records))
+        assert list(summary.groups) == ["a"]
+        assert "the groups of the column 'n' are left out" in caplog.text
+
     def test_old_ones_are_replaced_and_keep_their_permissions(self, tmp_path: Path) -> None:
         run = write_run(tmp_path, [record("a", 0, [0.7, 0.3])])
         (run / "summary.json").write_text("old")

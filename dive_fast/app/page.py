@@ -48,6 +48,7 @@ class Page:
             with gr.Row(equal_height=False):
                 with gr.Column(min_width=300, scale=4):
                     self._question(first, examples)
+                    self._unchecked()
                 with gr.Column(min_width=300, scale=5):
                     self._answer(first)
             self._wire()
@@ -84,8 +85,6 @@ class Page:
             height=260,
             elem_id="picture",
         )
-        # Of this component alone: for a class of its own gradio writes a file beside the source.
-        self.picture.preprocess = _sent
         self.examples = {
             name: gr.Dataset(
                 label="Examples",
@@ -115,17 +114,24 @@ class Page:
                 None,
                 label="Budget",
                 info="Evaluations of the network at most; empty: as many as it takes.",
-                precision=0,
                 visible="budget" in _settings_of(first, options[0]),
             )
             self.probes = gr.Number(
                 None,
                 label="Probes",
                 info="Pairs of timestep and noise; empty: the strategy's own number.",
-                precision=0,
             )
-            self.seed = gr.Number(0, label="Seed", info="Of the noise.", precision=0)
+            self.seed = gr.Number(0, label="Seed", info="Of the noise.")
         self.hint = gr.HTML(_hint(first), padding=False)
+
+    def _unchecked(self) -> None:
+        """What is wrong with an input is said here, in one sentence, and not by gradio.
+
+        Of these components alone: for classes of their own gradio writes files beside the source.
+        """
+        self.picture.preprocess = _sent
+        for component in (self.model, self.strategy, self.min_agreement):
+            component.preprocess = _given
 
     def _answer(self, first: Entry) -> None:
         self.status = gr.HTML(IDLE, elem_id="status", padding=False)
@@ -229,7 +235,7 @@ class Page:
             sentence = _sentence(error, picture)
             yield views.told(sentence, "error"), None, None, ""
             # The page has it by now; this is for those who call the server themselves.
-            raise gr.Error(escape(sentence), visible=False, print_exception=False) from error
+            raise gr.Error(sentence, visible=False, print_exception=False) from error
         finally:
             self.running.pop(session, None)
 
@@ -290,6 +296,10 @@ def _sent(payload: Any) -> str | None:
     if not payload.path:
         raise gr.Error("expected a file, got none.", print_exception=False)
     return payload.path
+
+
+def _given(payload: Any) -> Any:
+    return payload
 
 
 def _asked(

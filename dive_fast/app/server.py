@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import signal
 import socket
@@ -14,18 +16,22 @@ from pathlib import Path
 from dive_fast.app.shelf import Shelf
 from dive_fast.errors import DiveFastError
 
+LEAST_GRADIO = 6
 MOST_BYTES = "100mb"  # of a picture that is sent
 
 
 def check_gradio() -> None:
-    """Raises DiveFastError where gradio is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
+    """Raises DiveFastError where gradio is not installed, or too old. It is not imported yet."""
+    if importlib.util.find_spec("gradio") is None:
         raise DiveFastError(
             "the page needs gradio, which is not installed: pip install 'dive_fast[app]'."
-        ) from error
+        )
+    found = importlib.metadata.version("gradio")
+    if int(found.partition(".")[0]) < LEAST_GRADIO:
+        raise DiveFastError(
+            f"the page needs gradio {LEAST_GRADIO} or later, got {found}: pip install "
+            "'dive_fast[app]'."
+        )
 
 
 def check_address(host: str, port: int) -> None:
@@ -68,7 +74,8 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="dive_fast-app-") as folder, _ended() as end:
         made = Path(folder) / "examples"
         made.mkdir()
-        # Gradio reads where uploads go when the page is made.
+        # Gradio reads both when it is imported.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "sent")
         from dive_fast.app.page import Page
         from dive_fast.app.style import CSS, JS, theme

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from dive_fast.cli.loading import chosen_strategy, load_classifier
-from dive_fast.cli.options import add_classifier_options, add_images, add_readers, count
+from dive_fast.cli.options import add_classifier_options, add_images, add_readers
+from dive_fast.cli.values import count
 
 log = logging.getLogger(__name__)
 

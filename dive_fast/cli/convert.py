@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dive_fast.cli.options import count
+from dive_fast.cli.values import count
 
 
 def add_parser(commands) -> None:

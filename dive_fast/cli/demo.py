@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dive_fast.cli.options import count
+from dive_fast.cli.values import count
 
 
 def add_parser(commands) -> None:

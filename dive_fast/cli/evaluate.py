@@ -15,15 +15,9 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import (
-    DATA,
-    OTHER_DATA,
-    add_log_to,
-    add_options_of_both,
-    add_readers,
-    count,
-)
+from dive_fast.cli.options import DATA, OTHER_DATA, add_log_to, add_options_of_both, add_readers
 from dive_fast.cli.spread import add_ray, ray_options
+from dive_fast.cli.values import count
 from dive_fast.errors import DiveFastError
 
 log = logging.getLogger(__name__)
@@ -34,7 +28,7 @@ WORTH_A_FIT = 200
 DESCRIPTION = """\
 Runs a classifier over labelled images, or a detector over annotated ones. The data say which:
 
-  classifier  --data digits, a folder by class, or an .npz
+  classifier  --data digits, a folder by class, an .npz or a table, wds: or hf: (docs/data.md)
               accuracy, AUROC, F1, calibration error, evaluations and seconds per image
   detector    --data scenes, or a COCO annotation file with --images
               the twelve COCO numbers, evaluations and seconds per image

@@ -15,7 +15,8 @@ from dive_fast.cli.loading import (
     load_classifier,
     load_detector,
 )
-from dive_fast.cli.options import DATA, OTHER_DATA, add_options_of_both, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_options_of_both
+from dive_fast.cli.values import count
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ Fits a frozen model's few free numbers to images with known answers, prints what
 writes them into dive_fast.json beside the model, where every command finds them. Use images that
 were not in the model's training, or it will be too sure. The data say what is fitted:
 
-  classifier  --data digits, a folder by class, or an .npz: all three, or what --what names
+  classifier  --data digits, a folder by class, an .npz or a table, wds: or hf:
+              all three, or what --what names
     timesteps   where probes tell the right class from its rivals; they are then taken there
     shortlist   what one gradient says of every class; strategy auto then measures fewer of them
                 (learned from 60 random images, each of which measures every class, and tried on

@@ -7,7 +7,8 @@ their data is for, and have the options of both.
 from __future__ import annotations
 
 import argparse
-import math
+
+from dive_fast.cli.values import count, log_target, number, readers, seed, weight
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
 DATA = "digits|DIR|FILE|wds:TARS|hf:NAME@SPLIT"  # of a classifier
@@ -16,63 +17,6 @@ OTHER_DATA = (
     "(wds:path/{000..099}.tar), or a data set of Hugging Face (hf:NAME[:CONFIG]@SPLIT); "
     "docs/data.md has all"
 )
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    """A whole number that every generator takes."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from 0 to 2^63 - 1, got {text!r}"
-        )
-    return value
-
-
-def weight(text: str) -> float:
-    """A number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    """Any number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
-
-
-def log_target(text: str) -> str:
-    """What ``--log-to`` takes."""
-    from dive_fast.errors import DiveFastError
-    from dive_fast.logs import check_log_to
-
-    try:
-        return check_log_to(text)
-    except DiveFastError as error:
-        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def add_log_to(parser: argparse.ArgumentParser) -> None:
@@ -91,19 +35,6 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, folders of them, or globs"
     )
-
-
-def readers(text: str) -> int | None:
-    """A whole number, or None for "auto"."""
-    if text == "auto":
-        return None
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number or auto, got {text!r}")
-    return value
 
 
 def add_readers(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +142,8 @@ def add_options_of_both(
         "min_agreement=0.99 of auto or margin=0.05 of guided",
     )
     classifiers = parser.add_argument_group(
-        "only for a classifier", "(--data digits, a folder by class, or an .npz)"
+        "only for a classifier",
+        "(--data digits, a folder by class, an .npz or a table, wds: or hf:)",
     )
     _add_strategy_extras(classifiers)
     _add_lora(classifiers)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dive_fast.cli.loading import chosen_strategy, load_classifier
-from dive_fast.cli.options import DATA, OTHER_DATA, add_classifier_options, count
+from dive_fast.cli.options import DATA, OTHER_DATA, add_classifier_options
+from dive_fast.cli.values import count
 
 if TYPE_CHECKING:  # torch is not loaded for the help
     from dive_fast.data import DataSet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dive_fast.cli.options import count
+from dive_fast.cli.values import count
 
 DESCRIPTION = """\
 Makes one HTML file of one or several runs, of classifiers, detectors or both: figures side by side,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from dive_fast.cli.options import count, weight
+from dive_fast.cli.values import count, weight
 
 HERE = "here"  # --ray without an address
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dive_fast.cli.options import add_log_to, count, seed
+from dive_fast.cli.options import add_log_to
+from dive_fast.cli.values import count, seed
 
 
 def add_parser(commands) -> None:

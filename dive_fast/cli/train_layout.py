@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dive_fast.cli.options import count
 from dive_fast.cli.train import add_course_options
+from dive_fast.cli.values import count
 
 
 def add_parser(commands) -> None:

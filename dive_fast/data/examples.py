@@ -128,8 +128,8 @@ class DataSet:
     Attributes:
         name: ``"digits"``, or the name of the folder or file.
         examples: the images with their labels; those that ``open_dataset`` gives are made when
-            they are indexed or iterated. A stream's (``streams.StreamedExamples``) cannot be
-            indexed.
+            they are indexed or iterated. Those of a stream (``streams.StreamedExamples``) are best
+            iterated.
         names: what the data itself calls its classes, or None if it only has numbers.
         content: digest of the source's content (pixels for arrays; paths and sizes for files).
         where: what ``open_dataset`` was given, paths made absolute; None for data of another

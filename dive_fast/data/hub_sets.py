@@ -100,6 +100,7 @@ class HubStream:
         return self.source.where
 
     def examples(self, start: int) -> Iterator[tuple[int, Callable[[], Example]]]:
+        _expect_whole_streams(self.where)
         stream = _undecoded(self.where, load_hub_set(self.source), self.columns.image).skip(start)
         row = start
         try:
@@ -162,6 +163,17 @@ def hub_classes(source: HubSet) -> list[str] | None:
     if columns.classes is not None or source.streaming:
         return list(columns.classes or ()) or None
     return named_labels(_labels(source, data, columns)[0])
+
+
+def _expect_whole_streams(where: str) -> None:
+    """In a worker of a DataLoader, ``datasets`` gives only a part of the rows, unasked."""
+    from torch.utils.data import get_worker_info
+
+    if get_worker_info() is not None:
+        raise DataError(
+            f"{where}: expected to be streamed in the process that hands out the images, not in a "
+            "worker of a DataLoader."
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import time
 import warnings
 from collections import deque
@@ -204,6 +206,7 @@ def _start(reads: Iterator[bytes], readers: int, shared: Sequence[object]) -> It
         num_workers=readers,
         prefetch_factor=EACH,
         collate_fn=_as_it_is,
+        worker_init_fn=_end_with_the_run,
         multiprocessing_context=context,
     )
     try:
@@ -244,6 +247,16 @@ class _Reads(Dataset):
             except DiveFastError as error:
                 value = error
         return value, [(str(warning.message), warning.category) for warning in caught]
+
+
+def _end_with_the_run(number: int) -> None:
+    """A killed run leaves no readers: a DataLoader's own watch is kept on the fork server only."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(found: T) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -24,7 +25,9 @@ class Stream(Protocol):
 class StreamedExamples(LazyExamples):
     """Examples in the order of a stream, none of which is decoded before its ``load`` is called.
 
-    Every iteration begins anew. Rows that are not among the examples are passed over undecoded.
+    Every iteration begins anew. Rows that are not among the examples are passed over undecoded. An
+    index reads on to its row from that of the index before, and begins anew for one further back:
+    positions that mostly ascend cost one pass.
 
     Attributes:
         labels: None; each example has its own.
@@ -39,6 +42,11 @@ class StreamedExamples(LazyExamples):
     def __init__(self, stream: Stream, rows: Sequence[int] | None) -> None:
         self._stream = stream
         self._rows = rows
+        self._ahead: Iterator[tuple[int, Callable[[], Example]]] = iter(())
+        self._next_row = -1  # of ``_ahead``
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return StreamedExamples, (self._stream, self._rows)
 
     @property
     def ids(self) -> list[str]:
@@ -53,27 +61,34 @@ class StreamedExamples(LazyExamples):
         return len(self._known())
 
     def __getitem__(self, index: int) -> Example:
-        raise DataError(
-            f"{self._stream.where}: images that are streamed come one after the other; expected "
-            "data without streaming=true to have them in another order."
-        )
+        rows = self._known()
+        row = int(rows[operator.index(index)])
+        if not 0 <= self._next_row <= row:
+            self._ahead = self._stream.examples(row)
+        self._next_row = -1  # until the row is found, nobody knows where the stream is
+        for found, example in self._ahead:
+            if found == row:
+                self._next_row = row + 1
+                return example()
+        raise self._ended()
 
     def __iter__(self) -> Iterator[Example]:
-        rows = self._known()
-        wanted = iter(rows)
+        wanted = iter(self._known())
         row = next(wanted, None)
         if row is None:
             return
-        found = int(row)
         for found, example in self._stream.examples(int(row)):
             if found != row:
                 continue
             yield example()
             if (row := next(wanted, None)) is None:
                 return
-        raise DataError(
-            f"{self._stream.where}: expected {int(rows[-1]) + 1} images, but the stream ended "
-            f"behind row {found}; --limit says how many to take."
+        raise self._ended()
+
+    def _ended(self) -> DataError:
+        return DataError(
+            f"{self._stream.where}: expected {int(self._known()[-1]) + 1} images, but the stream "
+            "ended before; --limit says how many to take."
         )
 
     def take(self, positions: Sequence[int]) -> StreamedExamples:

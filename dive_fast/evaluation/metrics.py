@@ -24,6 +24,12 @@ from dive_fast.evaluation.curves import (
     coverage,
     reliability,
 )
+from dive_fast.evaluation.influence import (
+    auroc_influence,
+    calibration_influence,
+    error_of,
+    macro_f1_influence,
+)
 from dive_fast.evaluation.table import TOP, RunTable
 from dive_fast.predict.calibration import (
     UNMEASURED_PROBABILITY,
@@ -50,6 +56,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _BLOCK = 2**18  # probabilities of the memory map that are held at once
+_QUICK = 10**6  # probabilities of which the error of AUROC is computed in a second
 _FEWEST = 16  # classes that are read at once, so that there are not too many readings
 
 
@@ -71,8 +78,8 @@ class Figures:
         ece: expected calibration error over 15 bins.
         nll: mean of -log p(truth | x0), in nats; a class that was not measured counts as 1e-6.
         brier: mean of sum_y (p(y | x0) - [y = truth])^2, in [0, 2].
-        standard_errors: by the names above; None where there is none to tell: of AUROC, F1 and
-            ECE, and of a mean of one image.
+        standard_errors: by the names above; None where there is none to tell: of one image, and
+            of the AUROC where images times classes are more than a million.
     """
 
     n: int
@@ -158,7 +165,9 @@ def figures(table: RunTable, rows: np.ndarray | None = None) -> Figures:
     found: dict[str, tuple[float | None, float | None]] = dict.fromkeys(FIGURES, (None, None))
     found["top1"] = _share(correct)
     found["mean_per_class"] = _mean_recall(truth, correct)
-    found["ece"] = expected_calibration_error(table.probability[rows], correct), None
+    p = table.probability[rows]
+    ece_error = error_of(calibration_influence(p, correct))
+    found["ece"] = expected_calibration_error(p, correct), ece_error
     with table.posteriors() as posteriors:
         if posteriors is not None:
             found["nll"] = _mean(-log_probability(table, rows))
@@ -167,9 +176,9 @@ def figures(table: RunTable, rows: np.ndarray | None = None) -> Figures:
                 found["top5"] = _share(table.truth_rank[rows] <= TOP)
         if (sklearn := _sklearn_metrics()) is not None:
             f1 = sklearn.f1_score(truth, index, average="macro", zero_division=0)
-            found["macro_f1"] = float(f1), None
+            found["macro_f1"] = float(f1), error_of(macro_f1_influence(truth, index))
             if posteriors is not None:
-                found["auroc"] = _auroc(sklearn, posteriors, rows, truth), None
+                found["auroc"] = _auroc(sklearn, posteriors, rows, truth)
     return Figures(
         n,
         **{name: value for name, (value, _) in found.items()},
@@ -214,8 +223,10 @@ def confusion(table: RunTable) -> np.ndarray:
     """
     if not len(table):
         return np.zeros((table.n_classes, table.n_classes), np.int64)
-    matrix = _needed_sklearn().confusion_matrix
-    return matrix(table.truth, table.index, labels=np.arange(table.n_classes)).astype(np.int64)
+    c = table.n_classes
+    labels = np.arange(max(2, c))  # of a single one scikit-learn warns
+    found = _needed_sklearn().confusion_matrix(table.truth, table.index, labels=labels)
+    return found[:c, :c].astype(np.int64)
 
 
 def by_group(table: RunTable, column: str, rows: np.ndarray | None = None) -> Groups:
@@ -279,15 +290,22 @@ def _brier(posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray) -> np.nd
     return found
 
 
-def _auroc(sklearn, posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray) -> float | None:
+def _auroc(
+    sklearn, posteriors: np.ndarray, rows: np.ndarray, truth: np.ndarray
+) -> tuple[float | None, float | None]:
     n = np.bincount(truth, minlength=posteriors.shape[1])
-    areas = [
-        sklearn.roc_auc_score(truth == first + i, block[:, i])
-        for first, block in _blocks(posteriors, rows)
-        for i in range(block.shape[1])
-        if 0 < n[first + i] < len(rows)
-    ]
-    return float(np.mean(areas)) if areas else None
+    quick = posteriors.shape[1] * len(rows) <= _QUICK
+    areas, influence = [], np.zeros(len(rows))
+    for first, block in _blocks(posteriors, rows):
+        for row, scores in enumerate(block.T, start=first):
+            if 0 < n[row] < len(rows):
+                right = truth == row
+                areas.append(sklearn.roc_auc_score(right, scores))
+                if quick:
+                    influence += auroc_influence(scores, right)
+    if not areas:
+        return None, None
+    return float(np.mean(areas)), error_of(influence / len(areas)) if quick else None
 
 
 def _blocks(posteriors: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

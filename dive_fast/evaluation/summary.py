@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+import logging
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dive_fast.evaluation.grouping import MOST_VALUES
 from dive_fast.evaluation.metrics import Figures, Groups, by_group, figures
 from dive_fast.evaluation.table import RunTable, table_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,21 @@ def summary_of(
         seconds_per_image=float(table.seconds[rows].mean()) if n else None,
         fill_rate=fill_rate,
         standard_errors=_standard_errors(found),
-        groups={column: by_group(table, column, rows) for column in table.groups},
+        groups={column: by_group(table, column, rows) for column in _columns(table)},
         **_values(found),
     )
+
+
+def _columns(table: RunTable) -> Iterator[str]:
+    """The columns of which each value has figures of its own."""
+    for column, values in table.groups.items():
+        if len(set(values)) <= MOST_VALUES:
+            yield column
+        else:  # of a stream nobody looked at all values before
+            log.warning(
+                "the groups of the column %r are left out: they are more than %d.", column,
+                MOST_VALUES,
+            )  # fmt: skip
 
 
 def _values(found: Figures) -> dict[str, float | None]:
