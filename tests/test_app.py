@@ -124,9 +124,9 @@ def question(model: str, picture: Path | None, **changes: object) -> dict:
         "template": "",
         "strategy": "auto",
         "min_agreement": 0.95,
-        "budget": None,
-        "probes": None,
-        "seed": 0,
+        "budget": "",
+        "probes": "",
+        "seed": "0",
     }
     return {**asked, **changes, "api_name": "/ask"}
 
@@ -143,9 +143,9 @@ def test_a_picture_is_classified(client, pictures) -> None:
     )
     assert f"({expected.evaluations} evaluations, " in asked.status
     assert asked.drawn is None and '<th scope="row">three</th>' in asked.table
-    budget = Asked(*client.predict(**question("digits", path, budget=20)))
+    budget = Asked(*client.predict(**question("digits", path, budget="20")))
     assert "(20 evaluations, " in budget.status
-    probes = Asked(*client.predict(**question("digits", path, strategy="enumerate", probes=7)))
+    probes = Asked(*client.predict(**question("digits", path, strategy="enumerate", probes="7")))
     assert "(70 evaluations, " in probes.status
 
 
@@ -153,7 +153,7 @@ def test_objects_are_found(client, server, pictures) -> None:
     from dive_fast import LayoutDetector
 
     model, path = server.models[2], pictures / "photo.png"
-    asked = Asked(*client.predict(**question(model, path, strategy="guided", probes=12)))
+    asked = Asked(*client.predict(**question(model, path, strategy="guided", probes="12")))
     (expected,) = LayoutDetector.from_pretrained(model)(str(path), probes=12)
     assert not asked.bars
     drawn = Image.open(asked.drawn)
@@ -184,7 +184,7 @@ def test_other_classes_are_asked_about(client, server, pictures) -> None:
 
     model, path = server.models[3], pictures / "photo.png"
     given = {"classes": "a fox\nan owl\ncat", "template": "{}!", "strategy": "enumerate"}
-    asked = Asked(*client.predict(**question(model, path, probes=4, **given)))
+    asked = Asked(*client.predict(**question(model, path, probes="4", **given)))
     names = ["a fox", "an owl", "cat"]
     clf = DiffusionClassifier.from_pretrained(model, classes=names, templates=["{}!"])
     (expected,) = clf(str(path), strategy="enumerate", probes=4)
@@ -199,9 +199,9 @@ def test_other_classes_are_asked_about(client, server, pictures) -> None:
     [
         (0, {"picture": None}, "expected a picture, got none: drop one, or pick an example"),
         (0, {"picture": "bad.png"}, "bad.png: expected an image, got a file of no known"),
-        (0, {"probes": 0}, "the number of probes must be at least 1, got 0"),
-        (0, {"budget": 1}, "budget must be at least"),
-        (0, {"probes": 2.5}, "expected a whole number, got 2.5"),
+        (0, {"probes": "0"}, "the number of probes must be at least 1, got 0"),
+        (0, {"budget": "1"}, "budget must be at least"),
+        (0, {"probes": "2.5"}, "expected a whole number as probes, got '2.5'"),
         (0, {"min_agreement": 2}, "min_agreement must lie between 0 and 1, got 2"),
         (
             0,
@@ -315,6 +315,7 @@ def test_by_keyboard_alone(page) -> None:
     assert page.get_by_label("enumerate").is_checked()
     page.get_by_role("button", name="Settings").focus()
     page.keyboard.press("Enter")
+    assert page.get_by_label("Probes").input_value() == ""
     page.get_by_label("Probes").fill("3")
     page.get_by_label("Agreement").wait_for(state="detached")
     page.get_by_role("button", name="Classify").focus()

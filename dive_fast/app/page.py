@@ -15,7 +15,7 @@ from dive_fast.app import views
 from dive_fast.app.asking import Question, ask, watch_for
 from dive_fast.app.shelf import Entry, Shelf
 from dive_fast.app.watch import Watch
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DiveFastError, shown
 from dive_fast.models.files.reading import first_line
 from dive_fast.strategies import Auto, resolve_strategy, strategy_names
 from dive_fast.strategies.layout import layout_strategy_names
@@ -110,18 +110,17 @@ class Page:
                 info="Share of pictures whose answer is to be that of trying every class.",
                 visible="min_agreement" in _settings_of(first, options[0]),
             )
-            self.budget = gr.Number(
-                None,
+            # Texts: gradio's boxes for numbers make 0 of an empty one.
+            self.budget = gr.Textbox(
                 label="Budget",
                 info="Evaluations of the network at most; empty: as many as it takes.",
                 visible="budget" in _settings_of(first, options[0]),
             )
-            self.probes = gr.Number(
-                None,
+            self.probes = gr.Textbox(
                 label="Probes",
                 info="Pairs of timestep and noise; empty: the strategy's own number.",
             )
-            self.seed = gr.Number(0, label="Seed", info="Of the noise.")
+            self.seed = gr.Textbox("0", label="Seed", info="Of the noise.")
         self.hint = gr.HTML(_hint(first), padding=False)
 
     def _unchecked(self) -> None:
@@ -207,9 +206,9 @@ class Page:
         template: str = "",
         strategy: str | None = None,
         min_agreement: float | None = None,
-        budget: float | None = None,
-        probes: float | None = None,
-        seed: float | None = 0,
+        budget: str | None = None,
+        probes: str | None = None,
+        seed: str | None = None,
         request: gr.Request | None = None,
     ) -> Iterator[tuple[Any, ...]]:
         """Status, bars, drawing and table, anew whenever there is something to see."""
@@ -222,13 +221,14 @@ class Page:
                 watch = self.running[session] = watch_for(entry)
                 if entry.ask_about(classes, template):
                     log.info("%s was loaded again for other classes.", entry.source)
-                settings = {"min_agreement": min_agreement, "budget": _whole(budget)}
-                asked = _asked(entry, picture, strategy, settings, _whole(probes), _whole(seed))
-                shown = None
+                settings = {"min_agreement": min_agreement, "budget": _whole("budget", budget)}
+                numbers = _whole("probes", probes), _whole("seed", seed)
+                asked = _asked(entry, picture, strategy, settings, *numbers)
+                seen = None
                 for look in ask(entry, asked, watch):
                     drawn = gr.skip()
-                    if look.found is not shown or look.state != "running":
-                        shown = look.found
+                    if look.found is not seen or look.state != "running":
+                        seen = look.found
                         drawn = views.drawing(look, entry.predictor.names)
                     yield views.status(look), views.bars(look), drawn, views.table(look)
         except Exception as error:
@@ -362,17 +362,17 @@ def _listed(names: Sequence[str], at_most: int = 10) -> str:
     return ", ".join(names[:at_most]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _whole(value: float | None) -> int | None:
-    """What a box for numbers holds, which is None where it is empty.
+def _whole(what: str, text: str | None) -> int | None:
+    """The number in a box, None where it is empty.
 
     Raises:
         DiveFastError: no whole number.
     """
-    if value is None:
-        return None
-    if value != int(value):
-        raise DiveFastError(f"expected a whole number, got {value}.")
-    return int(value)
+    text = str("" if text is None else text).strip()
+    try:
+        return int(text) if text else None
+    except ValueError as error:
+        raise DiveFastError(f"expected a whole number as {what}, got {shown(text)}.") from error
 
 
 def _sentence(error: Exception, picture: str | None = None) -> str:

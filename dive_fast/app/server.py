@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -111,6 +112,9 @@ def serve(
             pass
         finally:
             page.stop_all()
+            # Pages that are open hold connections, which nobody waits for, or wants to hear of.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            blocks.server.force_exit = True
             blocks.close(verbose=False)
 
 

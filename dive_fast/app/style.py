@@ -10,6 +10,7 @@ _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 CSS = """
 .gradio-container { width: 100%; max-width: 1180px !important; margin: 0 auto !important;
   min-width: 0; }
+.fillable { max-width: 100% !important; }
 h1 { font-size: 1.5rem !important; margin: 0.4rem 0 0.2rem !important; overflow-wrap: anywhere; }
 .told { font-size: 1.1rem; margin: 0 !important; padding: 0.6rem 0.8rem; border-radius: 6px;
   border-left: 4px solid var(--border-color-primary); background: var(--background-fill-secondary);
