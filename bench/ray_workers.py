@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from bench.records import append
 from dive_fast import DiffusionClassifier
+from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Losses, Search
 from dive_fast.core.schedule import Schedule
 from dive_fast.data import DataSet, Example
-from dive_fast.evaluation import evaluate, read_records
-from dive_fast.evaluation.on_ray import RayOptions
+from dive_fast.evaluation import RayOptions, evaluate, read_records
 from dive_fast.strategies import Task
-from dive_fast.strategies.base import DefaultProbes, Ledger
+from dive_fast.strategies.base import Ledger
 
 CLASSES, SIDE, MOST = 10, 16, 10  # MOST times the work of the least
 
@@ -51,24 +51,29 @@ class Sleeping(nn.Module):
 
 
 @dataclass(frozen=True)
-class Varied(DefaultProbes):
+class Varied:
     """All classes on one probe, then on up to nine more, the more the brighter the image."""
 
     name: ClassVar[str] = "varied"
     loss: str = "l2"
 
+    def probes(
+        self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int
+    ) -> ProbeList:
+        """At t = 0, of noise whose mean is 0."""
+        noise = torch.randn(MOST, *shape, generator=torch.Generator().manual_seed(seed))
+        noise -= noise.mean(dim=(1, 2, 3), keepdim=True)
+        return ProbeList(torch.zeros(MOST, dtype=torch.int64), noise)
+
     def search(self, task: Task) -> Search:
-        classes = torch.arange(len(task.vocabulary))
-        lowest = task.probes.timesteps.argmin()
-        noise = task.probes.noise[lowest]
-        losses = yield Losses(classes, lowest[None])
-        # loss = mean (eps - x0)^2 = mean eps^2 - 2 v mean eps + v^2 of an even image of value v
-        level = losses.mean() - noise.square().mean()
-        rounds = 1 + round((MOST - 1) * min(max(level.item(), 0.0), 1.0))
-        ledger = Ledger(len(classes), len(task.probes))
-        ledger.add(classes, lowest[None], losses)
-        others = torch.arange(len(task.probes))
-        for probe in others[others != lowest][: rounds - 1]:
+        classes, probes = torch.arange(len(task.vocabulary)), torch.arange(MOST)
+        ledger = Ledger(len(classes), MOST)
+        losses = yield Losses(classes, probes[:1])
+        ledger.add(classes, probes[:1], losses)
+        # mean (eps - x0)^2 = mean eps^2 + v^2 of an even image of value v
+        level = (losses.mean() - task.probes.noise[0].square().mean()).item()
+        rounds = 1 + round((MOST - 1) * min(max(level, 0.0), 1.0))
+        for probe in probes[1:rounds]:
             ledger.add(classes, probe[None], (yield Losses(classes, probe[None])))
         return ledger.answer(int(ledger.means().argmin()))
 
@@ -118,7 +123,7 @@ def measure(options: argparse.Namespace, workers: int, piece: int) -> dict:
             load = partial(together, folder, workers, options.seconds, options.batch_size)
             ray = RayOptions(workers=workers, piece=piece, load=load)
         start = time.time()
-        summary = evaluate(classifier, data, out, strategy=Varied(), probes=MOST, ray=ray)
+        summary = evaluate(classifier, data, out, strategy=Varied(), ray=ray)
         # Shutting Ray down is no part of it: the last record's time is.
         end = (out / "results.jsonl").stat().st_mtime
         begun = [float(path.read_text()) for path in folder.glob("begun-*")]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
 from dive_fast.errors import DataError, ImageError
 
@@ -34,6 +35,17 @@ class Entry:
 
     def __call__(self) -> int:
         return self.numbers[self.index]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of 5 x 3 pixels, no two alike."""
+
+    mode: str
+
+    def __call__(self) -> Image.Image:
+        n = 15 * len(self.mode)
+        return Image.frombytes(self.mode, (5, 3), bytes(range(n)))
 
 
 def unreadable() -> int:

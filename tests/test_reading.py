@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reads import Entry, Number, alive, damaged, gone, impossible, odd, unreadable
+from reads import Entry, Number, Picture, alive, damaged, gone, impossible, odd, unreadable
 
 from dive_fast import DiffusionClassifier
 from dive_fast.data import open_dataset
 from dive_fast.data.digits import load_digits
+from dive_fast.data.images import from_bytes
 from dive_fast.data.reading import (
-    EACH,
     Pixels,
     _dumps,
     as_readers,
     how_many,
+    images_ahead,
     load,
     read_ahead,
 )
@@ -60,13 +61,19 @@ def test_few_are_read_ahead_of_time() -> None:
             taken.append(i)
             yield i, Number(i)
 
-    for readers in (0, 1):
+    for readers, ahead in ((0, 3), (1, 3)):
         taken.clear()
-        with closing(read_ahead(items(), readers)) as images:
+        with closing(read_ahead(items(), readers, ahead=ahead)) as images:
             for key, _ in images:
-                assert len(taken) <= key + 1 + EACH * readers
+                assert len(taken) <= key + 1 + (ahead if readers else 0)
                 if key == 5:
                     break
+
+
+def test_as_many_ahead_as_there_is_room_for() -> None:
+    # Grey 28 x 28, RGB of 512 and of 1024 and of 4096 pixels a side.
+    sizes = (28 * 28, 3 * 512**2, 3 * 1024**2, 3 * 4096**2)
+    assert [images_ahead(n) for n in sizes] == [32, 32, 10, 2]
 
 
 @linux
@@ -101,6 +108,14 @@ def test_errors_that_are_not_one_image(readers: int) -> None:
 def test_warnings_come_here() -> None:
     with pytest.warns(UserWarning, match="^an odd image$"):
         assert list(read_ahead([("x", odd)], 1)) == [("x", 7)]
+
+
+def test_images_come_whole() -> None:
+    """In shared memory, and are those that were read."""
+    for mode in ("L", "RGB", "RGBA"):
+        ((_, image),) = read_ahead([(0, Picture(mode))], 1)
+        assert image.mode == mode
+        assert image.tobytes() == Picture(mode)().tobytes()
 
 
 def test_what_many_share_is_sent_once() -> None:
@@ -177,7 +192,7 @@ def test_pixels_are_those_of_the_classifier(folder: Path) -> None:
     classifier = DiffusionClassifier.from_pretrained("digits")
     data = open_dataset(folder, classifier.names)
     channels, size, _ = classifier.model.image_shape
-    pixels = Pixels(partial(load, data.examples, 5), size, channels)()
+    pixels = from_bytes(Pixels(partial(load, data.examples, 5), size, channels)())
     expected = classifier.encode(data.examples[5].load())[0]
     assert torch.equal(classifier.encode_pixels(pixels[None])[0], expected)
 

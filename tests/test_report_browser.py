@@ -197,3 +197,12 @@ def test_print_unfolds_everything(desktop: Opened) -> None:
     assert closed > 3 and desktop.page.locator("details:not([open])").count() == 0
     desktop.page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert desktop.page.locator("details:not([open])").count() == closed
+
+
+def test_paper_is_wide_enough(browser, report: Path) -> None:
+    """A4 with margins of 1 cm is 718 CSS pixels wide."""
+    paper = Opened(browser, report, viewport={"width": 718, "height": 1000})
+    paper.page.emulate_media(media="print")
+    assert paper.page.evaluate("document.documentElement.scrollWidth") <= 718
+    assert not paper.page.locator("nav").is_visible()
+    paper.context.close()

@@ -35,7 +35,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.data.paths import expand_inputs
-    from dive_fast.data.reading import Pixels, read_found
+    from dive_fast.data.reading import Pixels, images_ahead, read_found
     from dive_fast.evaluation.encoding import images_at_once
     from dive_fast.evaluation.run import Source, run_over
 
@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         printed,
         record=lambda path, answer, x0: answer.to_dict(options.top),
         readers=options.readers,
+        ahead=images_ahead(channels * size * size),
         encode=None if classifier is None else classifier.encode_pixels,
         at_once=1 if classifier is None else images_at_once(classifier.model.device),
     )

@@ -102,6 +102,22 @@ def image_to_tensor(image: Image.Image, size: int, channels: int) -> torch.Tenso
     return _to_tensor(center_crop(to_mode(image, channels), size), channels)
 
 
+def image_bytes(image: object, size: int, channels: int) -> torch.Tensor:
+    """One image as ``as_image`` takes it, cropped and resized: uint8 [channels, size, size].
+
+    ``from_bytes`` makes of it what ``as_images`` gives.
+
+    Raises:
+        ImageError: as for ``as_images``.
+    """
+    return _to_bytes(center_crop(to_mode(as_image(image), channels), size), channels)
+
+
+def from_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 of any shape as float32 in [-1, 1]: value / 127.5 - 1."""
+    return pixels.float() / 127.5 - 1.0
+
+
 def as_image(image: object) -> Image.Image:
     """One image in any accepted form as a decoded PIL image.
 
@@ -199,9 +215,14 @@ def _each(images: object, channels: int, make: Callable[[Image.Image], T]) -> li
 
 def _to_tensor(image: Image.Image, channels: int) -> torch.Tensor:
     """A square image of the right mode as float32 [channels, size, size] in [-1, 1]."""
-    pixels = np.array(image, dtype=np.float32)
+    return from_bytes(_to_bytes(image, channels))
+
+
+def _to_bytes(image: Image.Image, channels: int) -> torch.Tensor:
+    """A square image of the right mode as uint8 [channels, size, size]."""
+    pixels = np.array(image, dtype=np.uint8)
     pixels = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1.0
+    return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 def _split(images: object, channels: int) -> list[object]:

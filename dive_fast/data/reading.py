@@ -19,20 +19,19 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dive_fast.core.numbers import whole
 from dive_fast.core.threads import free_cores
-from dive_fast.data.images import as_images, read_image, to_mode
+from dive_fast.data.images import image_bytes, read_image, to_mode
 from dive_fast.errors import DiveFastError, ImageError, RunError, shown
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
     from dive_fast.data.coco import CocoImage
     from dive_fast.data.examples import Example
 
@@ -40,7 +39,9 @@ K = TypeVar("K")
 T = TypeVar("T")
 Read = Callable[[], Any]
 
-EACH = 2  # images that a reader has read or is reading
+# Images that are read and not yet taken: an engine takes those of a whole batch at once. What they
+# lie in is a container's shared memory, of which there may be 64 MiB.
+AHEAD, AHEAD_BYTES = 32, 32 << 20
 # Readers are started when reading has taken this share of the first seconds, of so many images,
 # and the rest of it would take several times what it takes to start them.
 SHARE, FIRST_SECONDS, FIRST_IMAGES, REST_SECONDS = 0.2, 3.0, 8, 20.0
@@ -49,10 +50,10 @@ MOST = 4
 
 @dataclass(frozen=True)
 class Pixels:
-    """Reads an image for a model: float32 [channels, size, size] in [-1, 1].
+    """Reads an image for a model: uint8 [channels, size, size], for ``images.from_bytes``.
 
     Attributes:
-        read: gives it in any form that ``as_images`` takes.
+        read: gives it in any form that ``as_image`` takes.
         size, channels: of the model's input.
     """
 
@@ -61,7 +62,7 @@ class Pixels:
     channels: int
 
     def __call__(self) -> torch.Tensor:
-        return as_images([self.read()], self.size, self.channels)[0]
+        return image_bytes(self.read(), self.size, self.channels)
 
 
 def load(examples: Sequence[Example], index: int) -> Image.Image | np.ndarray:
@@ -79,6 +80,11 @@ def read_found(path: str, error: ImageError | None) -> Image.Image:
 def read_rgb(image: CocoImage) -> Image.Image:
     """An annotated image, RGB. A mode that cannot be converted is its error, not the detector's."""
     return to_mode(image.read(), 3)
+
+
+def images_ahead(nbytes: int) -> int:
+    """How many images of so many bytes are read ahead: 2 to ``AHEAD``."""
+    return max(2, min(AHEAD, AHEAD_BYTES // nbytes))
 
 
 def as_readers(readers: object, *, on_ray: bool = False) -> int | None:
@@ -102,17 +108,19 @@ def read_ahead(
     readers: int | None = 0,
     *,
     shared: Sequence[object] = (),
+    ahead: int = 8,
     total: int | None = None,
 ) -> Iterator[tuple[K, Any]]:
     """Reads images in their order, and hands on each as soon as it is asked for.
 
     Args:
-        items: pairs of a key, which stays here, and what reads the image. They are taken
-            ``EACH`` per reader ahead. With readers it must pickle.
+        items: pairs of a key, which stays here, and what reads the image. With readers it must
+            pickle.
         readers: worker processes; 0 reads here. None begins here, and starts some if reading
             turns out to keep the network waiting while there are cores free.
         shared: what many of ``items`` refer to, such as a data set's examples: sent to every
             reader once.
+        ahead: images that readers have read or are reading; at least one each.
         total: how many items there are, which None for ``readers`` looks at.
 
     Yields:
@@ -128,7 +136,7 @@ def read_ahead(
     if readers == 0:
         yield from ((key, _value(read)) for key, read in items)
     else:
-        yield from _by_workers(items, readers, shared)
+        yield from _by_workers(items, readers, shared, ahead)
 
 
 def _begin(items: Iterator[tuple[K, Read]], total: int | None) -> Iterator[tuple[K, Any]]:
@@ -169,7 +177,7 @@ def _value(read: Read) -> Any:
 
 
 def _by_workers(
-    items: Iterator[tuple[K, Read]], readers: int, shared: Sequence[object]
+    items: Iterator[tuple[K, Read]], readers: int, shared: Sequence[object], ahead: int
 ) -> Iterator[tuple[K, Any]]:
     under_way: deque[K] = deque()
 
@@ -179,7 +187,7 @@ def _by_workers(
             under_way.append(key)
             yield content
 
-    results = _start(pickled(), readers, shared)
+    results = _start(pickled(), readers, shared, max(1, ahead // readers))
     try:
         while (found := _next(results)) is not None:
             value, remarks = found
@@ -187,13 +195,15 @@ def _by_workers(
                 warnings.warn(message, category, stacklevel=2)
             if isinstance(value, DiveFastError) and not isinstance(value, ImageError):
                 raise value
-            yield under_way.popleft(), value
+            yield under_way.popleft(), value.image() if isinstance(value, _Sent) else value
     finally:
         # Its workers end with it.
         del results
 
 
-def _start(reads: Iterator[bytes], readers: int, shared: Sequence[object]) -> Iterator[Any]:
+def _start(
+    reads: Iterator[bytes], readers: int, shared: Sequence[object], each: int
+) -> Iterator[Any]:
     """The results of ``reads`` in their order, by workers that have started."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -204,7 +214,7 @@ def _start(reads: Iterator[bytes], readers: int, shared: Sequence[object]) -> It
         sampler=reads,
         batch_size=None,
         num_workers=readers,
-        prefetch_factor=EACH,
+        prefetch_factor=each,
         collate_fn=_as_it_is,
         worker_init_fn=_end_with_the_run,
         multiprocessing_context=context,
@@ -234,6 +244,19 @@ def _next(results: Iterator[Any]) -> Any:
         ) from error
 
 
+class _Sent(NamedTuple):
+    """A grey or RGB image, whose pixels go through shared memory.
+
+    A reader that is killed while it writes pixels into a pipe would leave this process waiting for
+    the rest of them.
+    """
+
+    pixels: torch.Tensor
+
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.pixels.numpy().copy())
+
+
 class _Reads(Dataset):
     """In a worker: reads what it is sent, errors and warnings being values."""
 
@@ -246,6 +269,8 @@ class _Reads(Dataset):
                 value = _loads(content, self.shared)()
             except DiveFastError as error:
                 value = error
+        if isinstance(value, Image.Image) and value.mode in ("L", "RGB"):
+            value = _Sent(torch.from_numpy(np.array(value)))
         return value, [(str(warning.message), warning.category) for warning in caught]
 
 

@@ -12,7 +12,7 @@ import torch
 from dive_fast.core.head import Head
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
-from dive_fast.data.reading import Pixels, as_readers, load
+from dive_fast.data.reading import Pixels, as_readers, images_ahead, load
 from dive_fast.evaluation.encoding import images_at_once
 from dive_fast.evaluation.grouping import expect_columns, facts_of
 from dive_fast.evaluation.logs import logged
@@ -107,6 +107,7 @@ def evaluate(
         logged(run, log_to, config) as records,
     ):
         if ray is None:
+            channels, size, _ = classifier.model.image_shape
             run_over(
                 _pixel_sources(classifier, data, columns),
                 partial(stream, classifier),
@@ -115,6 +116,7 @@ def evaluate(
                 total=len(data.examples),
                 readers=readers,
                 shared=_indexed(data),
+                ahead=images_ahead(channels * size * size),
                 encode=classifier.encode_pixels,
                 at_once=images_at_once(classifier.model.device),
             )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dive_fast.data.images import from_bytes
 from dive_fast.engine.cache import is_out_of_memory
 from dive_fast.errors import ImageError
 
@@ -32,12 +33,12 @@ def encoded(
 ) -> Iterator[tuple[K, Any]]:
     """x0 of every image, in their order.
 
-    At most ``at_once`` images are held. When memory runs out there, they are halved for good.
+    At most ``at_once`` images are held; halved for good when memory runs out.
 
     Args:
-        pairs: a key and pixels, float32 [channels, size, size], or an ``ImageError``, which is
+        pairs: a key and pixels, uint8 [channels, size, size], or an ``ImageError``, which is
             handed on in its place.
-        encode: x0 [B, C, h, w] of pixels [B, channels, size, size].
+        encode: x0 [B, C, h, w] of float32 pixels [B, channels, size, size] in [-1, 1].
         at_once: images per call of ``encode``, at least 1.
     """
     pairs = iter(pairs)
@@ -56,7 +57,7 @@ def _encoded(
     while len(found) < len(pixels):
         some = pixels[len(found) : len(found) + at_once]
         try:
-            found.extend(encode(torch.stack(some)))
+            found.extend(encode(from_bytes(torch.stack(some))))
         except (RuntimeError, MemoryError) as error:
             if len(some) == 1 or not is_out_of_memory(error):
                 raise

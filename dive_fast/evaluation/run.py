@@ -66,6 +66,7 @@ def run_over(
     record: Callable[[str, Any, Any], Mapping[str, Any]] = as_record,
     readers: int | None = 0,
     shared: Sequence[object] = (),
+    ahead: int = 8,
     encode: Encode | None = None,
     at_once: int = 1,
 ) -> None:
@@ -78,8 +79,8 @@ def run_over(
         progress: show a bar.
         total: how many sources there are, for the bar; their ``len`` if None.
         record: of an id, its answer and its image, what goes into the record.
-        readers, shared: processes that read ahead, see ``read_ahead``.
-        encode: makes what the stream takes of the pixels of ``at_once`` images; None: they are it.
+        readers, shared, ahead: processes that read ahead, see ``read_ahead``.
+        encode: makes what the stream takes of ``at_once`` images of uint8; None: they are it.
     """
     if total is None and isinstance(sources, Sized):
         total = len(sources)
@@ -106,7 +107,9 @@ def run_over(
                     yield source.id, image
 
         # Closed here, so that its processes end however this ends.
-        with closing(read_ahead(unfinished(), readers, shared=shared, total=total)) as images:
+        with closing(
+            read_ahead(unfinished(), readers, shared=shared, ahead=ahead, total=total)
+        ) as images:
             ready = images if encode is None else encoded(images, encode, at_once)
             for key, answer in stream(pairs(ready)):
                 source, image = under_way.pop(key)
