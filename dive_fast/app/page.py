@@ -220,7 +220,7 @@ class Page:
             with self.shelf.taken(model) as entry:
                 watch = self.running[session] = watch_for(entry)
                 if entry.ask_about(classes, template):
-                    log.info("%s was loaded again for other classes.", entry.source)
+                    log.warning("%s was loaded again for other classes.", entry.source)
                 settings = {"min_agreement": min_agreement, "budget": _whole("budget", budget)}
                 numbers = _whole("probes", probes), _whole("seed", seed)
                 asked = _asked(entry, picture, strategy, settings, *numbers)
