@@ -24,6 +24,7 @@ from dive_fast.data.images import from_bytes
 from dive_fast.data.reading import (
     Pixels,
     _dumps,
+    _no_interrupt,
     as_readers,
     how_many,
     images_ahead,
@@ -244,3 +245,12 @@ def _session(pid: int) -> int:
         return os.getsid(pid)
     except OSError:
         return -1
+
+
+def test_an_interrupt_waits_until_readers_have_started() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), _no_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

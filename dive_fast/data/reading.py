@@ -19,6 +19,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -223,9 +224,10 @@ def _start(
         with _no_interrupt(), warnings.catch_warnings():
             # Of what does not pickle, which is told below, and of more readers than cores.
             warnings.simplefilter("ignore")
-            return iter(loader)
+            results = iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise _cannot_pickle(error) from error
+    return results
 
 
 def _next(results: Iterator[Any]) -> Any:
@@ -329,14 +331,36 @@ def _cannot_pickle(error: Exception) -> DiveFastError:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C is kept back, and never reaches the processes that start meanwhile.
+    """Ctrl-C is kept back until the end, and never reaches the processes that start meanwhile.
 
-    They inherit that: it is this process that ends them.
+    They inherit that they do not see it: it is this process that ends them.
     """
+    came: list[tuple[int, Any]] = []
+    before = signal.getsignal(signal.SIGINT)
+    # Only there may handlers be set, and only there does Ctrl-C arrive. Blocking alone would leave
+    # it to another thread of this process, of OpenMP's for example.
+    kept = threading.current_thread() is threading.main_thread() and callable(before)
+    if kept:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        with _blocked(signal.SIGINT):
+            yield
+    finally:
+        if kept:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """For this thread and the processes that it starts."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Its start would let the signal through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
