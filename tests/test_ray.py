@@ -150,9 +150,6 @@ def test_what_a_worker_meets_reaches_the_caller(cluster, clf, tmp_path) -> None:
 
     with pytest.raises(ZeroDivisionError, match="a bug in the reader"):
         evaluated(4, {2: fail}, workers=1)
-    missing = partial(DiffusionClassifier.from_pretrained, "no/such/model/anywhere")
-    with pytest.raises(DiveFastError, match="no/such/model/anywhere"):
-        evaluated(4, {}, workers=1, load=missing)
     other = partial(DiffusionClassifier.from_pretrained, "digits", dtype="bfloat16")
     with pytest.raises(DiveFastError, match="theirs differs in model.dtype"):
         evaluated(4, {}, workers=1, load=other)
