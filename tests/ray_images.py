@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dive_fast.data import DataSet, Example
 from dive_fast.data.digits import load_digits
+from dive_fast.data.streams import row_id
 from dive_fast.errors import ImageError
 
 Misbehave = Callable[[], None]
@@ -48,13 +49,25 @@ def die_once(mark: Path) -> None:
     die()
 
 
+class Rows:
+    """The first n digits as a stream, whose reader dies once in the middle."""
+
+    where = "rows"
+
+    def __init__(self, n: int, mark: Path) -> None:
+        self._data = digits(n, {n // 2: partial(die_once, mark)})
+
+    def examples(self, start: int) -> Iterator[tuple[int, Callable[[], Example]]]:
+        for row in range(start, len(self._data.examples)):
+            yield row, partial(self._example, row)
+
+    def _example(self, row: int) -> Example:
+        return replace(self._data.examples[row], id=row_id(row))
+
+
 def unreadable() -> None:
     raise ImageError("the image: truncated or damaged.")
 
 
 def fail() -> None:
     raise ZeroDivisionError("a bug in the reader")
-
-
-def slow(seconds: float) -> None:
-    time.sleep(seconds)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from command import assert_refused, call
 from networks import CLASSES, PatchTransformer
-from ray_images import die, die_once, digits, fail, unreadable
+from ray_images import Rows, die, die_once, digits, fail, unreadable
 
-from dive_fast import DataError, DiffusionClassifier, DiveFastError
+from dive_fast import DiffusionClassifier, DiveFastError
 from dive_fast.core.schedule import Schedule
 from dive_fast.data import DataSet
 from dive_fast.data.streams import StreamedExamples
@@ -134,15 +134,22 @@ def test_a_network_of_ones_own_is_sent(cluster, tmp_path) -> None:
     assert answers(tmp_path / "ray") == answers(tmp_path / "plain")
 
 
+def test_a_stream(cluster, clf, plain, tmp_path) -> None:
+    """Each worker goes through it by itself, also back to what another one left."""
+    data = DataSet("stream", StreamedExamples(Rows(12, tmp_path / "mark"), range(12)), None, "rows")
+    summary = evaluate(clf, data, tmp_path / "run", **ASKED, ray=RayOptions(workers=1, piece=2))
+    assert (summary.n, summary.failed) == (12, 0)
+    assert {int(key): value for key, value in answers(tmp_path / "run").items()} == {
+        i: plain[f"{i:03}"] for i in range(12)
+    }
+
+
 def test_what_a_worker_meets_reaches_the_caller(cluster, clf, tmp_path) -> None:
     def evaluated(n: int, odd: dict, **options) -> None:
         evaluate(clf, digits(n, odd), tmp_path / "run", **ASKED, ray=RayOptions(**options))
 
     with pytest.raises(ZeroDivisionError, match="a bug in the reader"):
         evaluated(4, {2: fail}, workers=1)
-    missing = partial(DiffusionClassifier.from_pretrained, "no/such/model/anywhere")
-    with pytest.raises(DiveFastError, match="no/such/model/anywhere"):
-        evaluated(4, {}, workers=1, load=missing)
     other = partial(DiffusionClassifier.from_pretrained, "digits", dtype="bfloat16")
     with pytest.raises(DiveFastError, match="theirs differs in model.dtype"):
         evaluated(4, {}, workers=1, load=other)
@@ -176,14 +183,7 @@ def test_options_that_are_none(options: dict, message: str) -> None:
         RayOptions(**options)
 
 
-def test_a_stream_cannot_be_handed_out(clf, tmp_path) -> None:
-    class Once:
-        def examples(self, start: int):
-            raise AssertionError
-
-    data = DataSet("stream", StreamedExamples(Once(), range(3)), None, "stream")
-    with pytest.raises(DataError, match="without streaming=true to hand out among workers"):
-        evaluate(clf, data, tmp_path / "run", **ASKED, ray=RayOptions("127.0.0.1:1"))
+def test_options_of_another_type(clf, tmp_path) -> None:
     with pytest.raises(DiveFastError, match="ray must be RayOptions or None, got 4"):
         evaluate(clf, digits(2), tmp_path / "run", **ASKED, ray=4)
 

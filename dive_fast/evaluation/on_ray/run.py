@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
-from dive_fast.errors import DataError, DiveFastError
+from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.on_ray import worker as told
 from dive_fast.evaluation.on_ray.cluster import connected, reason_of
 from dive_fast.evaluation.on_ray.handout import DEATHS, Handout
@@ -46,15 +46,10 @@ def run_on_ray(
         Share of the batches' rows that were used; None if there were none.
 
     Raises:
-        DataError: the images come as a stream.
+        DataError: the images come as a stream, and nobody knows how many there are.
         DiveFastError: there is no such cluster or it has no room, the work cannot be sent, the
             workers have another model, or whatever they refuse.
     """
-    if not isinstance(work.items, Sequence):
-        raise DataError(
-            "images that are streamed come one after the other: expected data without "
-            "streaming=true to hand out among workers."
-        )
     todo = array("q", (i for i, name in enumerate(work.ids) if not records.finished(name)))
     done = len(work.ids) - len(todo)
     with tqdm(total=len(work.ids), initial=done, unit="image", disable=not progress) as bar:
