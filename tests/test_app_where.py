@@ -208,7 +208,7 @@ def test_no_difference_has_no_colour() -> None:
 def test_a_figure_names_both_classes() -> None:
     look = Look(None, 0, 0.0, "done", Image.new("L", (8, 8)), a_map(torch.full((4, 4), 0.25)))
     html = views.where(look)
-    assert "<i>" not in html and "Where &lt;i&gt;three&lt;/i&gt; rather than five" in html
+    assert "<i>" not in html and "Where it is &lt;i&gt;three&lt;/i&gt; rather than five" in html
     assert 'alt="The picture in grey: red where &lt;i&gt;three&lt;/i&gt; explains it better' in html
     assert "on 32 probes: +0.25." in html and "took 64 evaluations in addition" in html
     assert "" == views.where(replace(look, where=None))

@@ -39,6 +39,7 @@ h1 { font-size: 1.5rem !important; margin: 0.4rem 0 0.2rem !important; overflow-
   overflow-wrap: anywhere; }
 .where img { width: 100%; height: auto; margin: 0; image-rendering: auto; }
 .where .red, .where .blue { display: inline-block; width: 0.8em; height: 0.8em; }
+.where .swatch { white-space: nowrap; }
 .where .red { background: #dc2626; }
 .where .blue { background: #2563eb; }
 .html-container { padding: 0 !important; }

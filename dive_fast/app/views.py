@@ -86,14 +86,18 @@ def _figure(found: Where) -> str:
     drawn(found).save(data, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
     return (
-        f'<figure class="where"><figcaption>Where {best} rather than {other}</figcaption>'
+        f'<figure class="where"><figcaption>Where it is {best} rather than {other}</figcaption>'
         f'<img src="{source}" alt="{alt}">'
-        f'<p class="note"><span class="red"></span> Red: {best} explains the picture better. '
-        f'<span class="blue"></span> Blue: {other} does. The mean loss of {other} less that of '
+        f'<p class="note">{_swatch("Red")} {best} explains the picture better. '
+        f'{_swatch("Blue")} {other} does. The mean loss of {other} less that of '
         f"{best}, on {_counted(found.n_probes, 'probe')}: {gap:+.2g}. The map took "
         f"{_counted(found.evaluations, 'evaluation')} in addition, and is slightly smoothed.</p>"
         "</figure>"
     )
+
+
+def _swatch(colour: str) -> str:
+    return f'<span class="swatch"><span class="{colour.lower()}"></span> {colour}:</span>'
 
 
 def _reduced(image: Image.Image, xyxy: torch.Tensor) -> tuple[Image.Image, torch.Tensor]:
