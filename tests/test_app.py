@@ -148,7 +148,8 @@ def test_a_picture_is_classified(client, pictures) -> None:
     assert "(20 evaluations, " in budget.status
     probes = Asked(*client.predict(**question("digits", path, strategy="enumerate", probes="7")))
     assert "(70 evaluations, " in probes.status
-    assert '<img src="data:image/png;base64,' in asked.map and "Where it is three rather" in asked.map
+    assert '<img src="data:image/png;base64,' in asked.map
+    assert "Where it is three rather" in asked.map
     assert "64 evaluations in addition" in asked.map and "12 evaluations in" in probes.map
     without = Asked(*client.predict(**question("digits", path, where=False)))
     assert without.map == "" and without.bars["label"] == "three"
