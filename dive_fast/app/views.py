@@ -89,7 +89,7 @@ def _figure(found: Where) -> str:
         f'<figure class="where"><figcaption>Where it is {best} rather than {other}</figcaption>'
         f'<img src="{source}" alt="{alt}">'
         f'<p class="note">{_swatch("Red")} {best} explains the picture better. '
-        f'{_swatch("Blue")} {other} does. The mean loss of {other} less that of '
+        f"{_swatch('Blue')} {other} does. The mean loss of {other} less that of "
         f"{best}, on {_counted(found.n_probes, 'probe')}: {gap:+.2g}. The map took "
         f"{_counted(found.evaluations, 'evaluation')} in addition, and is slightly smoothed.</p>"
         "</figure>"
