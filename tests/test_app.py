@@ -104,6 +104,7 @@ class Asked(NamedTuple):
     bars: dict | None
     drawn: str | None
     table: str
+    map: str
 
 
 @pytest.fixture
@@ -126,6 +127,7 @@ def question(model: str, picture: Path | None, **changes: object) -> dict:
         "budget": "",
         "probes": "",
         "seed": "0",
+        "where": True,
     }
     return {**asked, **changes, "api_name": "/ask"}
 
@@ -146,6 +148,11 @@ def test_a_picture_is_classified(client, pictures) -> None:
     assert "(20 evaluations, " in budget.status
     probes = Asked(*client.predict(**question("digits", path, strategy="enumerate", probes="7")))
     assert "(70 evaluations, " in probes.status
+    assert '<img src="data:image/png;base64,' in asked.map
+    assert "Where it is three rather" in asked.map
+    assert "64 evaluations in addition" in asked.map and "12 evaluations in" in probes.map
+    without = Asked(*client.predict(**question("digits", path, where=False)))
+    assert without.map == "" and without.bars["label"] == "three"
 
 
 def test_objects_are_found(client, server, pictures) -> None:
@@ -154,7 +161,7 @@ def test_objects_are_found(client, server, pictures) -> None:
     model, path = server.models[2], pictures / "photo.png"
     asked = Asked(*client.predict(**question(model, path, strategy="guided", probes="12")))
     (expected,) = LayoutDetector.from_pretrained(model)(str(path), probes=12)
-    assert not asked.bars
+    assert not asked.bars and asked.map == ""
     drawn = Image.open(asked.drawn)
     assert drawn.tobytes() == expected.draw(str(path)).tobytes()
     for label in expected.labels:
@@ -169,7 +176,7 @@ def test_a_search_is_seen_and_stopped(client, pictures) -> None:
         time.sleep(0.2)
     client.predict(api_name="/stop")
     # What was known is still there.
-    status, _, drawn, table = job.result(60)
+    status, _, drawn, table, _ = job.result(60)
     assert "told stopped" in status and "Stopped: " in status
     assert Path(drawn["path"] if isinstance(drawn, dict) else drawn).suffix == ".png"
     assert table == ""
@@ -292,6 +299,11 @@ def test_a_picture_is_dropped(page, pictures) -> None:
     assert page.locator(".told").inner_text().startswith("three, ")
     row = page.get_by_role("row", name="three")
     assert "answer" in row.inner_text()
+    shown = page.get_by_role("img", name="red where three explains it better")
+    shown.wait_for()
+    assert shown.evaluate("image => [image.complete, image.naturalWidth]") == [True, 384]
+    assert page.get_by_text("64 evaluations in addition").is_visible()
+    assert "(64 " not in page.locator(".told").inner_text()
     assert fits(page)
     # A bad one in its place.
     page.get_by_label("Remove Image").click()
@@ -300,7 +312,7 @@ def test_a_picture_is_dropped(page, pictures) -> None:
     page.get_by_role("alert").wait_for()
     said = page.locator(".told").inner_text()
     assert said == "bad.png: expected an image, got a file of no known image format."
-    assert page.get_by_role("table").count() == 0
+    assert page.get_by_role("table").count() == page.get_by_role("figure").count() == 0
 
 
 def test_by_keyboard_alone(page) -> None:
@@ -335,6 +347,7 @@ def test_objects_come_and_are_stopped(page, pictures) -> None:
     choose(page, "scenes")
     page.get_by_role("button", name="Find objects").wait_for()
     assert page.get_by_label("guided").is_checked()
+    assert page.get_by_label("Show where").count() == 0
     upload(page, pictures / "scene.png")
     page.get_by_role("button", name="Find objects").click()
     page.locator("#drawn img").wait_for()

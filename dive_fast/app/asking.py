@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +17,19 @@ from PIL import Image
 
 from dive_fast.app.shelf import Entry
 from dive_fast.app.watch import ClassWatch, LayoutWatch, Stopped, Watch, Watched
+from dive_fast.app.where import MapSearch, Where, first_probes, measured, next_class
 from dive_fast.core.requests import Answer
-from dive_fast.data.images import read_image, to_mode
+from dive_fast.data.images import center_crop, read_image, to_mode
+from dive_fast.errors import DiveFastError
+from dive_fast.models.files.reading import first_line
 from dive_fast.predict.classification import Classification, log_odds_bound, log_posterior
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.detector import LayoutDetector
 from dive_fast.strategies import resolve_strategy
 from dive_fast.strategies.layout import ANY, Items, LayoutAnswer, resolve_layout_strategy
+
+log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.3  # seconds
 
@@ -37,6 +44,7 @@ class Question:
         settings: of the strategy.
         probes: how many; the strategy's choice if None.
         seed: of noise and draws.
+        where: whether a classifier shall also map where its answer is better than the next class.
     """
 
     path: str
@@ -44,6 +52,7 @@ class Question:
     settings: dict[str, Any] = field(default_factory=dict)
     probes: int | None = None
     seed: int = 0
+    where: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Look:
         seconds: since the question.
         state: "running", "stopped" or "done".
         image: the picture as it was read; upright.
+        where: the map, or a sentence while or because there is none; None where none was asked for.
     """
 
     found: Classification | Detections | Boxes | None
@@ -76,6 +86,7 @@ class Look:
     seconds: float
     state: str
     image: Image.Image
+    where: Where | str | None = None
 
 
 def watch_for(entry: Entry) -> Watch:
@@ -86,7 +97,8 @@ def watch_for(entry: Entry) -> Watch:
 def ask(entry: Entry, question: Question, watch: Watch) -> Iterator[Look]:
     """Searches in a thread of its own, and looks at it until it is done or stopped.
 
-    Closing the iterator stops the search, and waits until it has.
+    A map is measured after the search, whose answer is there by then and is kept whatever becomes
+    of the map. Closing the iterator stops both, and waits until they have.
 
     Raises:
         DiveFastError: the picture cannot be read, or a setting is refused.
@@ -100,40 +112,106 @@ def ask(entry: Entry, question: Question, watch: Watch) -> Iterator[Look]:
     # Where the probes lie is the strategy's to say, which the watched one only stands for.
     probes = predictor.probe_list(chosen, question.probes, question.seed)
     watched = Watched(chosen, watch, predictor.batch_size)
+    given = {"probes": probes, "seed": question.seed}
+    mapping = _Mapping(predictor, watched, given) if question.where and not entry.detects else None
 
-    def search() -> Classification | Detections:
-        with torch.inference_mode(False):
-            given = {"strategy": watched, "probes": probes, "seed": question.seed}
-            return predictor(image if entry.detects else question.path, **given)[0]
+    def work() -> Iterator[Any]:
+        if entry.detects:
+            yield predictor(image, strategy=watched, **given)[0]
+            return
+        x0 = predictor.encode(question.path)
+        (found,) = predictor(latents=x0, strategy=watched, **given)
+        yield found
+        if mapping is not None:
+            yield mapping.of(found, x0, image)
 
     start, outcome = time.monotonic(), queue.SimpleQueue()
-    thread = threading.Thread(target=_into, args=(outcome, search), daemon=True)
+    thread = threading.Thread(target=_into, args=(outcome, work), daemon=True)
     thread.start()
     try:
-        while True:
-            try:
-                found = outcome.get(timeout=LOOK_EVERY)
-            except queue.Empty:
-                yield _look(predictor, watch, image, time.monotonic() - start, "running")
-                continue
-            break
+        while (found := _next(outcome)) is None:
+            yield _look(predictor, watch, image, time.monotonic() - start, "running")
         seconds = time.monotonic() - start
         if isinstance(found, Stopped):
             yield _look(predictor, watch, image, seconds, "stopped")
-        elif isinstance(found, BaseException):
+            return
+        if isinstance(found, BaseException):
             raise found
-        else:
-            yield Look(found, found.evaluations, seconds, "done", image)
+        look = Look(found, found.evaluations, seconds, "done", image)
+        if mapping is not None:
+            yield replace(look, where=mapping.progress())
+            while (where := _next(outcome)) is None:
+                yield replace(look, where=mapping.progress())
+            look = replace(look, where=where if isinstance(where, Where) else _reason(where))
+        yield look
     finally:
         watch.stop()
         thread.join()
 
 
-def _into(outcome: queue.SimpleQueue, search: Any) -> None:
+class _Mapping:
+    """The map that follows a search.
+
+    Args:
+        classifier: that is asked.
+        watched: its search.
+        given: what both are given, the probes among it.
+    """
+
+    def __init__(
+        self, classifier: DiffusionClassifier, watched: Watched, given: dict[str, Any]
+    ) -> None:
+        self.classifier, self.watched, self.given = classifier, watched, given
+        self.n_probes = len(first_probes(given["probes"]))
+        self.search: MapSearch | None = None  # under way
+
+    def of(self, found: Classification, x0: torch.Tensor, image: Image.Image) -> Where:
+        """Of a picture x0 [1, C, h, w] and the answer for it; errors as of ``where.measured``."""
+        watched, names = self.watched, self.classifier.names
+        best, other = found.index, next_class(found)
+        self.search = MapSearch(best, other, watched.loss, watched.watch, watched.rows)
+        difference = measured(self.classifier, x0, self.search, self.given)
+        channels, side, _ = self.classifier.model.image_shape
+        seen = center_crop(to_mode(image, channels), side)
+        taken = self.search.evaluations
+        return Where(difference, names[best], names[other], self.n_probes, taken, seen)
+
+    def progress(self) -> str:
+        total = 2 * self.n_probes * self.classifier.model.vocabulary.parts
+        so_far = 0 if self.search is None else self.search.evaluations
+        return f"Looking where: {so_far:,} of {total:,} evaluations."
+
+
+def _reason(error: BaseException) -> str:
+    """Why there is no map."""
+    return "No map: stopped." if isinstance(error, Stopped) else f"No map: {sentence(error)}"
+
+
+def sentence(error: BaseException, picture: str | None = None) -> str:
+    """What went wrong, in one sentence; pictures are called as the user calls them."""
+    if isinstance(error, DiveFastError):
+        text = str(error)
+        return text.replace(picture, Path(picture).name) if picture else text
+    log.warning("the page: %s: %s", type(error).__name__, first_line(error))
+    return f"the model failed ({type(error).__name__}): {first_line(error)}"
+
+
+def _into(outcome: queue.SimpleQueue, work: Callable[[], Iterator[Any]]) -> None:
+    """All that the work yields, and at last its error, if there is one."""
     try:
-        outcome.put(search())
+        with torch.inference_mode(False):
+            for found in work():
+                outcome.put(found)
     except BaseException as error:
         outcome.put(error)
+
+
+def _next(outcome: queue.SimpleQueue) -> Any:
+    """What comes next, None if it takes longer than a look."""
+    try:
+        return outcome.get(timeout=LOOK_EVERY)
+    except queue.Empty:
+        return None
 
 
 def _look(

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from dive_fast.app import views
-from dive_fast.app.asking import Question, ask, watch_for
+from dive_fast.app.asking import ask, sentence, watch_for
+from dive_fast.app.options import (
+    classes_of,
+    hint_of,
+    question_about,
+    settings_of,
+    strategies_of,
+    verb_of,
+    whole_number,
+)
 from dive_fast.app.shelf import Entry, Shelf
 from dive_fast.app.watch import Watch
-from dive_fast.errors import DiveFastError, shown
-from dive_fast.models.files.reading import first_line
-from dive_fast.strategies import Auto, resolve_strategy, strategy_names
-from dive_fast.strategies.layout import layout_strategy_names
+from dive_fast.app.where import MOST_PROBES
+from dive_fast.errors import DiveFastError
+from dive_fast.strategies import Auto
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +71,7 @@ class Page:
     def _question(self, first: Entry, examples: Mapping[str, Sequence[str]]) -> None:
         names = list(self.shelf.names)
         self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
-        about, options = _about(first), _strategies(first)
+        about, options = classes_of(first), strategies_of(first)
         self.classes = gr.Textbox(
             "\n".join(about), label="Classes, one a line", lines=3, visible=first.prompted
         )
@@ -97,8 +103,15 @@ class Page:
             for name in names
         }
         self.strategy = gr.Radio(list(options), value=options[0], label="Strategy")
+        self.where = gr.Checkbox(
+            True,
+            label="Show where",
+            info=f"Maps where the answer explains the picture better than the next class; "
+            f"that takes evaluations of both on up to {MOST_PROBES} probes more.",
+            visible=not first.detects,
+        )
         with gr.Row():
-            self.go = gr.Button(_verb(first), variant="primary", min_width=120)
+            self.go = gr.Button(verb_of(first), variant="primary", min_width=120)
             self.stop = gr.Button("Stop", min_width=120)
         with gr.Accordion("Settings", open=False):
             self.min_agreement = gr.Slider(
@@ -108,20 +121,20 @@ class Page:
                 step=0.001,
                 label="Agreement",
                 info="Share of pictures whose answer is to be that of trying every class.",
-                visible="min_agreement" in _settings_of(first, options[0]),
+                visible="min_agreement" in settings_of(first, options[0]),
             )
             # Texts: gradio's boxes for numbers make 0 of an empty one.
             self.budget = gr.Textbox(
                 label="Budget",
                 info="Evaluations of the network at most; empty: as many as it takes.",
-                visible="budget" in _settings_of(first, options[0]),
+                visible="budget" in settings_of(first, options[0]),
             )
             self.probes = gr.Textbox(
                 label="Probes",
                 info="Pairs of timestep and noise; empty: the strategy's own number.",
             )
             self.seed = gr.Textbox("0", label="Seed", info="Of the noise.")
-        self.hint = gr.HTML(_hint(first), padding=False)
+        self.hint = gr.HTML(hint_of(first), padding=False)
 
     def _unchecked(self) -> None:
         """What is wrong with an input is said here, in one sentence, and not by gradio.
@@ -148,11 +161,12 @@ class Page:
             visible=first.detects,
         )
         self.table = gr.HTML(padding=False)
+        self.map = gr.HTML(padding=False)
 
     def _wire(self) -> None:
         question = [self.model, self.picture, self.classes, self.template, self.strategy]
-        question += [self.min_agreement, self.budget, self.probes, self.seed]
-        answer = [self.status, self.bars, self.drawn, self.table]
+        question += [self.min_agreement, self.budget, self.probes, self.seed, self.where]
+        answer = [self.status, self.bars, self.drawn, self.table, self.map]
         self.go.click(
             self.ask,
             question,
@@ -168,7 +182,7 @@ class Page:
             self.stop_own, None, None, api_name="stop", queue=False, show_progress="hidden"
         )
         of_model = [self.hint, self.classes, self.template, self.strategy]
-        of_model += [self.min_agreement, self.budget, self.go]
+        of_model += [self.min_agreement, self.budget, self.where, self.go]
         of_model += [*answer, *self.examples.values()]
         self.model.change(
             self.choose,
@@ -209,33 +223,37 @@ class Page:
         budget: str | None = None,
         probes: str | None = None,
         seed: str | None = None,
+        where: bool = True,
         request: gr.Request | None = None,
     ) -> Iterator[tuple[Any, ...]]:
-        """Status, bars, drawing and table, anew whenever there is something to see."""
+        """Status, bars, drawing, table and map, anew whenever there is something to see."""
         session = getattr(request, "session_hash", None)
         try:
             if not picture:
                 raise DiveFastError("expected a picture, got none: drop one, or pick an example.")
-            yield views.told("Waiting for the model ...", "running"), None, None, ""
+            yield views.told("Waiting for the model ...", "running"), None, None, "", ""
             with self.shelf.taken(model) as entry:
                 watch = self.running[session] = watch_for(entry)
                 if entry.ask_about(classes, template):
                     log.warning("%s was loaded again for other classes.", entry.source)
-                settings = {"min_agreement": min_agreement, "budget": _whole("budget", budget)}
-                numbers = _whole("probes", probes), _whole("seed", seed)
-                asked = _asked(entry, picture, strategy, settings, *numbers)
+                most, *numbers = map(
+                    whole_number, ("budget", "probes", "seed"), (budget, probes, seed)
+                )
+                settings = {"min_agreement": min_agreement, "budget": most}
+                asked = question_about(entry, picture, strategy, settings, *numbers, where)
                 seen = None
                 for look in ask(entry, asked, watch):
                     drawn = gr.skip()
                     if look.found is not seen or look.state != "running":
                         seen = look.found
                         drawn = views.drawing(look, entry.predictor.names)
-                    yield views.status(look), views.bars(look), drawn, views.table(look)
+                    told = views.status(look), views.bars(look), drawn, views.table(look)
+                    yield *told, views.where(look)
         except Exception as error:
-            sentence = _sentence(error, picture)
-            yield views.told(sentence, "error"), None, None, ""
+            said = sentence(error, picture)
+            yield views.told(said, "error"), None, None, "", ""
             # The page has it by now; this is for those who call the server themselves.
-            raise gr.Error(sentence, visible=False, print_exception=False) from error
+            raise gr.Error(said, visible=False, print_exception=False) from error
         finally:
             self.running.pop(session, None)
 
@@ -246,11 +264,11 @@ class Page:
             with self.shelf.taken(model) as entry:
                 return self._of_model(entry)
         except Exception as error:
-            raise gr.Error(escape(_sentence(error)), print_exception=False) from error
+            raise gr.Error(escape(sentence(error)), print_exception=False) from error
 
     def settings_for(self, model: str, strategy: str) -> tuple[Any, Any]:
         """Which settings a strategy has: agreement and budget."""
-        known = _settings_of(self.shelf[model], strategy)
+        known = settings_of(self.shelf[model], strategy)
         return tuple(gr.update(visible=name in known) for name in ("min_agreement", "budget"))
 
     def stop_own(self, request: gr.Request) -> None:
@@ -264,19 +282,21 @@ class Page:
         self.stop_own(request)
 
     def _of_model(self, entry: Entry) -> list[Any]:
-        about, options = _about(entry), _strategies(entry)
-        known, name = _settings_of(entry, options[0]), str(entry.source)
+        about, options = classes_of(entry), strategies_of(entry)
+        known, name = settings_of(entry, options[0]), str(entry.source)
         return [
-            _hint(entry),
+            hint_of(entry),
             gr.update(visible=entry.prompted, value="\n".join(about)),
             gr.update(visible=entry.prompted),
             gr.update(choices=list(options), value=options[0]),
             gr.update(visible="min_agreement" in known),
             gr.update(visible="budget" in known),
-            gr.update(value=_verb(entry)),
+            gr.update(visible=not entry.detects),
+            gr.update(value=verb_of(entry)),
             IDLE,
             gr.update(value=None, visible=not entry.detects),
             gr.update(value=None, visible=entry.detects),
+            "",
             "",
             *(
                 gr.update(visible=other == name and bool(samples.raw_samples))
@@ -302,83 +322,6 @@ def _given(payload: Any) -> Any:
     return payload
 
 
-def _asked(
-    entry: Entry,
-    picture: str,
-    strategy: str | None,
-    settings: Mapping[str, Any],
-    probes: int | None,
-    seed: int | None,
-) -> Question:
-    """The question, with the settings that its strategy has and that were given."""
-    options = _strategies(entry)
-    strategy = strategy or options[0]
-    if strategy not in options:
-        raise DiveFastError(f"expected a strategy of {', '.join(options)}, got {strategy!r}.")
-    known = _settings_of(entry, strategy)
-    given = {k: v for k, v in settings.items() if k in known and v is not None}
-    return Question(picture, strategy, given, probes, seed or 0)
-
-
 def _only(sample: Sequence[str]) -> str:
     """The picture of an example."""
     return sample[0]
-
-
-def _strategies(entry: Entry) -> tuple[str, ...]:
-    return layout_strategy_names() if entry.detects else strategy_names()
-
-
-def _settings_of(entry: Entry, strategy: str) -> set[str]:
-    """Names of what can be set of a strategy of classes."""
-    if entry.detects or strategy not in strategy_names():
-        return set()
-    return {field.name for field in fields(resolve_strategy(strategy, None, {}))}
-
-
-def _about(entry: Entry) -> tuple[str, ...]:
-    """The classes that a text-conditional model was loaded with."""
-    return entry.first.names if entry.first is not None else ()
-
-
-def _verb(entry: Entry) -> str:
-    return "Find objects" if entry.detects else "Classify"
-
-
-def _hint(entry: Entry) -> str:
-    """What the model sees of a picture, and what it may answer."""
-    predictor = entry.predictor
-    side = predictor.model.image_shape[1]
-    seen = "the whole picture, squashed to" if entry.detects else "the central square, at"
-    sentence = f"{entry.source} sees {seen} {side} x {side} pixels."
-    if not entry.prompted:
-        names = predictor.names
-        sentence += f" It knows {len(names):,} classes: {_listed(names)}."
-    return f'<p class="note">{escape(sentence)}</p>'
-
-
-def _listed(names: Sequence[str], at_most: int = 10) -> str:
-    more = len(names) - at_most
-    return ", ".join(names[:at_most]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _whole(what: str, text: str | None) -> int | None:
-    """The number in a box, None where it is empty.
-
-    Raises:
-        DiveFastError: no whole number.
-    """
-    text = str("" if text is None else text).strip()
-    try:
-        return int(text) if text else None
-    except ValueError as error:
-        raise DiveFastError(f"expected a whole number as {what}, got {shown(text)}.") from error
-
-
-def _sentence(error: Exception, picture: str | None = None) -> str:
-    """What went wrong, in one sentence; pictures are called as the user calls them."""
-    if isinstance(error, DiveFastError):
-        text = str(error)
-        return text.replace(picture, Path(picture).name) if picture else text
-    log.warning("the page: %s: %s", type(error).__name__, first_line(error))
-    return f"the model failed ({type(error).__name__}): {first_line(error)}"

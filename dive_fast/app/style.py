@@ -34,6 +34,14 @@ h1 { font-size: 1.5rem !important; margin: 0.4rem 0 0.2rem !important; overflow-
 .rows table td:last-child { padding-left: 0.8rem; }
 .rows table th:first-child, .rows table td:last-child { text-align: left; }
 .rows table tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 4.5rem; }
+.where { margin: 0; max-width: 26rem; }
+.where figcaption { font-weight: 600; font-size: 0.85rem; padding: 0.3rem 0;
+  overflow-wrap: anywhere; }
+.where img { width: 100%; height: auto; margin: 0; image-rendering: auto; }
+.where .red, .where .blue { display: inline-block; width: 0.8em; height: 0.8em; }
+.where .swatch { white-space: nowrap; }
+.where .red { background: #dc2626; }
+.where .blue { background: #2563eb; }
 .html-container { padding: 0 !important; }
 .examples button, .examples button * { width: 3.6rem !important; height: 3.6rem !important; }
 .examples img { object-fit: cover; }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from html import escape
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 from dive_fast.app.asking import Boxes, Look
+from dive_fast.app.where import Where, drawn
 from dive_fast.predict.classification import Classification
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.drawing import draw_boxes
@@ -64,6 +67,37 @@ def drawing(look: Look, names: Sequence[str]) -> Image.Image | None:
         classes = list(found.class_id)
         captions = [names[c] if c >= 0 else "?" for c in classes]
     return draw_boxes(image, boxes.tolist(), [max(c, 0) for c in classes], captions)
+
+
+def where(look: Look) -> str:
+    """The map with its caption, or the sentence in its place; nothing where none was asked for."""
+    if look.where is None:
+        return ""
+    if isinstance(look.where, str):
+        return f'<p class="note" role="status" aria-live="polite">{escape(look.where)}</p>'
+    return _figure(look.where)
+
+
+def _figure(found: Where) -> str:
+    best, other = escape(found.best), escape(found.other)
+    gap = found.difference.double().mean().item()
+    alt = f"The picture in grey: red where {best} explains it better, blue where {other} does"
+    data = io.BytesIO()
+    drawn(found).save(data, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return (
+        f'<figure class="where"><figcaption>Where it is {best} rather than {other}</figcaption>'
+        f'<img src="{source}" alt="{alt}">'
+        f'<p class="note">{_swatch("Red")} {best} explains the picture better. '
+        f"{_swatch('Blue')} {other} does. The mean loss of {other} less that of "
+        f"{best}, on {_counted(found.n_probes, 'probe')}: {gap:+.2g}. The map took "
+        f"{_counted(found.evaluations, 'evaluation')} in addition, and is slightly smoothed.</p>"
+        "</figure>"
+    )
+
+
+def _swatch(colour: str) -> str:
+    return f'<span class="swatch"><span class="{colour.lower()}"></span> {colour}:</span>'
 
 
 def _reduced(image: Image.Image, xyxy: torch.Tensor) -> tuple[Image.Image, torch.Tensor]:
