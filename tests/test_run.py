@@ -105,7 +105,7 @@ def test_the_page_lists_every_field() -> None:
     c = torch.zeros(2)
     found = Classification("a", 0, c, c, c + 1, c > 0, c, ("a", "b"), 1, 0.5).to_dict()
     found |= Detections([], [], [], ("a", "b"), []).to_dict()
-    assert listed == {"id", "truth", "error", "drawn", *found}
+    assert listed == {"id", "truth", "groups", "error", "drawn", *found}
 
 
 @pytest.mark.parametrize("missing", ["run.json", "results.jsonl"])
