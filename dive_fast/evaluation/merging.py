@@ -58,9 +58,9 @@ def merge(
             warned of.
     """
     folders, parent = _folders(runs)
+    parts = [_read(folder) for folder in folders]
     if out is None and parent is None:
         raise RunError("expected --out DIR, the directory of the merged run, got none.")
-    parts = [_read(folder) for folder in folders]
     _expect_one_configuration(parts)
     _expect_all_shards(parts)
     _expect_all_images(parts)
