@@ -21,9 +21,13 @@ docs: $(VENV)/.installed
 
 # The tests of the pages want a Chromium. Root of a Debian gets one; elsewhere they are skipped.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
-		{ apt-get install -y -q chromium || { apt-get update -q && apt-get install -y -q chromium; }; } >/dev/null 2>&1; } || \
-		echo "no Chromium here: the tests of the report and the app in a browser are skipped."
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get install -y -q chromium >/dev/null 2>&1 || \
+			{ apt-get update -q && apt-get install -y -q chromium; } >/dev/null 2>&1; \
+	fi; \
+	command -v chromium >/dev/null || \
+		echo "no Chromium here: the tests of the report, the app and the site in a browser are skipped."
 
 # torch comes first: the extension is built against the torch that it will run with. open_clip comes
 # alone: only its lists of classes are read, and its torchvision goes with few builds of torch.
