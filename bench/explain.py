@@ -67,11 +67,11 @@ def summary(found: list[Explanation]) -> dict[str, float]:
     sign[:, middle:] = -1
     means = torch.stack([raw[..., :middle].mean(dim=(1, 2)), -raw[..., middle:].mean(dim=(1, 2))])
     right = smooth * sign > 0
-    n = means.numel()
-    share = (means > 0).double().mean().item()
+    # The halves of a picture are not independent: the error is taken between pictures.
+    halves_right = (means > 0).double().mean(dim=0)
     return {
-        "halves_right": share,
-        "halves_standard_error": math.sqrt(share * (1 - share) / n),
+        "halves_right": halves_right.mean().item(),
+        "halves_standard_error": halves_right.std().item() / math.sqrt(len(found)),
         "left_more_for_a_than_right": (means.sum(dim=0) > 0).double().mean().item(),
         "places_right": right.double().mean().item(),
         "significant": sure.double().mean().item(),

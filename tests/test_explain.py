@@ -306,4 +306,4 @@ def test_a_detector(layout_dir: Path, capsys, tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "0.png")
     arguments = ("--model", layout_dir, "--out", tmp_path / "maps")
     said = call(capsys, "explain", tmp_path / "0.png", *arguments)
-    assert_refused(said, "layout")
+    assert_refused(said, "expected a model of classes, got the layout-to-image model")

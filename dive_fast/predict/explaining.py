@@ -14,7 +14,8 @@ from dive_fast.core.requests import Answer, Search
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.data.images import as_images
-from dive_fast.errors import DiveFastError, shown, some
+from dive_fast.errors import DiveFastError, ModelError, shown, some
+from dive_fast.models.protocol import Model, optional
 from dive_fast.predict.arguments import as_probes, as_rows
 from dive_fast.predict.classification import Classification
 from dive_fast.predict.explanation import Explanation, as_picture, grouped_maps, groups_of
@@ -67,8 +68,10 @@ class Explaining(Predictor):
 
         Raises:
             DiveFastError: bad input, an unknown class, or two that the model cannot tell apart.
+            ModelError: a layout-to-image model, or one that fails.
             NoOtherClass: an image whose answer is b, or of which only one class was measured.
         """
+        _check_classes(self.model)
         chosen = resolve_strategy(strategy, None, {})
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         with torch.inference_mode(False):
@@ -121,6 +124,7 @@ class Explaining(Predictor):
             float32 [B, C, h, w] in the model's own space, the mean over the probes; its mean over
             h and w is the mean of ``losses`` over K.
         """
+        _check_classes(self.model)
         x0 = self._latents(images, latents)
         n_classes = len(self.model.vocabulary)
         picked = torch.arange(n_classes) if classes is None else as_rows(classes, n_classes)
@@ -228,6 +232,14 @@ def runner_up(found: Classification, vocabulary: Vocabulary, a: int | None = Non
         if row != own and not torch.equal(vocabulary.table[row], vocabulary.table[own]):
             return row
     raise NoOtherClass("only one class was measured, and there is none to compare it with.")
+
+
+def _check_classes(model: Model) -> None:
+    if optional(model, "layout_format") is not None:
+        raise ModelError(
+            f"expected a model of classes, got the layout-to-image model {model.name}: "
+            "its answers have boxes."
+        )
 
 
 def _answered(search: Search) -> Search:

@@ -20,7 +20,7 @@ from PIL import Image
 from dive_fast.core.numbers import is_number, whole
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import ErrorMaps, Search
-from dive_fast.data.images import as_image, center_crop
+from dive_fast.data.images import as_image, center_crop, to_mode
 from dive_fast.errors import DiveFastError, shown
 from dive_fast.predict.overlay import LONG_SIDE, draw_map, smoothed
 
@@ -90,8 +90,8 @@ class Explanation:
     def significant(self, z: float = 2.0) -> torch.Tensor:
         """bool [h, w]: where the smoothed d is more than z standard errors from 0.
 
-        Every place by itself: with z = 2, about one of twenty places without a difference is still
-        among them. Nowhere with a single group of probes, of which no error is known.
+        Every place by itself: with z = 2 and 16 groups, one of sixteen places without a difference
+        is still among them. Nowhere with a single group of probes, of which no error is known.
 
         Raises:
             DiveFastError: z is no number of at least 0.
@@ -168,7 +168,7 @@ def _standard_error(groups: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
 
 def _square(picture: Image.Image) -> Image.Image:
     """What the model sees of it, in its own size."""
-    return center_crop(picture.convert("RGB"), min(picture.size))
+    return center_crop(to_mode(picture, 3), min(picture.size))
 
 
 def as_picture(pixels: torch.Tensor) -> Image.Image:
