@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.classifier import DiffusionClassifier
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
+    from dive_fast.predict.explanation import Explanation
     from dive_fast.predict.sampling import sample
     from dive_fast.strategies import register_preset, register_strategy
     from dive_fast.strategies.layout import register_layout_strategy
@@ -43,6 +44,7 @@ _HOMES = {
     "DiffusionClassifier": "dive_fast.predict.classifier",
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.engine.options",
+    "Explanation": "dive_fast.predict.explanation",
     "Head": "dive_fast.core.head",
     "ImageError": "dive_fast.errors",
     "Layout": "dive_fast.core.layouts",
@@ -84,6 +86,7 @@ __all__ = [
     "DiffusionClassifier",
     "DiveFastError",
     "EngineOptions",
+    "Explanation",
     "Head",
     "ImageError",
     "Layout",

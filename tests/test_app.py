@@ -368,6 +368,8 @@ def test_classes_are_typed(page, server, pictures) -> None:
     page.locator(".told.done").wait_for()
     rows = page.locator("tbody th").all_inner_texts()
     assert sorted(rows) == ["<i>cat</i>", "a fox", "an owl"]
+    # The map is still under way, and a click before its end is not taken.
+    page.locator("figure.where").wait_for()
     box.fill("a fox")
     page.get_by_role("button", name="Classify").click()
     page.get_by_role("alert").wait_for()

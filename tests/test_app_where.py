@@ -14,20 +14,12 @@ from dive_fast.app import views
 from dive_fast.app.asking import Look, Question, ask, watch_for
 from dive_fast.app.shelf import Entry
 from dive_fast.app.watch import ClassWatch
-from dive_fast.app.where import (
-    BLUE,
-    RED,
-    MapSearch,
-    Where,
-    drawn,
-    first_probes,
-    measured,
-    next_class,
-    smoothed,
-)
+from dive_fast.app.where import MapSearch, first_probes, measured
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
-from dive_fast.errors import DiveFastError
 from dive_fast.models import resolve
+from dive_fast.predict.explaining import NoOtherClass, runner_up
+from dive_fast.predict.explanation import Explanation
+from dive_fast.predict.overlay import BLUE, RED, smoothed
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,7 @@ def test_a_map_is_plain_arithmetic(digits, picture) -> None:
     look = asked(digits, picture)[-1]
     found, where = look.found, look.where
     a, b = found.log_posterior.argsort(descending=True)[:2].tolist()
-    assert (where.best, where.other) == (clf.names[a], clf.names[b])
+    assert (where.a, where.b) == (clf.names[a], clf.names[b])
     probes = low_discrepancy_probes(40, len(clf.model.schedule), clf.model.latent_shape, 3)
     if clf.model.timesteps is not None:
         probes = clf.model.timesteps.probes(40, clf.model.latent_shape, 3)
@@ -84,7 +76,8 @@ def test_its_mean_is_the_difference_of_the_losses(digits, picture) -> None:
     # Rows for one pair and for three probes at a time; seven probes are three pairs and a half.
     for rows in (1, 7):
         search = MapSearch(4, 9, "l1", watch_for(digits), rows)
-        difference = measured(clf, clf.encode(picture), search, {"probes": probes, "seed": 0})
+        given = {"probes": probes, "seed": 0}
+        difference = measured(clf, clf.encode(picture), search, given).difference
         losses = clf.losses(picture, [4, 9], probes, loss="l1")[0, :, :6].mean(dim=1)
         torch.testing.assert_close(difference.mean(), losses[1] - losses[0])
         assert search.evaluations == 12
@@ -99,10 +92,10 @@ def test_classes_of_several_prompts(sd, picture) -> None:
     where = look.where
     assert where.evaluations == 2 * 6 * 2 and look.evaluations == 24
     losses = dict(zip(clf.names, look.found.losses, strict=True))
-    gap = losses[where.other] - losses[where.best]
+    gap = losses[where.b] - losses[where.a]
     torch.testing.assert_close(where.difference.mean(), gap, rtol=1e-3, atol=1e-6)
     assert tuple(where.difference.shape) == tuple(clf.model.latent_shape[1:])
-    assert drawn(where).width == drawn(where).height >= 384
+    assert where.image().width == where.image().height >= 384
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,7 @@ def test_units_of_probes_are_whole(k, unit, taken) -> None:
 
 def test_the_search_is_what_it_is_without_a_map(digits, picture) -> None:
     plain, looks = asked(digits, picture, where=False)[-1], asked(digits, picture)
-    assert plain.where is None and isinstance(looks[-1].where, Where)
+    assert plain.where is None and isinstance(looks[-1].where, Explanation)
     assert looks[-1].found.losses.equal(plain.found.losses)
     assert looks[-1].evaluations == plain.evaluations == 400
     said = [look.where for look in looks[:-1] if look.state == "done"]
@@ -127,7 +120,7 @@ def test_the_search_is_what_it_is_without_a_map(digits, picture) -> None:
 
 
 def test_stopping_the_map_keeps_the_answer(digits, picture, monkeypatch) -> None:
-    """Two rows at a time, and stopped after two of its 32 pieces."""
+    """One pair of probes at a time, and stopped after two of its 16 pieces."""
 
     class StoppedLate(ClassWatch):
         reads = 0  # since the search had all it wanted
@@ -167,19 +160,20 @@ def test_a_map_that_cannot_be_had_keeps_the_answer(digits, picture, monkeypatch)
 
 def test_one_measured_class_is_compared_with_none(digits, picture) -> None:
     found = asked(digits, picture, probes=2, where=False)[-1].found
-    assert next_class(found) == found.top(2)[1]["index"]
+    vocabulary = digits.ready().model.vocabulary
+    assert runner_up(found, vocabulary) == found.top(2)[1]["index"]
     n_probes = torch.zeros_like(found.n_probes)
     n_probes[found.index] = 2
-    with pytest.raises(DiveFastError, match="only one class was measured"):
-        next_class(replace(found, n_probes=n_probes))
+    with pytest.raises(NoOtherClass, match="only one class was measured"):
+        runner_up(replace(found, n_probes=n_probes), vocabulary)
 
 
 # -- its drawing -----------------------------------------------------------------------------------
 
 
-def a_map(difference: torch.Tensor, **changes) -> Where:
-    where = Where(difference, "<i>three</i>", "five", 32, 64, Image.new("RGB", (20, 20), "white"))
-    return replace(where, **changes)
+def a_map(difference: torch.Tensor) -> Explanation:
+    white = Image.new("RGB", (20, 20), "white")
+    return Explanation(difference[None], (32,), "<i>three</i>", "five", 64, white)
 
 
 def test_smoothing_keeps_the_mean() -> None:
@@ -193,7 +187,7 @@ def test_red_and_blue_have_one_scale() -> None:
     """1 on the left, -0.5 on the right; 0.85 of the colour at the most, on a grey of 191."""
     difference = torch.ones(4, 4)
     difference[:, 2:] = -0.5
-    image = np.asarray(drawn(a_map(difference))).astype(float)
+    image = np.asarray(a_map(difference).image(z=None)).astype(float)
     assert image.shape == (400, 400, 3)
     for column, share, colour in ((0, 0.85, RED), (-1, 0.425, BLUE)):
         expected = (1 - share) * 191.5 + share * np.array(colour)
@@ -201,7 +195,7 @@ def test_red_and_blue_have_one_scale() -> None:
 
 
 def test_no_difference_has_no_colour() -> None:
-    image = np.asarray(drawn(a_map(torch.zeros(3, 5))))
+    image = np.asarray(a_map(torch.zeros(3, 5)).image(z=None))
     assert (image == image[..., :1]).all()
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dive_fast.app.shelf import Entry
 from dive_fast.app.watch import ClassWatch, LayoutWatch, Stopped, Watch, Watched
-from dive_fast.app.where import MapSearch, Where, first_probes, measured, next_class
+from dive_fast.app.where import MapSearch, first_probes, measured
 from dive_fast.core.requests import Answer
 from dive_fast.data.images import center_crop, read_image, to_mode
 from dive_fast.errors import DiveFastError
@@ -26,6 +26,8 @@ from dive_fast.predict.classification import Classification, log_odds_bound, log
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.detector import LayoutDetector
+from dive_fast.predict.explaining import runner_up
+from dive_fast.predict.explanation import Explanation
 from dive_fast.strategies import resolve_strategy
 from dive_fast.strategies.layout import ANY, Items, LayoutAnswer, resolve_layout_strategy
 
@@ -86,7 +88,7 @@ class Look:
     seconds: float
     state: str
     image: Image.Image
-    where: Where | str | None = None
+    where: Explanation | str | None = None
 
 
 def watch_for(entry: Entry) -> Watch:
@@ -142,7 +144,7 @@ def ask(entry: Entry, question: Question, watch: Watch) -> Iterator[Look]:
             yield replace(look, where=mapping.progress())
             while (where := _next(outcome)) is None:
                 yield replace(look, where=mapping.progress())
-            look = replace(look, where=where if isinstance(where, Where) else _reason(where))
+            look = replace(look, where=where if isinstance(where, Explanation) else _reason(where))
         yield look
     finally:
         watch.stop()
@@ -165,16 +167,14 @@ class _Mapping:
         self.n_probes = len(first_probes(given["probes"]))
         self.search: MapSearch | None = None  # under way
 
-    def of(self, found: Classification, x0: torch.Tensor, image: Image.Image) -> Where:
+    def of(self, found: Classification, x0: torch.Tensor, image: Image.Image) -> Explanation:
         """Of a picture x0 [1, C, h, w] and the answer for it; errors as of ``where.measured``."""
-        watched, names = self.watched, self.classifier.names
-        best, other = found.index, next_class(found)
-        self.search = MapSearch(best, other, watched.loss, watched.watch, watched.rows)
-        difference = measured(self.classifier, x0, self.search, self.given)
-        channels, side, _ = self.classifier.model.image_shape
+        watched, model = self.watched, self.classifier.model
+        other = runner_up(found, model.vocabulary)
+        self.search = MapSearch(found.index, other, watched.loss, watched.watch, watched.rows)
+        channels, side, _ = model.image_shape
         seen = center_crop(to_mode(image, channels), side)
-        taken = self.search.evaluations
-        return Where(difference, names[best], names[other], self.n_probes, taken, seen)
+        return measured(self.classifier, x0, self.search, self.given, seen)
 
     def progress(self) -> str:
         total = 2 * self.n_probes * self.classifier.model.vocabulary.parts

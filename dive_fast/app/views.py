@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from dive_fast.app.asking import Boxes, Look
-from dive_fast.app.where import Where, drawn
 from dive_fast.predict.classification import Classification
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.drawing import draw_boxes
+from dive_fast.predict.explanation import Explanation
 
 MOST_CLASSES = 10  # that are shown
 _LONGEST = 1600  # pixels of a drawing's longer side
@@ -78,19 +78,18 @@ def where(look: Look) -> str:
     return _figure(look.where)
 
 
-def _figure(found: Where) -> str:
-    best, other = escape(found.best), escape(found.other)
-    gap = found.difference.double().mean().item()
+def _figure(found: Explanation) -> str:
+    best, other = escape(found.a), escape(found.b)
     alt = f"The picture in grey: red where {best} explains it better, blue where {other} does"
     data = io.BytesIO()
-    drawn(found).save(data, "PNG")
+    found.image(z=None).save(data, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
     return (
         f'<figure class="where"><figcaption>Where it is {best} rather than {other}</figcaption>'
         f'<img src="{source}" alt="{alt}">'
         f'<p class="note">{_swatch("Red")} {best} explains the picture better. '
         f"{_swatch('Blue')} {other} does. The mean loss of {other} less that of "
-        f"{best}, on {_counted(found.n_probes, 'probe')}: {gap:+.2g}. The map took "
+        f"{best}, on {_counted(found.n_probes, 'probe')}: {found.gap:+.2g}. The map took "
         f"{_counted(found.evaluations, 'evaluation')} in addition, and is slightly smoothed.</p>"
         "</figure>"
     )

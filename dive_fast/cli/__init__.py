@@ -26,6 +26,7 @@ examples:
   dive-fast classify photo.png --model digits
   dive-fast classify photo.png --model stable-diffusion-v1-5/stable-diffusion-v1-5 --classes cat,dog
   dive-fast classify scans/ --model facebook/DiT-XL-2-256 --top 5 --json
+  dive-fast explain photo.png --model digits --against five --out maps
   dive-fast evaluate --model digits --data digits --strategy invert --out runs/invert
   dive-fast detect photo.png --model DIR --out runs/found
   dive-fast convert layout2img.ckpt --out DIR
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         demo,
         detect,
         evaluate,
+        explain,
         fit,
         info,
         merge,
@@ -71,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    asked, runs = (classify, detect, app), (evaluate, merge, compare_runs, report)
+    asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, report)
     for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser

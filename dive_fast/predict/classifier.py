@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from dive_fast.core.head import Head
-from dive_fast.core.numbers import whole_seed
-from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.shortlist import digest
@@ -26,7 +25,6 @@ from dive_fast.predict.arguments import (
     as_latents,
     as_pairs,
     as_prior,
-    as_probes,
     as_progress,
     as_rows,
 )
@@ -36,13 +34,13 @@ from dive_fast.predict.classification import (
     log_posterior,
     lowest_twin,
 )
+from dive_fast.predict.explaining import Explaining
 from dive_fast.predict.fitting import Fitting
 from dive_fast.predict.probing import Probing
 from dive_fast.strategies import Strategy, Task, resolve_strategy
-from dive_fast.strategies.base import DEFAULT_PROBES
 
 
-class DiffusionClassifier(Fitting, Probing):
+class DiffusionClassifier(Explaining, Fitting, Probing):
     """A frozen conditional diffusion model as classifier.
 
     Args:
@@ -311,11 +309,7 @@ class DiffusionClassifier(Fitting, Probing):
         x0 = self._latents(images, latents)
         n_classes = len(self.model.vocabulary)
         picked = torch.arange(n_classes) if classes is None else as_rows(classes, n_classes)
-        probes, seed = as_probes(probes), whole_seed(seed)
-        if not isinstance(probes, ProbeList):
-            k = DEFAULT_PROBES if probes is None else probes
-            n_timesteps = len(self.model.schedule)
-            probes = low_discrepancy_probes(k, n_timesteps, self.model.latent_shape, seed)
+        probes = self._even_probes(probes, seed)
         out = torch.empty(len(x0), len(picked), len(probes))
         jobs = (self._job(i, x, _measure(picked, len(probes))) for i, x in enumerate(x0))
         for finished in self._run(jobs, probes, loss, len(x0) if progress else None):
