@@ -37,12 +37,13 @@ from dive_fast.predict.classification import (
     lowest_twin,
 )
 from dive_fast.predict.fitting import Fitting
+from dive_fast.predict.likelihood import Likelihoods
 from dive_fast.predict.probing import Probing
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 from dive_fast.strategies.base import DEFAULT_PROBES
 
 
-class DiffusionClassifier(Fitting, Probing):
+class DiffusionClassifier(Fitting, Likelihoods, Probing):
     """A frozen conditional diffusion model as classifier.
 
     Args:
