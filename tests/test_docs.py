@@ -39,6 +39,7 @@ PAGES = (
     "docs/timesteps.md",
     "docs/probe.md",
     "docs/features.md",
+    "docs/likelihood.md",
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",

@@ -120,8 +120,8 @@ class Likelihoods(Predictor):
             images, latents: as in ``__call__``.
             classes: rows of the vocabulary or names, one or many; "all"; None, alone or among
                 them, for the model's own condition "no class", which gives log p(x).
-            unit: "nats", of the density of x0 as the model sees it; "bits/dim", of 8-bit pixels,
-                for models of pixels.
+            unit: "nats", of the density of x0 as the model sees it; "bits/dim", of 8-bit pixels
+                (cropped and resized as for ``__call__``), for models of pixels.
             probes: how many, divisible by 4, at least 8.
             seed: of the timesteps and noises.
             progress: show a bar.
@@ -223,7 +223,7 @@ class Likelihoods(Predictor):
         return out.unflatten(2, (-1, 2)).mean(dim=3)
 
     def _pixels(self, images: Any, latents: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """x0 of 8-bit images [B, C, h, w], and the reconstruction part, float64 [B], nats.
+        """x0 [B, C, h, w] of images in 8 bits, and the reconstruction part, float64 [B], nats.
 
         Raises:
             DiveFastError: they are none, or x0 are not pixels.
@@ -245,13 +245,8 @@ class Likelihoods(Predictor):
             raise DiveFastError(
                 f"{refusal}: expected a model of pixels, got {self.model.name}, whose x0 are not."
             )
-        level = (pixels.double() + 1) * (LEVELS - 1) / 2
-        if (level - level.round()).abs().max() > 1e-2:
-            raise DiveFastError(
-                f"{refusal}: expected images of {size} x {size} pixels of 8 bits, got some between "
-                f"those values (by floats, or by another size)."
-            )
-        at_end = ((level < 0.5) | (level > LEVELS - 1.5)).double().sum(dim=(2, 3))
+        # ``as_images`` gives every image in 8 bits, also those that it resized.
+        at_end = (pixels.abs() > 1 - 1 / (LEVELS - 1)).double().sum(dim=(2, 3))
         total = torch.zeros(len(x0), dtype=torch.float64)
         count = pixels[0, 0].numel()
         for c, scale in enumerate(((high - low) / 2).abs().mean(dim=(1, 2)).tolist()):
