@@ -48,9 +48,8 @@ def main() -> None:
     positive = (score[right] > 0).double().mean()
     wrong = score.scatter(1, labels[:, None], torch.nan)
     print(f"right class first: {(best == labels).double().mean():.4f}")
-    print(
-        f"score above 0: right class {positive:.4f}, others {(wrong > 0).sum() / (9 * len(images)):.4f}"
-    )
+    others = float((wrong > 0).sum()) / (9 * len(images))
+    print(f"score above 0: right class {positive:.4f}, others {others:.4f}")
     print(f"{len(images)} images, {args.probes} probes, {seconds:.0f} s")
 
 

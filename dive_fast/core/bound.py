@@ -3,9 +3,9 @@
 With SNR_t = a_t^2 / s_t^2, s = t - 1 and D numbers in x0 (DDPM, arXiv 2006.11239, in the letters of
 VDM, arXiv 2107.00630):
 
-    -log p(x0) <=  KL(q(x_T | x0) || p(x_T))                                            prior
-                 + sum_{t >= 1} E KL(q(x_s | x_t, x0) || p(x_s | x_t))                  diffusion
-                 + E -log p(x0 | x_0)                                                   reconstruction
+    -log p(x0) <=  KL(q(x_T | x0) || p(x_T))                              prior
+                 + sum_{t >= 1} E KL(q(x_s | x_t, x0) || p(x_s | x_t))    diffusion
+                 + E -log p(x0 | x_0)                                     reconstruction
 
     p(x_T)        = N(0, (a_T^2 + s_T^2) I)
     p(x_s | x_t)  = N(mean of q(x_s | x_t, x0_hat), R_t v_t I),   v_t the variance of q,
