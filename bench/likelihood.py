@@ -7,10 +7,12 @@ python -m bench.likelihood --images 100 --probes 80
 from __future__ import annotations
 
 import argparse
+import json
 import time
 
 import torch
 
+from bench.records import append
 from dive_fast import DiffusionClassifier
 from dive_fast.core.bound import standard_error
 from dive_fast.data.digits import load_digits
@@ -32,25 +34,29 @@ def main() -> None:
     seconds = time.perf_counter() - start
     score, error = given.score(plain)
     right = torch.arange(len(images)), labels
+    row = {"images": len(images), "probes": args.probes, "seed": args.seed}
     for name, values, draws in (
         ("right class", given.values[right], given.draws[right]),
         ("no class", plain.values[:, 0], plain.draws[:, 0]),
-        ("saved by the right class", score[right], (plain.draws - given.draws)[right]),
+        ("saved", score[right], (plain.draws - given.draws)[right]),
     ):
         # The images share the probes, so their draws are averaged first.
-        noise = float(standard_error(draws.mean(dim=0)))
-        images_error = float(values.std()) / len(images) ** 0.5
-        print(f"{name}: {values.mean():.3f} +- {noise:.3f} (probes) +- {images_error:.3f} (images)")
-    print(
-        f"standard error of one image: {given.standard_errors.mean():.3f}, score {error.mean():.3f}"
-    )
-    best = score.argmax(dim=1)
-    positive = (score[right] > 0).double().mean()
+        row[name] = {
+            "bits/dim": float(values.mean()),
+            "error by probes": float(standard_error(draws.mean(dim=0))),
+            "error by images": float(values.std()) / len(images) ** 0.5,
+        }
     wrong = score.scatter(1, labels[:, None], torch.nan)
-    print(f"right class first: {(best == labels).double().mean():.4f}")
-    others = float((wrong > 0).sum()) / (9 * len(images))
-    print(f"score above 0: right class {positive:.4f}, others {others:.4f}")
-    print(f"{len(images)} images, {args.probes} probes, {seconds:.0f} s")
+    row |= {
+        "error of one image": float(given.standard_errors.mean()),
+        "error of one score": float(error.mean()),
+        "right class first": float((score.argmax(dim=1) == labels).double().mean()),
+        "right class above 0": float((score[right] > 0).double().mean()),
+        "others above 0": float((wrong > 0).sum()) / (9 * len(images)),
+        "seconds": round(seconds, 1),
+    }
+    print(json.dumps(row, indent=1))
+    append("likelihood", row, clf)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,9 @@ def test_parts_add_up_and_seeds_matter() -> None:
     assert found.draws.shape == (3, 2, 8)
     swapped = clf.log_likelihood(latents=x0, classes=[0, 2], probes=16)
     assert torch.allclose(swapped.values.flip(1), found.values)
+    twice = clf.log_likelihood(latents=x0, classes=np.array([2, 2, 0]), probes=16)
+    assert torch.allclose(twice.values[:, 1:], found.values)
+    assert torch.allclose(twice.values[:, 0], found.values[:, 0])
     other = clf.log_likelihood(latents=x0, classes=[2, 0], probes=16, seed=1)
     assert not torch.allclose(other.values, found.values, rtol=1e-3)
 
@@ -259,8 +262,8 @@ def test_bad_input() -> None:
         ({"latents": x0, "classes": 0.5}, "whole numbers"),
         ({"latents": x0, "probes": 4}, "that 4 divides, at least 8, got 4"),
         ({"latents": x0, "probes": 10}, "that 4 divides, at least 8, got 10"),
-        ({"latents": x0, "probes": None}, "that 4 divides, at least 8, got None"),
-        ({"latents": x0, "probes": True}, "that 4 divides"),
+        ({"latents": x0, "probes": None}, "number of probes must be a whole number"),
+        ({"latents": x0, "probes": True}, "number of probes must be a whole number"),
         ({"latents": x0, "seed": -1}, "seed must be at least 0"),
         ({"latents": x0[:0]}, "at least one image, got none"),
     ]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dive_fast.core.numbers import whole_seed
-from dive_fast.core.probes import MOST_PROBES, ProbeList
+from dive_fast.core.probes import ProbeList, check_count
 from dive_fast.core.schedule import Schedule
 from dive_fast.errors import DiveFastError, ModelError, shown
 
@@ -135,12 +135,11 @@ def bound_probes(
         DiveFastError: k is no multiple of 4 from 8 on.
         ModelError: as ``step_terms``.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k % STRATUM or not FEWEST <= k:
+    k = check_count(k)
+    if k % STRATUM or k < FEWEST:
         raise DiveFastError(
-            f"expected a number of probes that 4 divides, at least {FEWEST}, got {shown(k)}."
+            f"expected a number of probes that 4 divides, at least {FEWEST}, got {k}."
         )
-    if k > MOST_PROBES:
-        raise DiveFastError(f"the number of probes must be at most {MOST_PROBES}, got {k}.")
     weight = step_terms(schedule)[1]
     q = _density(schedule)
     generator = torch.Generator().manual_seed(whole_seed(seed))

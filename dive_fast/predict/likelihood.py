@@ -180,7 +180,7 @@ class Likelihoods(Predictor):
         given = [classes] if single else classes
         if not isinstance(given, list | tuple):
             return tuple(as_rows(given, len(vocabulary)).tolist())
-        if None in given and vocabulary.unconditional is None:
+        if any(c is None for c in given) and vocabulary.unconditional is None:
             raise ModelError(
                 f"expected classes: {self.model.name} has not learned a condition that means no "
                 f"class."
@@ -235,11 +235,11 @@ class Likelihoods(Predictor):
             raise DiveFastError(f"{refusal}: expected images, got latents.")
         channels, size, _ = self.model.image_shape
         pixels = torch.stack(as_images(images, size, channels))
-        x0 = self.encode_pixels(pixels).cpu()
         # Where x0 are pixels, each is its own pixel times the channel's scale, and shifted.
         ends = torch.ones(2, *pixels.shape[1:]) * torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
         low, high = self.encode_pixels(ends).cpu()
-        alike = x0.shape == pixels.shape
+        alike = low.shape == pixels.shape[1:]
+        x0 = self.encode_pixels(pixels).cpu() if alike else pixels
         expected = (low + high) / 2 + (high - low) / 2 * pixels if alike else x0
         if not alike or not torch.allclose(x0, expected, rtol=1e-3, atol=1e-3):
             raise DiveFastError(
