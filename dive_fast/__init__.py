@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
     from dive_fast.predict.explanation import Explanation
+    from dive_fast.predict.likelihood import Likelihood
     from dive_fast.predict.sampling import sample
     from dive_fast.strategies import register_preset, register_strategy
     from dive_fast.strategies.layout import register_layout_strategy
@@ -50,6 +51,7 @@ _HOMES = {
     "Layout": "dive_fast.core.layouts",
     "LayoutDetector": "dive_fast.predict.detector",
     "LayoutFormat": "dive_fast.core.layouts",
+    "Likelihood": "dive_fast.predict.likelihood",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.core.probes",
     "RayClassifier": "dive_fast.predict.batches",
@@ -92,6 +94,7 @@ __all__ = [
     "Layout",
     "LayoutDetector",
     "LayoutFormat",
+    "Likelihood",
     "ModelError",
     "ProbeList",
     "RayClassifier",

@@ -40,6 +40,7 @@ PAGES = (
     "docs/probe.md",
     "docs/features.md",
     "docs/explain.md",
+    "docs/likelihood.md",
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",

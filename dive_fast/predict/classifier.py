@@ -36,11 +36,12 @@ from dive_fast.predict.classification import (
 )
 from dive_fast.predict.explaining import Explaining
 from dive_fast.predict.fitting import Fitting
+from dive_fast.predict.likelihood import Likelihoods
 from dive_fast.predict.probing import Probing
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 
 
-class DiffusionClassifier(Explaining, Fitting, Probing):
+class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
     """A frozen conditional diffusion model as classifier.
 
     Args:
