@@ -51,6 +51,28 @@ class Exact(ToyModel):
         }[self.schedule.target]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "nats"),
+    [
+        (Schedule.linear(), 0.46),
+        (Schedule.cosine(), 0.40),
+        (Schedule.flow(), 1.41),
+        (Schedule.edm(), 0.32),
+    ],
+    ids=["linear", "cosine", "flow", "EDM"],
+)
+def test_what_the_variance_of_vdm_would_cost(schedule: Schedule, nats: float) -> None:
+    """Of x0 ~ N(0, 1/4), whose mean squared error is 1 / (4 + SNR); docs/likelihood.md."""
+    a, s = schedule.a.double(), schedule.s.double()
+    snr = (a / s).square()
+    error = 1 / (4 + snr[1:])
+    per_target = {"epsilon": s / a, "v_prediction": s / (a**2 + s**2), "flow": s / (a + s)}
+    constant, weight = step_terms(schedule)
+    ours = (constant + weight * error / per_target[schedule.target][1:].square()).sum()
+    vdm = ((snr[:-1] - snr[1:]) / 2 * error).sum()
+    assert (vdm - ours).item() == pytest.approx(nats, abs=0.006)
+
+
 def toy(n_classes: int = 3, sigma: float = 0.5) -> GaussianMixture:
     return GaussianMixture.random(n_classes, (2, 3, 3), sigma=sigma, spread=0.7, seed=1)
 

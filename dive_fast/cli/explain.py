@@ -131,7 +131,7 @@ class _Written:
     def __init__(self, out: Path, config: dict[str, Any]) -> None:
         self.out, self.config = out, config
         self.rows: list[dict[str, Any]] = []
-        self.found: list[Explanation] = []
+        self.maps: dict[str, list[Any]] = {"difference": [], "standard_error": []}
         self.failed: dict[str, str] = {}
 
     def fail(self, path: str, error: str) -> None:
@@ -148,7 +148,8 @@ class _Written:
         sure, signs = found.significant(), found.smoothed()[0]
         shares = [(sure & (sign * signs > 0)).double().mean().item() for sign in (1, -1)]
         error = found.gap_standard_error
-        self.found.append(found)
+        for name, maps in self.maps.items():  # and not the groups of probes behind them
+            maps.append(getattr(found, name).numpy())
         self.rows.append(
             {
                 "id": path,
@@ -179,10 +180,8 @@ class _Written:
         content = {"config": self.config, "maps": self.rows, "failed": self.failed}
         with replacing(self.out / "maps.json") as file:
             file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
-        maps = ("difference", "standard_error")
-        arrays = {name: np.stack([getattr(one, name) for one in self.found]) for name in maps}
         with replacing(self.out / "maps.npz") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **{name: np.stack(maps) for name, maps in self.maps.items()})
 
     def _free(self, name: str) -> Path:
         """A file that no other image of this call has; only what every system allows in names."""

@@ -157,8 +157,8 @@ def _density(schedule: Schedule) -> Tensor:
     """q(t), float64 [T - 1]: proportional to KL_t's second term where x0 ~ N(0, I), and even.
 
     For such x0 the mean squared error is 1 / (1 + SNR_t). A smaller variance takes more probes at
-    little noise, which all conditions have in common: on digits of the training part the standard
-    error of log p(x | c) is 6% smaller at best, that of log p(x | c) - log p(x) much larger.
+    little noise, which all conditions have in common: little is won for log p(x | c), and more is
+    lost for log p(x | c) - log p(x).
     """
     snr = signal_to_noise(schedule)
     guess = (snr[:-1] - snr[1:]) / (1 + snr[:-1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def evaluate(
         if ray is None:
             channels, size, _ = classifier.model.image_shape
             run_over(
-                _pixel_sources(classifier, data, columns),
+                _sources(source, classifier, data),
                 partial(stream, classifier),
                 records,
                 progress=progress,
@@ -122,7 +123,14 @@ def evaluate(
             )
             fill_rate = classifier.last_run.fill_rate
         else:
-            work = Work(data.examples, data.ids, source, stream, partial(_identity, asked))
+            work = Work(
+                data.examples,
+                data.ids,
+                source,
+                stream,
+                identity=partial(_identity, asked),
+                encode=attrgetter("encode_pixels"),
+            )
             fill_rate = run_on_ray(work, classifier, records, ray, progress=progress)
         ids = set(data.ids) if truths is None else truths
         summary = write_outputs(run.path, ids=ids, fill_rate=fill_rate)
@@ -135,21 +143,29 @@ def _indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
     return (data.examples,) if isinstance(data.examples, Sequence) else ()
 
 
-def _pixel_sources(
-    classifier: DiffusionClassifier, data: DataSet, columns: Sequence[str]
+def _sources(
+    source: Callable[..., Source], classifier: DiffusionClassifier, data: DataSet
 ) -> Iterator[Source]:
-    """Whose images are read as pixels, here or by another process, and encoded afterwards."""
-    channels, size, _ = classifier.model.image_shape
+    """Of all examples, such that readers are sent the examples once and then only positions."""
     known = _indexed(data)
     for i, example in enumerate(data.examples):
-        read = partial(load, *known, i) if known else example.load
-        facts = facts_of(example, columns)
-        yield Source(example.id, Pixels(read, size, channels), facts, name=example.id)
+        yield source(classifier, example, partial(load, *known, i) if known else None)
 
 
-def _source(columns: Sequence[str], classifier: DiffusionClassifier, example: Example) -> Source:
-    read = partial(_latent, classifier, example)
-    return Source(example.id, read, facts_of(example, columns), name=example.id)
+def _source(
+    columns: Sequence[str],
+    classifier: DiffusionClassifier,
+    example: Example,
+    read: Callable[[], Any] | None = None,
+) -> Source:
+    """Whose image is read as pixels, wherever that is, and encoded afterwards.
+
+    Args:
+        read: gives the image; ``example.load`` if None.
+    """
+    channels, size, _ = classifier.model.image_shape
+    pixels = Pixels(example.load if read is None else read, size, channels)
+    return Source(example.id, pixels, facts_of(example, columns), name=example.id)
 
 
 def _stream(
@@ -162,7 +178,3 @@ def _stream(
 
 def _identity(asked: Mapping[str, Any], classifier: DiffusionClassifier) -> dict[str, Any]:
     return classifier.identity(**asked)
-
-
-def _latent(classifier: DiffusionClassifier, example: Example) -> torch.Tensor:
-    return classifier.encode([example.load()])[0]

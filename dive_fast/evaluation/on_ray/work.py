@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dive_fast.errors import DiveFastError, ModelError
+from dive_fast.evaluation.encoding import Encode
 from dive_fast.evaluation.on_ray.options import RayOptions
 from dive_fast.evaluation.run import Source
 
@@ -25,6 +26,7 @@ class Work:
         stream: of the predictor and (id, image) pairs, (id, answer) pairs; as ``run_over`` has it.
         identity: of the predictor, what decides its answers, for JSON: the workers' must be the
             driver's. None where there is nothing to compare.
+        encode: of the predictor, what makes of images what its stream takes; None: they are it.
     """
 
     items: Sequence[Any]
@@ -32,6 +34,7 @@ class Work:
     source: Callable[[Any, Any], Source]
     stream: Callable[[Any, Iterable[tuple[str, Any]]], Iterable[tuple[str, Any]]]
     identity: Callable[[Any], Mapping[str, Any]] | None = None
+    encode: Callable[[Any], Encode] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dive_fast.evaluation.encoding import images_at_once
 from dive_fast.evaluation.on_ray.work import Work
 from dive_fast.evaluation.run import run_over
 from dive_fast.evaluation.runfiles import for_json
@@ -113,7 +114,14 @@ class Worker:
     def _classify(self, predictor: Any) -> None:
         """As far as the last piece; the batches are filled across pieces."""
         sources = (self._work.source(predictor, item) for item in self._items())
-        run_over(sources, partial(self._work.stream, predictor), _Records(self._outbox))
+        encode = self._work.encode
+        run_over(
+            sources,
+            partial(self._work.stream, predictor),
+            _Records(self._outbox),
+            encode=None if encode is None else encode(predictor),
+            at_once=1 if encode is None else images_at_once(predictor.model.device),
+        )
         record = getattr(predictor, "last_run", None)
         rows = (0, 0) if record is None else (record.rows, record.capacity_rows)
         self._outbox.put(Drained(*rows))
