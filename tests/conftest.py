@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test writes to the user's home, or is answered from it; those of the cache name a folder.
 os.environ["DIVE_FAST_CACHE"] = ""
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -22,6 +24,23 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """What a fixture or a test draws does not depend on what its process ran before."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    _seed()
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from pictures import noise_picture
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,7 @@ def pictures(tmp_path_factory) -> Path:
     folder, part = tmp_path_factory.mktemp("pictures"), load_digits("test")
     Image.fromarray(part.images[(part.labels == 3).argmax()]).save(folder / "three.png")
     Image.fromarray(load_scenes("test", 1).images[0]).save(folder / "scene.png")
-    Image.effect_noise((40, 30), 80).save(folder / "photo.png")
+    noise_picture((40, 30), 80).save(folder / "photo.png")
     (folder / "bad.png").write_text("no picture")
     return folder
 

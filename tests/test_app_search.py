@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import noise_picture
 from PIL import Image
 from tiny_geodiffusion import write_geodiffusion
 
@@ -115,7 +116,7 @@ def test_layouts_are_seen_as_they_come(layout_dir, tmp_path) -> None:
     load = lambda c, t: LayoutDetector.from_pretrained(layout_dir)  # noqa: E731
     entry = Entry(resolve(layout_dir), load)
     assert entry.detects and not entry.prompted
-    Image.effect_noise((40, 20), 80).save(tmp_path / "noise.png")
+    noise_picture((40, 20), 80).save(tmp_path / "noise.png")
     path, watch = str(tmp_path / "noise.png"), watch_for(entry)
     look = last(list(ask(entry, Question(path, "guided", {}, 12), watch)))
     (plain,) = entry.predictor(path, probes=12)

@@ -16,7 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
 )
-from PIL import Image
+from pictures import noise_picture
 from tiny import read_json, write_json
 from tiny_class_unet import WIDTH, make_conditional, make_unet, write
 
@@ -101,6 +101,6 @@ def test_schedulers_that_cannot_be_used(scheduler, change, message, tmp_path: Pa
     write(DDPMPipeline(make_unet(), scheduler), tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     write_json(path, read_json(path) | change)
-    Image.effect_noise((9, 9), 80).save(tmp_path / "photo.png")
+    noise_picture((9, 9), 80).save(tmp_path / "photo.png")
     said = call(capsys, "classify", tmp_path / "photo.png", "--model", tmp_path)
     assert_refused(said, message)

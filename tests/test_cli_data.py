@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, call
-from PIL import Image
+from pictures import noise_picture
 from tiny import read_json
 
 CLASSES = ("cat", "dog")
@@ -19,7 +19,7 @@ CLASSES = ("cat", "dog")
 
 def png(value: int) -> bytes:
     file = io.BytesIO()
-    Image.effect_noise((12, 12 + value), 80).save(file, "PNG")
+    noise_picture((12, 12 + value), 80).save(file, "PNG")
     return file.getvalue()
 
 
@@ -111,7 +111,7 @@ def test_refused(spec: str, got: str, tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_unknown_lists(sd, tmp_path, capsys) -> None:
-    Image.effect_noise((20, 16), 80).save(tmp_path / "image.png")
+    noise_picture((20, 16), 80).save(tmp_path / "image.png")
     find_spec("open_clip") or pytest.skip("the lists come with open_clip")
     for options, got in (
         (("--classes", "open_clip:food"), "one of open_clip's lists imagenet"),

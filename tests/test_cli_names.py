@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, call
-from PIL import Image
+from pictures import noise_picture
 
 from dive_fast.cli import main
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems h
 
 def picture(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.effect_noise((8, 8), 80).save(path)
+    noise_picture((8, 8), 80).save(path)
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import assert_refused, call
-from PIL import Image
+from pictures import noise_picture
 from tiny import read_json
 
 from dive_fast import DiffusionClassifier
@@ -15,7 +15,7 @@ from dive_fast import DiffusionClassifier
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    Image.effect_noise((20, 16), 80).save(tmp_path / "image.png")
+    noise_picture((20, 16), 80).save(tmp_path / "image.png")
     return tmp_path / "image.png"
 
 
@@ -111,7 +111,7 @@ def test_a_model_with_classes_of_its_own(option, image, capsys):
 def folder(root: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         (root / name).mkdir(parents=True)
-        Image.effect_noise((16, 16), 80).save(root / name / "1.png")
+        noise_picture((16, 16), 80).save(root / name / "1.png")
     return root
 
 

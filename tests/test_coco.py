@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import noise_picture
 from PIL import Image
 
 from bench.bccd import NAMES, load_bccd
@@ -55,7 +56,7 @@ def pictures(tmp_path: Path) -> Path:
     for entry in GOOD["images"]:
         path = folder / entry["file_name"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((entry["width"], entry["height"]), 50).save(path)
+        noise_picture((entry["width"], entry["height"]), 50).save(path)
     return folder
 
 

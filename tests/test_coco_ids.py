@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from coco_files import annotated, write
 from command import call
-from PIL import Image
+from pictures import noise_picture
 
 from dive_fast import DataError
 from dive_fast.data.coco import as_id, class_categories, read_coco, unknown_classes, write_coco
@@ -129,7 +129,7 @@ def test_evaluate_and_fit_with_texts(layout_dir, tmp_path: Path, capsys) -> None
     """The summary of a file with numbers, and records under the texts."""
     pytest.importorskip("pycocotools")
     for i in range(3):
-        Image.effect_noise((64, 48), 50).save(tmp_path / f"{i}.png")
+        noise_picture((64, 48), 50).save(tmp_path / f"{i}.png")
     summaries, fitted = [], []
     for name, ids in {"numbers": int, "texts": "photo-{}".format}.items():
         content = annotated(3, (64, 48), image_id=ids)

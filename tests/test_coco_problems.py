@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from coco_files import annotated, write
 from command import assert_refused, call
-from PIL import Image
+from pictures import noise_picture
 
 from dive_fast import DataError
 from dive_fast.data.coco import read_coco
@@ -21,7 +21,7 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(3):
-        Image.effect_noise((64, 48), 50).save(folder / f"{i}.png")
+        noise_picture((64, 48), 50).save(folder / f"{i}.png")
     return folder
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pictures import noise_picture
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -109,7 +110,7 @@ class TestRandomAccess:
 
     def test_a_bad_picture_is_its_own_error(self, tmp_path: Path) -> None:
         good = io.BytesIO()
-        Image.effect_noise((40, 40), 9).save(good, "PNG")
+        noise_picture((40, 40), 9).save(good, "PNG")
         cells = [
             {"bytes": b"no image", "path": None},
             {"bytes": good.getvalue()[:80], "path": None},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import noise_picture
 from PIL import Image
 
 from dive_fast.cli import main
@@ -142,7 +143,7 @@ class TestCsv:
         save_csv(tmp_path / "two" / "t.csv", *rows[:2], "2.png,2,b")
         assert open_dataset(tmp_path / "two" / "t.csv", CLASSES).identity() != one
         save_csv(tmp_path / "two" / "t.csv", *rows)
-        Image.effect_noise((64, 64), 9).save(tmp_path / "two" / "2.png")
+        noise_picture((64, 64), 9).save(tmp_path / "two" / "2.png")
         assert open_dataset(tmp_path / "two" / "t.csv", CLASSES).identity() != one
 
     def test_a_name_with_a_question_mark(self, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from pictures import noise_picture
 from PIL import Image
 
 from dive_fast import Detections, DiveFastError, ImageError
@@ -219,13 +220,13 @@ class TestDraw:
         assert coloured[: 6 * 12].any()  # the caption
 
     def test_large_ones_keep_their_size(self, found: Detections) -> None:
-        image = Image.effect_noise((500, 40), 30)
+        image = noise_picture((500, 40), 30)
         before = image.copy()
         assert found.draw(image).size == (500, 40)
         assert image == before
 
     def test_empty(self, nothing: Detections) -> None:
-        image = Image.effect_noise((400, 300), 30)
+        image = noise_picture((400, 300), 30)
         np.testing.assert_array_equal(nothing.draw(image), image.convert("RGB"))
 
     def test_captions_of_equal_boxes_do_not_cover_each_other(self) -> None:

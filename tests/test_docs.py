@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from networks import PatchTransformer
+from pictures import noise_picture
 from PIL import Image
 from tiny_geodiffusion import write_geodiffusion
 from tiny_gligen import write_gligen
@@ -127,7 +128,7 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         write_lora(StableDiffusionPipeline.from_pretrained(model), Path(), "unet")
     held_out = load_digits("test")
     Image.fromarray(held_out.images[0]).save("three.png")
-    Image.effect_noise((30, 20), 80).save("photo.png")
+    noise_picture((30, 20), 80).save("photo.png")
     Path("prompts.csv").write_text("prompt,classname,classidx\na cat.,cat,0\na dog.,dog,1\n")
     clf = DiffusionClassifier.from_pretrained("digits")
     names = {

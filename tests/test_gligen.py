@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from command import assert_refused, call
 from diffusers import UNet2DConditionModel
+from pictures import noise_picture
 from PIL import Image
 from tiny_gligen import make_pipeline, write_gligen
 from tiny_sd import make_unet, write_sd
@@ -160,7 +161,7 @@ def test_detects(directory, strategy, cache):
     model.set_layout(grid=9, max_objects=3)
     model.inverse_temperature = 1.0
     detector = LayoutDetector(model, options=EngineOptions(cache=cache))
-    image = Image.effect_noise((32, 16), 90)
+    image = noise_picture((32, 16), 90)
     # Without a margin and without settling objects are kept that barely help.
     settings = {"guided": {"margin": 0.0}, "invert": {"steps": 4, "margin": 0.0}}
     (found,) = detector(image, strategy=strategy, seed=1, **FAST, **settings[strategy])
@@ -338,7 +339,7 @@ def test_plain_stable_diffusion_is_no_detector(tmp_path):
 def test_command_line(directory, tmp_path, capsys):
     small = change_extra(directory, tmp_path, {"grid": 5, "max_objects": 2})
     picture = tmp_path / "a.png"
-    Image.effect_noise((16, 16), 90).save(picture)
+    noise_picture((16, 16), 90).save(picture)
     fast = (
         "--probes",
         2,
@@ -363,7 +364,7 @@ def test_command_line(directory, tmp_path, capsys):
 def test_evaluate_asks_about_the_categories(directory, tmp_path, capsys):
     pytest.importorskip("pycocotools")
     small = change_extra(directory, tmp_path, {"grid": 5, "max_objects": 2})
-    Image.effect_noise((16, 16), 90).save(tmp_path / "a.png")
+    noise_picture((16, 16), 90).save(tmp_path / "a.png")
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 16, "height": 16}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [0, 0, 8, 8]}],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import noise_picture
 from PIL import Image
 from report_runs import answer, write_run
 
@@ -187,7 +188,7 @@ class TestThumbnails:
         assert self.pixels(uri).size == (160, 107)
 
     def test_small_ones_keep_their_pixels(self) -> None:
-        image = Image.effect_noise((8, 4), 90)
+        image = noise_picture((8, 4), 90)
         uri, size, pixelated = thumbnail(image, 160)
         assert size == (160, 80) and pixelated
         assert self.pixels(uri).tobytes() == image.tobytes()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import assert_refused, call
-from PIL import Image
+from pictures import noise_picture
 from safetensors.torch import load_file, save_file
 from tiny import read_json, write_json
 from tiny_sd import LENGTH, make_unet, make_vae
@@ -26,7 +26,7 @@ Change = Callable[[Path], object]
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    Image.effect_noise((20, 16), 80).save(tmp_path / "image.png")
+    noise_picture((20, 16), 80).save(tmp_path / "image.png")
     return tmp_path / "image.png"
 
 

@@ -13,7 +13,7 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from PIL import Image
+from pictures import noise_picture
 from pipelines import check_gradient, intercept
 from tiny import make_vae, read_json, write_json
 from tiny_transformer import CHANNELS, N_CLASSES, SIZE, make_transformer
@@ -132,7 +132,7 @@ def test_identity_tells_the_conventions_apart(directory: Path, dit_dir: Path) ->
 def test_what_cannot_be_used(directory: Path, extra, change, message, capsys) -> None:
     path = state(directory, **extra) / "scheduler" / "scheduler_config.json"
     write_json(path, read_json(path) | change)
-    Image.effect_noise((9, 9), 80).save(directory / "photo.png")
+    noise_picture((9, 9), 80).save(directory / "photo.png")
     said = call(capsys, "classify", directory / "photo.png", "--model", directory)
     assert_refused(said, message)
 
