@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
     from dive_fast.core.head import Head
     from dive_fast.core.layouts import Layout, LayoutFormat
+    from dive_fast.core.loss_weights import LossWeights
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.schedule import Schedule
     from dive_fast.core.threads import choose_threads
@@ -52,6 +53,7 @@ _HOMES = {
     "LayoutDetector": "dive_fast.predict.detector",
     "LayoutFormat": "dive_fast.core.layouts",
     "Likelihood": "dive_fast.predict.likelihood",
+    "LossWeights": "dive_fast.core.loss_weights",
     "ModelError": "dive_fast.errors",
     "ProbeList": "dive_fast.core.probes",
     "RayClassifier": "dive_fast.predict.batches",
@@ -95,6 +97,7 @@ __all__ = [
     "LayoutDetector",
     "LayoutFormat",
     "Likelihood",
+    "LossWeights",
     "ModelError",
     "ProbeList",
     "RayClassifier",

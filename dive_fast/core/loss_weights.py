@@ -114,10 +114,6 @@ class LossWeights:
         counts = tuple(x * y / z for x, y, z in zip(v, w, share, strict=True))
         return TimestepWeights(self.n_timesteps, density, counts)
 
-    def digest(self) -> str:
-        """Tells weights from others by their w(t): what is learned from losses depends on it."""
-        return digest(map(str, (self.n_timesteps, *self.weights)))
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**asdict(self), "weights": list(self.weights)}
@@ -145,6 +141,13 @@ class LossWeights:
             f"{self.form}, from {self.images} images; beta {self.beta:.4g}; "
             f"{self.gain:.3f} +- {self.error:.3f} nats better on images left out"
         )
+
+
+def digest_of(weights: LossWeights | None) -> str:
+    """Tells weights from others by their w(t), of which depends what losses mean; "" of none."""
+    if weights is None:
+        return ""
+    return digest(map(str, (weights.n_timesteps, *weights.weights)))
 
 
 def _spread(values: tuple[float, ...], bins: int) -> list[float]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from dive_fast.core.loss_weights import LossWeights
+from dive_fast.core.loss_weights import LossWeights, digest_of
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.core.shortlist import Check, Shortlist, Survey, digest, estimate_shortlist
@@ -48,7 +48,7 @@ def surveyed_shortlist(
     found = measured(classifier, x0, probes, k // probes.unit * probes.unit, progress)
     shortlist, without = estimate_shortlist(survey_of(found), digest(model.vocabulary.names))
     with_it = checks(found, without, probes)
-    shortlist = replace(shortlist, checks=with_it, weights=counts.digest() if counts else "")
+    shortlist = replace(shortlist, checks=with_it, weights=digest_of(counts))
     plain = checks(found, [None] * len(found), probes)
     better = _cost(with_it) < _cost(plain)
     if not better:

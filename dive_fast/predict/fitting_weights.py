@@ -15,6 +15,7 @@ from dive_fast.predict.comparing import SCREEN_PROBES, compared_losses
 from dive_fast.predict.predictor import Predictor
 
 LEAST_IMAGES = 20
+PROBES, RIVALS = 100, 9
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dive_fast.core.loss_weights import LossWeights
+from dive_fast.core.loss_weights import LossWeights, digest_of
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Search
 from dive_fast.core.shortlist import Shortlist
@@ -77,8 +77,7 @@ class Predictor(Placing):
     def _shortlist(self, weights: LossWeights | None) -> Shortlist | None:
         """The model's shortlist, if it was learned for its classes and from losses like these."""
         found = fitted_shortlist(self.model)
-        same = found is not None and found.weights == (weights.digest() if weights else "")
-        return found if same else None
+        return found if found is not None and found.weights == digest_of(weights) else None
 
     def save_fitted(self, directory: str | Path | None = None) -> Path:
         """Writes what was fitted into ``dive_fast.json``, keeping its other entries.

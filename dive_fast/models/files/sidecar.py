@@ -19,6 +19,7 @@ from dive_fast.models.files.reading import read_json
 from dive_fast.models.protocol import Model, optional
 
 FILE = "dive_fast.json"
+_KINDS = {"timesteps": TimestepWeights, "shortlist": Shortlist, "loss_weights": LossWeights}
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,7 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
         log.warning("the shortlist in %s is of an earlier version: fit it again.", path)
         content = content | {"shortlist": None}
     learned = {}
-    kinds = {"timesteps": TimestepWeights, "shortlist": Shortlist, "loss_weights": LossWeights}
-    for key, kind in kinds.items():
+    for key, kind in _KINDS.items():
         try:
             learned[key] = kind.from_dict(content[key]) if content.get(key) is not None else None
         except DiveFastError as error:
@@ -121,12 +121,15 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
     Raises:
         ModelError: the file there is damaged, or as ``write_extra``.
     """
-    content = read_extra(directory)
-    values = {
-        "beta": fitted.inverse_temperature,
-        "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),
-        "shortlist": None if fitted.shortlist is None else fitted.shortlist.to_dict(),
-        "loss_weights": None if fitted.loss_weights is None else fitted.loss_weights.to_dict(),
-    }
-    content = {key: value for key, value in (content | values).items() if value is not None}
+    content = read_extra(directory) | fitted_entries(fitted)
+    content = {key: value for key, value in content.items() if value is not None}
     return write_extra(directory, content)
+
+
+def fitted_entries(fitted: Fitted) -> dict[str, Any]:
+    """The values for JSON, None where there are none."""
+    found: dict[str, Any] = {"beta": fitted.inverse_temperature}
+    for key in _KINDS:
+        value = getattr(fitted, key)
+        found[key] = None if value is None else value.to_dict()
+    return found
