@@ -118,8 +118,8 @@ def differences(losses: torch.Tensor, timesteps: torch.Tensor, n_timesteps: int)
     bins = timesteps * BINS // n_timesteps
     if len(bins) != losses.shape[2] or int(torch.bincount(bins, minlength=BINS).min()) < 2:
         raise DiveFastError(
-            f"weights need at least 2 probes in each of {BINS} bins of the timesteps, "
-            f"got {losses.shape[2]} probes."
+            f"weights need at least 2 probes in each of {BINS} bins of the timesteps (64 in all "
+            f"are enough), got {losses.shape[2]}."
         )
     apart = losses[:, 1:].double() - losses[:, :1].double()
     found = torch.zeros(*apart.shape[:2], BINS, dtype=torch.float64)

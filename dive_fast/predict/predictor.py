@@ -131,6 +131,7 @@ class Predictor(Placing):
             "model": self._model_identity(),
             "strategy": {"name": strategy.name, **_settings(strategy)},
             "probes": len(probe_list),
+            **({} if learned is None else {"loss_weights": list(learned.weights)}),
             "beta": self._beta(learned),
             "seed": seed,
         }
@@ -138,8 +139,6 @@ class Predictor(Placing):
             found["noise"] = "antithetic pairs"
         if placed is not None:
             found["timesteps"] = placed.to_dict()
-        if learned is not None:
-            found["loss_weights"] = list(learned.weights)
         # Only what changes answers: a run may go on under another cache, but not another precision.
         if engine := self.options.identity():
             found["engine"] = engine
