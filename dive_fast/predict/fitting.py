@@ -18,7 +18,7 @@ from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.predict.calibration import Calibration, as_labels, calibrate
 from dive_fast.predict.comparing import compared_losses
 from dive_fast.predict.fitting_shortlist import surveyed_shortlist
-from dive_fast.predict.fitting_weights import PROBES, RIVALS, WeightFit, learned_weights
+from dive_fast.predict.fitting_weights import FOLDS, PROBES, RIVALS, WeightFit, learned_weights
 from dive_fast.predict.predictor import Predictor
 from dive_fast.predict.sampling import sample
 from dive_fast.strategies import Strategy, resolve_strategy
@@ -101,7 +101,7 @@ class Fitting(Predictor):
         latents: torch.Tensor | None = None,
         probes: int = PROBES,
         rivals: int = RIVALS,
-        folds: int = 5,
+        folds: int = FOLDS,
         seed: int = 0,
         progress: bool = False,
     ) -> WeightFit:

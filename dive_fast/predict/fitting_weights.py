@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from dive_fast.predict.comparing import SCREEN_PROBES, compared_losses
 from dive_fast.predict.predictor import Predictor
 
 LEAST_IMAGES = 20
-PROBES, RIVALS = 100, 9
+PROBES, RIVALS, FOLDS = 100, 9, 5
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,20 @@ def evaluations_per_image(n_classes: int, probes: int, rivals: int) -> int:
     return screened + probes * (1 + min(rivals, others))
 
 
+class Measured(NamedTuple):
+    """What weights are learned from.
+
+    Attributes:
+        apart: float64 [N, R, bins], see ``core.weight_learning.differences``.
+        folds: int64 [N], the part that each image is left out with.
+        evaluations: what it cost.
+    """
+
+    apart: np.ndarray
+    folds: np.ndarray
+    evaluations: int
+
+
 def learned_weights(
     classifier: Predictor,
     x0: torch.Tensor,
@@ -74,7 +89,25 @@ def learned_weights(
     seed: int,
     progress: bool,
 ) -> WeightFit:
-    """Measures labelled images, and learns from them.
+    """Measures labelled images, and learns from them; arguments and errors of ``measured``."""
+    found = measured(classifier, x0, labels, probes, rivals, folds, seed, progress)
+    learned = learn(found.apart, found.folds, len(classifier.model.schedule))
+    return WeightFit(
+        learned.weights, learned.trials, len(x0), learned.right, learned.nll, found.evaluations
+    )
+
+
+def measured(
+    classifier: Predictor,
+    x0: torch.Tensor,
+    labels: torch.Tensor,
+    probes: int = PROBES,
+    rivals: int = RIVALS,
+    folds: int = FOLDS,
+    seed: int = 0,
+    progress: bool = False,
+) -> Measured:
+    """How far the label and its nearest rivals lie apart in every bin of the timesteps.
 
     Every fold has noises of its own: weights that only suit the noises that they were learned on
     do no good on the images left out.
@@ -112,5 +145,4 @@ def learned_weights(
         for done in classifier._run(jobs, noises, progress=len(part) if progress else None):
             losses[done.key] = done.answer.trace["losses"]
             evaluations += done.evaluations
-    found = learn(differences(losses, timesteps, n_timesteps), fold, n_timesteps)
-    return WeightFit(found.weights, found.trials, len(x0), found.right, found.nll, evaluations)
+    return Measured(differences(losses, timesteps, n_timesteps), fold, evaluations)
