@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
     from dive_fast.predict.explanation import Explanation
+    from dive_fast.predict.fitting_weights import WeightFit
     from dive_fast.predict.likelihood import Likelihood
     from dive_fast.predict.sampling import sample
     from dive_fast.strategies import register_preset, register_strategy
@@ -62,6 +63,7 @@ _HOMES = {
     "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
     "TimestepWeights": "dive_fast.core.timesteps",
+    "WeightFit": "dive_fast.predict.fitting_weights",
     "register_layout_strategy": "dive_fast.strategies.layout",
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
@@ -104,6 +106,7 @@ __all__ = [
     "RunError",
     "Schedule",
     "TimestepWeights",
+    "WeightFit",
     "__version__",
     "accelerate",
     "choose_threads",
