@@ -122,9 +122,9 @@ class TestAnswers:
     def test_losses_are_the_weighted_means(self, toy: tuple) -> None:
         clf, x0, _ = toy
         clf.model.loss_weights = HALVES
-        found = clf(latents=x0, strategy="enumerate", probes=40, timesteps="uniform")
+        found = clf(latents=x0, strategy="enumerate", probes=64, timesteps="uniform")
         raw = clf.losses(latents=x0, probes=64)
-        t = low_discrepancy_probes(40, 1000, SHAPE).timesteps
+        t = low_discrepancy_probes(64, 1000, SHAPE).timesteps
         expected = (raw * torch.where(t < 500, 1.5, 0.5)).mean(dim=2)
         for answer, losses in zip(found, expected, strict=True):
             torch.testing.assert_close(answer.losses, losses)
@@ -136,13 +136,13 @@ class TestAnswers:
         clf, x0, _ = toy
         before = clf(latents=x0[:3], strategy=strategy, probes=64)
         clf.model.loss_weights = HALVES
-        given = HALVES.placed(None).probes(40, SHAPE)
+        given = HALVES.placed(None).probes(64, SHAPE)
         by_hand = clf(latents=x0[:3], strategy=strategy, probes=given)
         for settings in ({}, {"weights": "learned"}, {"weights": HALVES}):
-            found = clf(latents=x0[:3], strategy=strategy, probes=40, **settings)
+            found = clf(latents=x0[:3], strategy=strategy, probes=64, **settings)
             for a, b in zip(found, by_hand, strict=True):
                 assert torch.equal(a.losses.nan_to_num(), b.losses.nan_to_num())
-        found = clf(latents=x0[:3], strategy=strategy, probes=40, weights="uniform")
+        found = clf(latents=x0[:3], strategy=strategy, probes=64, weights="uniform")
         for a, b in zip(found, before, strict=True):
             assert torch.equal(a.losses.nan_to_num(), b.losses.nan_to_num())
             assert torch.equal(a.log_posterior, b.log_posterior)
