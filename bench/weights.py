@@ -9,7 +9,8 @@ a random order are fitted to, the next ``--limit`` measured, on equally many pro
 
 - ``uniform``: even timesteps that count alike, beta fitted to the same images as the weights;
 - ``multiplied``: the same losses times w(t);
-- ``weights``: what a classifier does, its probes where w(t) says.
+- ``timesteps``: the plain mean over the model's learned timesteps, where it has such;
+- ``weights``: what a classifier does, its probes where w(t) (and learned timesteps) say.
 
 The negative control shuffles the labels of the fitted images ``--shuffles`` times: each of them
 should be refused. Appends to bench/results/weights.jsonl.
@@ -98,16 +99,25 @@ def held_out(
     progress = sys.stderr.isatty()
     plain = clf.losses(latents=x0, probes=even, progress=progress)
     placed = clf.losses(latents=x0, probes=own, progress=progress)
+    before = plain
+    if clf.model.timesteps is not None:
+        learned = clf.probe_list(Auto(), most, seed, "learned", "uniform")
+        before = clf.losses(latents=x0, probes=learned, progress=progress)
     rows = []
     for k in options.probes:
         found = {
             "uniform": (plain[:, :, :k].mean(dim=2), beta),
             "multiplied": ((plain * times)[:, :, :k].mean(dim=2), weights.beta),
+            "timesteps": (before[:, :, :k].mean(dim=2), beta),
             "weights": (placed[:, :, :k].mean(dim=2), weights.beta),
         }
         row = {"probes": k, **{name: figures(x, labels, b) for name, (x, b) in found.items()}}
-        for name in ("multiplied", "weights"):
-            row[f"{name} against uniform"] = paired(found["uniform"][0], found[name][0], labels)
+        for one, other in (
+            ("uniform", "multiplied"),
+            ("uniform", "weights"),
+            ("timesteps", "weights"),
+        ):
+            row[f"{other} against {one}"] = paired(found[one][0], found[other][0], labels)
         rows.append(row)
     return rows
 

@@ -128,16 +128,15 @@ def measured(
             f"weights are learned from {LEAST_IMAGES} images or more, got {len(x0)}."
         )
     rivals = min(rivals, n_classes - 1)
-    fold = np.random.default_rng(seed).permutation(len(x0)) % folds
+    generator = np.random.default_rng(seed)
+    fold, seeds = generator.permutation(len(x0)) % folds, generator.integers(2**31, size=folds)
     timesteps = low_discrepancy_probes(probes, n_timesteps, (1, 1, 1)).timesteps
     # Too few probes shall not wait until all are measured.
     differences(torch.zeros(1, 2, probes), timesteps, n_timesteps)
     losses, evaluations = torch.empty(len(x0), 1 + rivals, probes), 0
     for number in range(folds):
         part = np.flatnonzero(fold == number).tolist()
-        noises = low_discrepancy_probes(
-            probes, n_timesteps, model.latent_shape, seed * folds + number
-        )
+        noises = low_discrepancy_probes(probes, n_timesteps, model.latent_shape, int(seeds[number]))
         jobs = (
             classifier._job(i, x0[i], compared_losses(n_classes, int(labels[i]), probes, rivals))
             for i in part
