@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         convert,
         demo,
         detect,
+        diagnose,
         evaluate,
         explain,
         fit,
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training = (train, train_layout, train_prior)
     asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, report)
-    for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
+    for module in (*asked, *runs, fit, diagnose, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 
