@@ -140,8 +140,8 @@ class Choosing(Predictor):
         if (twins := self.model.text.twins(item.candidates, table)) is not None:
             one, other = (item.candidates[i] for i in twins)
             raise DiveFastError(
-                f"expected candidates that the text encoder tells apart, got {shown(one)} and "
-                f"{shown(other)}, which are the same to it."
+                f"expected candidates that the text encoder tells apart, got {one!r} and "
+                f"{other!r}, which are the same to it."
             )
         return Vocabulary(table, item.candidates, vocabulary.unconditional, shape=vocabulary.shape)
 
