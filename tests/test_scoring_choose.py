@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from direct_scores import Direct, colour_picture
-from pipelines import save
 from tiny_lora import write_flux
+from tiny_pixart import write_pixart
+from tiny_sd3 import write_sd3
 
 from dive_fast import DiffusionClassifier, ImageTextScorer
 from dive_fast.core.probes import low_discrepancy_probes
@@ -92,23 +93,11 @@ def test_two_towers(sdxl):
     check_alike(sdxl, ITEMS[:3], dict(scorer.choose(ITEMS[:3], **asked)), **asked)
 
 
-def write_pixart(folder: Path) -> Path:
-    from test_pixart import ALPHA, make_pixart
-
-    return save(lambda: make_pixart(ALPHA), folder / "model")
-
-
-def write_sd3(folder: Path) -> Path:
-    from test_sd3 import make_sd3
-
-    return save(lambda: make_sd3(folder), folder / "model")
-
-
-@pytest.mark.parametrize("write", [write_pixart, write_sd3, lambda p: write_flux(p / "model")])
+@pytest.mark.parametrize("write", [write_pixart, write_sd3, write_flux])
 def test_other_families(write, tmp_path, monkeypatch):
     """Masks of the prompt; pooled embeddings beside the tokens; several text encoders."""
     monkeypatch.setenv("DIVE_FAST_CACHE", str(tmp_path / "cache"))
-    directory = write(tmp_path)
+    directory = write(tmp_path / "model")
     scorer = ImageTextScorer.from_pretrained(directory, device="cpu")
     texts = [("cat", "big dog"), ("a big cat", "a dog", "a photo of a dog", "photo")]
     items = list(zip("pq", PICTURES, texts, strict=False))

@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
     from dive_fast.cli import (
         app,
+        choose,
         classify,
         compare_runs,
         convert,
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         merge,
         probe,
         report,
+        score,
         train,
         train_layout,
         train_prior,
@@ -74,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training = (train, train_layout, train_prior)
     asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, report)
-    for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
+    texts = (score, choose)
+    for module in (*asked, *texts, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser
 
