@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         convert,
         demo,
         detect,
+        diagnose,
         evaluate,
         explain,
         fit,
@@ -74,10 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    training = (train, train_layout, train_prior)
-    asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, report)
-    texts = (score, choose)
-    for module in (*asked, *texts, *runs, fit, probe, *training, convert, demo, info):
+    groups = (
+        (classify, explain, detect, app),
+        (score, choose),
+        (evaluate, merge, compare_runs, report),
+        (fit, diagnose, probe),
+        (train, train_layout, train_prior),
+        (convert, demo, info),
+    )
+    for module in (command for group in groups for command in group):
         module.add_parser(commands)
     return parser
 

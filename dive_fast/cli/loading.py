@@ -127,7 +127,7 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
 
 
 def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = None):
-    """The detector that the options name; a warning where its prior may be far too heavy.
+    """The detector that the options name; a warning where its prior has no proper weight.
 
     Args:
         classes: as in ``load_classifier``.
@@ -143,11 +143,19 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     )
     if options.fitted is not None:
         detector.load_fitted(options.fitted)
-    if detector.prior_out_of_proportion:
+    name = detector.model.name
+    if detector.prior_is_left_out:
         log.warning(
-            "the beta of %s is not fitted, so its prior may be far too heavy: dive-fast fit, "
-            "--prior none or a smaller --prior-weight mends that.",
-            detector.model.name,
+            "the beta of %s is not fitted, so its prior is left out, which might hide every "
+            "object: dive-fast fit gives it its weight, --prior-weight another one.",
+            name,
+        )
+    elif detector.prior_out_of_proportion:
+        log.warning(
+            "the beta of %s is not fitted, so a prior of weight %g may be far too heavy: dive-fast "
+            "fit or a smaller --prior-weight mends that.",
+            name,
+            detector.prior_weight,
         )
     return detector
 

@@ -332,6 +332,12 @@ def _add_timesteps(group: argparse._ArgumentGroup) -> None:
         help="take probes where the model's fitted timesteps say, or evenly (default: learned "
         "where the model has them; presets are uniform)",
     )
+    group.add_argument(
+        "--weights",
+        choices=["learned", "uniform"],
+        help="let the loss at each timestep count as the model's fitted weights say, or alike "
+        "(default: learned where the model has them; presets are uniform)",
+    )
 
 
 def _add_lora(group: argparse._ArgumentGroup) -> None:
