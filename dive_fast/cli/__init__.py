@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     from dive_fast.cli import (
         app,
         classify,
+        compare,
         compare_runs,
         convert,
         demo,
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, report)
+    asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, compare, report)
     for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser

@@ -110,6 +110,16 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser)
 
 
+def add_generator_options(parser: argparse.ArgumentParser) -> None:
+    """What ``load_classifier`` reads, for several models that positional arguments name."""
+    group = parser.add_argument_group("models, all of them")
+    _add_loading(group)
+    _add_timestep_embedding(group)
+    _add_prediction_type(group)
+    _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
+    _add_engine(parser)
+
+
 def add_options_of_both(
     parser: argparse.ArgumentParser, *, strategy: str, prior: bool
 ) -> argparse._ArgumentGroup:
@@ -180,6 +190,11 @@ def _add_model(
 ) -> None:
     action = "append" if several else "store"
     group.add_argument("--model", action=action, default=default, metavar=metavar, help=text)
+    _add_loading(group)
+    _add_fitted(group)
+
+
+def _add_loading(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     group.add_argument(
@@ -196,6 +211,9 @@ def _add_model(
         help="take the weights of a variant, such as fp16, where there are such (default: full "
         "precision, or the only variant)",
     )
+
+
+def _add_fitted(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fitted",
         metavar="DIR",
