@@ -183,9 +183,9 @@ def read_spec(given: str) -> Spec:
     name, equals, rest = given.partition("=")
     if not equals or os.path.exists(given):
         name, rest = "", given
-    model, plus, lora = rest.partition("+")
-    if os.path.exists(rest):
-        model, plus, lora = rest, "", ""
+    cuts = [len(rest), *(i for i, letter in enumerate(rest) if letter == "+")]
+    cut = next((i for i in cuts if os.path.exists(rest[:i])), min(cuts[1:], default=len(rest)))
+    model, plus, lora = rest[:cut], rest[cut : cut + 1], rest[cut + 1 :]
     scale = None
     if "@" in lora and not os.path.exists(lora):
         lora, _, number = lora.rpartition("@")

@@ -175,7 +175,8 @@ def compare_generators(
             readers=readers,
             progress=progress,
         )
-    found = _compared(facts, folders, steps or {}, reference, settings, resamples)
+    asked = len(data.ids)
+    found = _compared(facts, folders, steps or {}, reference, settings, resamples, asked)
     _write(out, found)
     return found
 
@@ -187,11 +188,12 @@ def _compared(
     reference: str,
     settings: Settings,
     resamples: int,
+    asked: int,
 ) -> GeneratorComparison:
     runs = [Measurements.read(folder, facts[0].names) for folder in folders]
     common = set(runs[0].ids).intersection(*(run.ids for run in runs[1:]))
     # Sorted, for the order of answers is chance.
-    ids, known = sorted(common), set().union(*(run.ids for run in runs))
+    ids = sorted(common)
     if not ids:
         raise RunError(f"{folders[0].parent}: no image was answered by all generators.")
     runs = [run.take(ids) for run in runs]
@@ -220,7 +222,7 @@ def _compared(
         rows=tuple(rows),
         reference=reference,
         n=len(ids),
-        lacking=len(known) - len(ids),
+        lacking=asked - len(ids),
         classes=len(facts[0].names),
         settings=settings,
         resamples=resamples,
