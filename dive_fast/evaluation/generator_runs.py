@@ -124,8 +124,9 @@ def tried_classes(truth: int, n_classes: int, key: str, settings: Settings) -> t
 def _config(
     classifier: DiffusionClassifier, data: DataSet, settings: Settings, has_bound: bool
 ) -> dict[str, Any]:
-    asked = {"probes": settings.probes, "seed": settings.seed, "timesteps": "uniform"}
-    found = classifier.identity(strategy="enumerate", **asked)
+    asked = {"probes": settings.probes, "seed": settings.seed}
+    plain = {"timesteps": "uniform", "weights": "uniform"}
+    found = classifier.identity(strategy="enumerate", **asked, **plain)
     found["comparison"] = {
         "classes_per_image": settings.classes_per_image,
         "likelihood_probes": settings.likelihood_probes if has_bound else None,

@@ -127,7 +127,7 @@ def measure(
             yield classifier._job(item.key, x0, search)
 
     for finished in classifier._run(jobs(), every):
-        answer = classifier._classification(finished, None, False)
+        answer = classifier._classification(finished, classifier._beta(None), None, False)
         if bound is None:
             yield finished.key, Measured(answer)
         else:
