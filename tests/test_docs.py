@@ -44,6 +44,7 @@ PAGES = (
     "docs/explain.md",
     "docs/likelihood.md",
     "docs/scores.md",
+    "docs/compare.md",
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",

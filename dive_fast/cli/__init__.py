@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         app,
         choose,
         classify,
+        compare,
         compare_runs,
         convert,
         demo,
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     groups = (
         (classify, explain, detect, app),
         (score, choose),
-        (evaluate, merge, compare_runs, report),
+        (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
         (train, train_layout, train_prior),
         (convert, demo, info),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from safetensors import SafetensorError
+from torch import nn
 
 from dive_fast.data import digits
 from dive_fast.data.mnist import load_mnist
@@ -30,8 +31,9 @@ from dive_fast.training.dit import (
     augment_images,
     train_transformer,
 )
-from dive_fast.training.loop import prepare_directory
+from dive_fast.training.loop import doubling_steps, prepare_directory
 
+CHECKPOINTS = "checkpoints"  # the folder of them
 PROBES = 100
 N_FIT = 300
 MAX_FIT_EVALUATIONS = 300_000
@@ -79,6 +81,7 @@ def train_zoo_model(
     steps: int | None = None,
     seed: int = 0,
     bf16: bool = False,
+    checkpoints: int = 0,
     log_to: LogTo | None = None,
     progress: bool = True,
 ) -> dict:
@@ -89,6 +92,9 @@ def train_zoo_model(
         data: the ``.npz`` of MNIST or Omniglot; the digits come with scikit-learn.
         steps: fewer than the zoo's, for a try.
         bf16: the network computes in bfloat16; its weights stay float32.
+        checkpoints: how many model directories ``out/checkpoints/checkpoint-STEP`` it leaves, with
+            averaged weights, each after about twice the steps of the one before, the last at the
+            end.
         log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
 
     Returns:
@@ -111,11 +117,17 @@ def train_zoo_model(
     config = dataclasses.replace(
         recipe.config, steps=steps or recipe.config.steps, seed=seed, bf16=bf16
     )
-    transformer = train_transformer(train.images, train.labels, config, out, progress, log_to)
-    try:
-        write_model(out, transformer, train.names)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written ({error}).") from error
+    transformer = train_transformer(
+        train.images,
+        train.labels,
+        config,
+        out,
+        progress,
+        log_to,
+        doubling_steps(checkpoints, config.steps),
+        lambda step, model: _write(out / CHECKPOINTS / f"checkpoint-{step}", model, train.names),
+    )
+    _write(out, transformer, train.names)
 
     classifier = DiffusionClassifier.from_pretrained(out)
     fit_zoo_model(classifier, train, config, progress)
@@ -141,6 +153,13 @@ def train_zoo_model(
     write_extra(out, facts)
     classifier.save_fitted(out)
     return expected
+
+
+def _write(out: Path, transformer: nn.Module, names: tuple[str, ...]) -> None:
+    try:
+        write_model(out, transformer, names)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} cannot be written ({error}).") from error
 
 
 def fit_zoo_model(
