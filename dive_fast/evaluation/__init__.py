@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dive_fast.evaluation.classification import evaluate
+from dive_fast.evaluation.corruptions import CorruptionTable, evaluate_corruptions
 from dive_fast.evaluation.detection import (
     DetectionSummary,
     evaluate_detections,
@@ -13,11 +14,13 @@ from dive_fast.evaluation.rundir import RunDirectory, read_records
 from dive_fast.evaluation.summary import Summary, summarise
 
 __all__ = [
+    "CorruptionTable",
     "DetectionSummary",
     "RayOptions",
     "RunDirectory",
     "Summary",
     "evaluate",
+    "evaluate_corruptions",
     "evaluate_detections",
     "read_records",
     "summarise",
