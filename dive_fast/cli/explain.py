@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dive_fast.cli.loading import chosen_strategy, load_classifier
 from dive_fast.cli.options import add_classifier_options, add_images
+from dive_fast.cli.values import row_or_name
 
 if TYPE_CHECKING:  # torch is not loaded for the help
     from dive_fast.predict.classifier import DiffusionClassifier
@@ -116,8 +117,7 @@ def _row(text: str | None, names: tuple[str, ...]) -> int | None:
 
     if text is None:
         return None
-    is_number = text not in names and re.fullmatch(r"[0-9]{1,18}", text)
-    return class_row(int(text) if is_number else text, names)
+    return class_row(row_or_name(text, names), names)
 
 
 class _Written:
