@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         explain,
         fit,
         info,
+        likelihood,
         merge,
         probe,
         report,
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     groups = (
-        (classify, explain, detect, app),
+        (classify, explain, likelihood, detect, app),
         (score, choose),
         (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
