@@ -1,0 +1,162 @@
+"""Photographs in ten classes: how far a diffusion model of one's own is from a small CNN.
+
+    python -m bench.photo_classes crops --data FILE.zip --out CROPS
+    dive-fast train-classes --data CROPS/train --out MODEL
+    python -m bench.photo_classes score --crops CROPS --model MODEL --commit COMMIT
+    python -m bench.photo_classes cnn --crops CROPS --minutes 20 --commit COMMIT
+
+The pictures are objects of COCO's validation photographs, cut out by their boxes: 60 of a class to
+learn from and up to 30 to measure on, of other photographs. ``--validate`` measures on a fifth of
+the training photographs instead, for choosing settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from dive_fast.data import open_dataset
+from dive_fast.data.images import from_bytes, image_bytes
+from dive_fast.training.augmentation import Augmentation
+
+GROUPS = {
+    "animal": ["horse", "elephant", "dog", "cow", "sheep", "zebra", "giraffe", "cat", "bear"],
+    "bag": ["handbag", "suitcase", "backpack"],
+    "bus or truck": ["bus", "truck", "train"],
+    "car": ["car"],
+    "chair": ["chair"],
+    "crockery": ["cup", "bowl", "bottle", "wine glass"],
+    "food": [
+        "pizza", "cake", "sandwich", "banana", "apple", "orange", "broccoli", "carrot", "donut",
+        "hot dog",
+    ],
+    "person": ["person"],
+    "seat": ["couch", "bed", "bench"],
+    "table": ["dining table"],
+}  # fmt: skip
+LONG, SHORT = 24, 16  # pixels that the sides of an object have at least
+OF_ONE_PHOTOGRAPH = 5
+TEST_SHARE = 0.3  # of the photographs
+N_TRAIN, N_TEST = 60, 30
+MARGIN = 1.1  # the square, by the longer side of the box
+AUGMENTED = Augmentation(flip=True, crop=0.3, colour=0.3)
+
+
+def write_crops(archive: str, out: Path, seed: int = 0) -> Counter:
+    """OUT/train/CLASS/*.png and OUT/test/CLASS/*.png; how many of each part and class."""
+    category = {name: group for group, names in GROUPS.items() for name in names}
+    with zipfile.ZipFile(archive) as file:
+        boxes: dict[str, list[tuple[str, list[float]]]] = {}
+        for part in ("train", "test"):
+            coco = json.loads(file.read(f"instances_{part}.json"))
+            names = {c["id"]: c["name"] for c in coco["categories"]}
+            files = {i["id"]: i["file_name"] for i in coco["images"]}
+            for a in coco["annotations"]:
+                group, (_, _, w, h) = category.get(names[a["category_id"]]), a["bbox"]
+                if group and not a["iscrowd"] and max(w, h) >= LONG and min(w, h) >= SHORT:
+                    boxes.setdefault(files[a["image_id"]], []).append((group, a["bbox"]))
+        photographs = sorted(boxes)
+        np.random.default_rng(seed).shuffle(photographs)
+        first_train, count = round(TEST_SHARE * len(photographs)), Counter()
+        for number, name in enumerate(photographs):
+            part = "test" if number < first_train else "train"
+            most, here = (N_TEST if part == "test" else N_TRAIN), Counter()
+            photograph = None
+            for i, (group, box) in enumerate(boxes[name]):
+                if count[part, group] >= most or here[group] >= OF_ONE_PHOTOGRAPH:
+                    continue
+                if photograph is None:
+                    photograph = Image.open(io.BytesIO(file.read(f"images/{name}"))).convert("RGB")
+                folder = out / part / group
+                folder.mkdir(parents=True, exist_ok=True)
+                cut_out(photograph, box).save(folder / f"{Path(name).stem}-{i}.png")
+                count[part, group] += 1
+                here[group] += 1
+    return count
+
+
+def cut_out(photograph: Image.Image, box: list[float]) -> Image.Image:
+    """The square around a box, moved into the photograph where it would stand out."""
+    x, y, w, h = box
+    side = min(round(MARGIN * max(w, h)), *photograph.size)
+    left = round(min(max(0, x + w / 2 - side / 2), photograph.width - side))
+    top = round(min(max(0, y + h / 2 - side / 2), photograph.height - side))
+    return photograph.crop((left, top, left + side, top + side))
+
+
+class SmallNetwork(nn.Module):
+    """A residual CNN of four stages, as the yardstick: 1.2 million parameters at width 32."""
+
+    def __init__(self, n_classes: int, width: int = 32) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 4 * width]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width))
+        self.shortcuts, self.bodies = nn.ModuleList(), nn.ModuleList()
+        before = width
+        for i, wide in enumerate(widths):
+            stride = 1 if i == 0 else 2
+            self.shortcuts.append(nn.Conv2d(before, wide, 1, stride=stride))
+            self.bodies.append(
+                nn.Sequential(
+                    nn.Conv2d(before, wide, 3, stride=stride, padding=1, bias=False),
+                    nn.BatchNorm2d(wide),
+                    nn.ReLU(),
+                    nn.Conv2d(wide, wide, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(wide),
+                )
+            )
+            before = wide
+        self.head = nn.Linear(before, n_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        for shortcut, body in zip(self.shortcuts, self.bodies, strict=True):
+            x = F.relu(shortcut(x) + body(x))
+        return self.head(F.dropout(x.mean(dim=(2, 3)), 0.2, self.training))
+
+
+def train_cnn(x: torch.Tensor, y: torch.Tensor, minutes: float, width: int, seed: int) -> nn.Module:
+    """Trains for so long; x uint8 [N, 3, s, s]. The course is one cosine over the time."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    network = SmallNetwork(int(y.max()) + 1, width).train()
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    began, share = time.perf_counter(), 0.0
+    while share < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, share * 20 + 0.01) * 0.5 * (1 + np.cos(np.pi * share))
+        rows = torch.randint(len(x), (64,), generator=generator)
+        batch = AUGMENTED(from_bytes(x[rows]), generator)
+        loss = F.cross_entropy(network(batch), y[rows], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        share = (time.perf_counter() - began) / (60 * minutes)
+    return network.eval()
+
+
+def accuracy(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of the mean over a picture and its mirror image."""
+    with torch.no_grad():
+        x = from_bytes(x)
+        found = network(x).softmax(dim=1) + network(x.flip(3)).softmax(dim=1)
+    return (found.argmax(dim=1) == y).double().mean().item()
+
+
+def read_part(folder: Path, size: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """uint8 [N, 3, size, size], labels [N], and the photograph of each."""
+    pictures = open_dataset(folder, list(GROUPS))
+    x = torch.stack([image_bytes(example.load(), size, 3) for example in pictures.examples])
+    photographs = [Path(name).stem.split("-")[0] for name in pictures.ids]
+    return x, torch.from_numpy(pictures.labels), photographs
