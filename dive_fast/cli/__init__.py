@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         probe,
         report,
         train,
+        train_classes,
         train_layout,
         train_prior,
     )
@@ -72,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    training = (train, train_layout, train_prior)
+    training = (train, train_classes, train_layout, train_prior)
     asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, report)
     for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)

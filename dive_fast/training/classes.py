@@ -25,7 +25,7 @@ from dive_fast.core.convention import Convention
 from dive_fast.data.images import from_bytes
 from dive_fast.errors import DiveFastError, ModelError, RunError, shown
 from dive_fast.logs import LogTo, check_log_to
-from dive_fast.models.autoencoder import Autoencoder, latent_channels
+from dive_fast.models.autoencoder import Autoencoder, encode_latents, latent_channels
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.training.augmentation import Augmentation
 from dive_fast.training.classes_data import (
@@ -36,7 +36,7 @@ from dive_fast.training.classes_data import (
     read_pictures,
 )
 from dive_fast.training.classes_fitting import Expected, fit_and_measure
-from dive_fast.training.classes_latents import encode_copies, latent_side, load_autoencoder
+from dive_fast.training.classes_latents import CPU, encode_copies, latent_side, load_autoencoder
 from dive_fast.training.classes_samples import draw_samples
 from dive_fast.training.dit import TransformerConfig, build_transformer, write_model
 from dive_fast.training.loop import check_unfinished, prepare_directory, train
@@ -76,10 +76,10 @@ class ClassTrainingConfig(TransformerConfig):
     width: int = 192
     heads: int = 4
     layers: int = 6
-    objective: str = "ddpm"
+    objective: str = "flow"
     label_dropout: float = 0.1
     augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(flip=True, crop=0.2, colour=0.2)
+        default_factory=lambda: Augmentation(flip=True, crop=0.3, colour=0.3)
     )
     copies: int = 7
     steps: int = 4000
@@ -93,12 +93,14 @@ class TrainedClasses(NamedTuple):
     Attributes:
         losses: of held-out pictures, with their class ("held_out") and with none ("none").
         expected: of the classifier, on pictures that were neither trained on nor fitted to.
+        n_classes: of the model.
         parts: how many pictures were learned from, fitted to, and measured on.
         seconds: of the training alone, all sittings together.
     """
 
     losses: dict[str, float]
     expected: Expected
+    n_classes: int
     parts: tuple[int, int, int]
     seconds: float
 
@@ -182,7 +184,7 @@ def train_classes(
     budget = config.steps * config.batch_size
     expected = fit_and_measure(out, pictures, parts, budget, facts, config.seed, progress)
     sizes = tuple(map(len, parts))
-    return TrainedClasses(finished.held_out, expected, sizes, finished.seconds)
+    return TrainedClasses(finished.held_out, expected, len(names), sizes, finished.seconds)
 
 
 def completed(
@@ -200,6 +202,12 @@ def completed(
         raise DiveFastError(
             f"expected an objective of {', '.join(SCHEDULERS)}, got {shown(config.objective)}."
         )
+    augmentation = config.augmentation
+    for name in ("crop", "colour"):
+        if not 0 <= getattr(augmentation, name) < 1:
+            raise DiveFastError(
+                f"expected {name} from 0 to below 1, got {getattr(augmentation, name)}."
+            )
     for name, share in (("held_out", held_out), ("label_dropout", config.label_dropout)):
         if not 0 < share < 1:
             raise DiveFastError(f"expected a share above 0 and below 1 as {name}, got {share}.")
@@ -248,7 +256,7 @@ def _learner(
         copies = encode_copies(
             vae, pixels, config.augmentation, config.copies, config.seed, progress
         )
-        held_out = encode_copies(vae, pictures.pixels[away], config.augmentation, 0, 0, False)
+        held_out = encode_latents(vae, from_bytes(pictures.pixels[away]), CPU)
 
         def draw(rows: Tensor, generator: torch.Generator) -> Tensor:
             copy = torch.randint(len(copies), (len(rows),), generator=generator)

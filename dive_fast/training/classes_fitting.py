@@ -26,7 +26,7 @@ SHORTLIST_CLASSES = 5
 MOST_IMAGES = 1000
 # What one image takes ``auto`` at most of the time, for the budget.
 AUTO_EVALUATIONS = 500
-FEWEST_IMAGES = 8
+FEWEST_FITTED, FEWEST_MEASURED = 8, 100  # whatever the budget
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def fit_and_measure(
     fit, test = (shuffled(part, seed)[:MOST_IMAGES] for part in (parts.fit, parts.test))
     share, c = budget // 4, len(pictures.names)
 
-    def affordable(rows: Tensor, evaluations: int) -> Tensor:
-        return rows[: max(FEWEST_IMAGES, share // evaluations)]
+    def affordable(rows: Tensor, evaluations: int, fewest: int = FEWEST_FITTED) -> Tensor:
+        return rows[: max(fewest, share // evaluations)]
 
     def latents(rows: Tensor) -> Tensor:
         return classifier.encode(pictures.pixels[rows])
@@ -93,7 +93,7 @@ def fit_and_measure(
         seed=seed,
         progress=progress,
     )
-    tried = affordable(test, AUTO_EVALUATIONS)
+    tried = affordable(test, AUTO_EVALUATIONS, FEWEST_MEASURED)
     # Other noises than those that anything was fitted on.
     answers = classifier(
         latents=latents(tried), strategy=STRATEGY, seed=seed + 1, progress=progress
