@@ -2,23 +2,25 @@
 
     python -m bench.photo_classes crops --data FILE.zip --out CROPS
     dive-fast train-classes --data CROPS/train --out MODEL
-    python -m bench.photo_classes score --crops CROPS --model MODEL --commit COMMIT
-    python -m bench.photo_classes cnn --crops CROPS --minutes 20 --commit COMMIT
+    python -m bench.photo_classes score --crops CROPS --model MODEL
+    python -m bench.photo_classes cnn --crops CROPS --minutes 20
 
-The pictures are objects of COCO's validation photographs, cut out by their boxes: 60 of a class to
-learn from and up to 30 to measure on, of other photographs. ``--validate`` measures on a fifth of
-the training photographs instead, for choosing settings.
+The pictures are objects of COCO's validation photographs, cut out by their boxes: up to 60 of a
+class to learn from and up to 30 to measure on, of other photographs. ``cnn --validate`` measures on
+a fifth of the training photographs instead, for choosing settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import time
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +28,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from bench.records import RESULTS, append_line
+from dive_fast import DiffusionClassifier
 from dive_fast.data import open_dataset
 from dive_fast.data.images import from_bytes, image_bytes
+from dive_fast.evaluation.machine import environment, machine
 from dive_fast.training.augmentation import Augmentation
 
 GROUPS = {
@@ -127,7 +132,7 @@ class SmallNetwork(nn.Module):
 
 
 def train_cnn(x: torch.Tensor, y: torch.Tensor, minutes: float, width: int, seed: int) -> nn.Module:
-    """Trains for so long of CPU time; x uint8 [N, 3, s, s]. The course is one cosine over the time."""
+    """Trains for so many minutes of CPU time, one cosine; x uint8 [N, 3, s, s]."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = SmallNetwork(int(y.max()) + 1, width).train()
@@ -160,3 +165,90 @@ def read_part(folder: Path, size: int) -> tuple[torch.Tensor, torch.Tensor, list
     x = torch.stack([image_bytes(example.load(), size, 3) for example in pictures.examples])
     photographs = [Path(name).stem.split("-")[0] for name in pictures.ids]
     return x, torch.from_numpy(pictures.labels), photographs
+
+
+def score_model(model: str, crops: Path) -> dict[str, Any]:
+    """The test crops by ``auto`` with what was fitted, and what the model's training took."""
+    classifier = DiffusionClassifier.from_pretrained(model)
+    pictures = open_dataset(crops / "test", classifier.names)
+    answers = classifier([example.load() for example in pictures.examples], strategy="auto")
+    pairs = zip(answers, pictures.labels.tolist(), strict=True)
+    extra = json.loads((Path(model) / "dive_fast.json").read_text())
+    return {
+        **measured(sum(a.index == y for a, y in pairs), len(answers)),
+        "evaluations": sum(a.evaluations for a in answers) / len(answers),
+        "seconds": sum(a.seconds for a in answers) / len(answers),
+        "cpu_minutes": extra["cpu_seconds"] / 60,
+        "config": extra["config"],
+        "stated": extra["expected"],
+        "environment": environment(classifier),
+    }
+
+
+def score_cnn(crops: Path, size: int, minutes: float, width: int, validate: bool) -> dict[str, Any]:
+    """A CNN that learned for so long, on the test crops, or on a fifth of the training ones."""
+    x, y, photographs = read_part(crops / "train", size)
+    if validate:
+        away = torch.tensor([in_validation(name) for name in photographs])
+        (train_x, train_y), (test_x, test_y) = (x[~away], y[~away]), (x[away], y[away])
+    else:
+        (train_x, train_y), (test_x, test_y, _) = (x, y), read_part(crops / "test", size)
+    network = train_cnn(train_x, train_y, minutes, width, seed=0)
+    return {
+        **measured(round(accuracy(network, test_x, test_y) * len(test_y)), len(test_y)),
+        "cpu_minutes": minutes,
+        "size": size,
+        "width": width,
+        "validation": validate,
+        "trained_on": accuracy(network, train_x, train_y),
+    }
+
+
+def in_validation(photograph: str) -> bool:
+    """A fifth of the photographs, always the same."""
+    return int(hashlib.md5(photograph.encode()).hexdigest(), 16) % 5 == 0
+
+
+def measured(right: int, n: int) -> dict[str, Any]:
+    share = right / n
+    return {"accuracy": share, "standard_error": (share * (1 - share) / n) ** 0.5, "n": n}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    crops = commands.add_parser("crops", help="cut the objects out")
+    crops.add_argument("--data", required=True, metavar="FILE.zip")
+    crops.add_argument("--out", required=True, type=Path)
+    score = commands.add_parser("score", help="a model of train-classes on the test crops")
+    score.add_argument("--model", required=True)
+    cnn = commands.add_parser("cnn", help="train and score the yardstick")
+    cnn.add_argument("--minutes", type=float, default=20.0, help="of CPU time")
+    cnn.add_argument("--size", type=int, default=32)
+    cnn.add_argument("--width", type=int, default=32)
+    cnn.add_argument("--validate", action="store_true", help="on a fifth of the training crops")
+    for command in (score, cnn):
+        command.add_argument("--crops", required=True, type=Path)
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--results", default="photo_classes", help="of bench/results")
+    options = parser.parse_args()
+    if options.command == "crops":
+        count = write_crops(options.data, options.out)
+        for name in GROUPS:
+            print(f"{name:14} {count['train', name]:4} {count['test', name]:4}")
+        return
+    torch.set_num_threads(options.threads)
+    if options.command == "score":
+        row = score_model(options.model, options.crops)
+    else:
+        row = score_cnn(
+            options.crops, options.size, options.minutes, options.width, options.validate
+        )
+    row = {"what": options.command, "threads": options.threads, **row}
+    print({key: value for key, value in row.items() if key != "environment"})
+    place = row.pop("environment", None) or machine()
+    append_line(RESULTS / f"{options.results}.jsonl", row, place)
+
+
+if __name__ == "__main__":
+    main()

@@ -180,6 +180,8 @@ def train_classes(
         "config": dataclasses.asdict(config),
         "data": identity["data"],
         "losses": finished.held_out,
+        "seconds": round(finished.seconds, 1),
+        "cpu_seconds": round(finished.cpu_seconds, 1),
     }
     budget = config.steps * config.batch_size
     expected = fit_and_measure(out, pictures, parts, budget, facts, config.seed, progress)
