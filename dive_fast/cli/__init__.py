@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         score,
         train,
+        train_classes,
         train_layout,
         train_prior,
     )
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         (score, choose),
         (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
-        (train, train_layout, train_prior),
+        (train, train_classes, train_layout, train_prior),
         (convert, demo, info),
     )
     for module in (command for group in groups for command in group):
