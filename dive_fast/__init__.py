@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.classifier import DiffusionClassifier
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
+    from dive_fast.predict.diagnosis import Diagnosis
     from dive_fast.predict.explanation import Explanation
     from dive_fast.predict.fitting_weights import WeightFit
     from dive_fast.predict.likelihood import Likelihood
@@ -47,6 +48,7 @@ _HOMES = {
     "Classification": "dive_fast.predict.classification",
     "DataError": "dive_fast.errors",
     "Detections": "dive_fast.predict.detections",
+    "Diagnosis": "dive_fast.predict.diagnosis",
     "DiffusionClassifier": "dive_fast.predict.classifier",
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.engine.options",
@@ -97,6 +99,7 @@ __all__ = [
     "Classification",
     "DataError",
     "Detections",
+    "Diagnosis",
     "DiffusionClassifier",
     "DiveFastError",
     "EngineOptions",

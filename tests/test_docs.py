@@ -47,6 +47,7 @@ PAGES = (
     "docs/compare.md",
     "docs/train_classes.md",
     "docs/detection.md",
+    "docs/diagnose.md",
     "docs/layouts.md",
     "docs/records.md",
     "docs/ray.md",
