@@ -114,10 +114,10 @@ def add_scorer_options(parser: argparse.ArgumentParser, *, searches: bool) -> No
     if searches:
         text = f"{_STRATEGIES.replace(' (default)', '')} (default: race)"
         _add_search(group, "race|auto|enumerate|invert", text, "100; dive-paper 250", "error=0.001")
-        _add_strategy_extras(group)
+        _add_strategy_extras(group, "uniform")
     else:
         _add_probes(group, "100")
-        _add_timesteps(group)
+        _add_timesteps(group, "uniform")
 
 
 def add_app_options(parser: argparse.ArgumentParser) -> None:
@@ -296,27 +296,29 @@ def _add_probes(group: argparse._ArgumentGroup, default: str) -> None:
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
 
-def _add_strategy_extras(group: argparse._ArgumentGroup) -> None:
+_LEARNED = "learned where the model has them; presets are uniform"
+
+
+def _add_strategy_extras(group: argparse._ArgumentGroup, weights: str = _LEARNED) -> None:
     group.add_argument(
         "--preset",
         metavar="dive-paper|diffusion-classifier",
         help="published settings instead of ours: of invert, or of enumerate",
     )
-    _add_timesteps(group)
+    _add_timesteps(group, weights)
 
 
-def _add_timesteps(group: argparse._ArgumentGroup) -> None:
+def _add_timesteps(group: argparse._ArgumentGroup, weights: str) -> None:
     group.add_argument(
         "--timesteps",
         choices=["learned", "uniform"],
-        help="take probes where the model's fitted timesteps say, or evenly (default: learned "
-        "where the model has them; presets are uniform)",
+        help=f"take probes where the model's fitted timesteps say, or evenly (default: {_LEARNED})",
     )
     group.add_argument(
         "--weights",
         choices=["learned", "uniform"],
         help="let the loss at each timestep count as the model's fitted weights say, or alike "
-        "(default: learned where the model has them; presets are uniform)",
+        f"(default: {weights})",
     )
 
 
