@@ -57,11 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
         explain,
         fit,
         info,
+        likelihood,
         merge,
         probe,
         report,
         score,
         train,
+        train_classes,
         train_layout,
         train_prior,
     )
@@ -77,11 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     groups = (
-        (classify, explain, detect, app),
+        (classify, explain, likelihood, detect, app),
         (score, choose),
         (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
-        (train, train_layout, train_prior),
+        (train, train_classes, train_layout, train_prior),
         (convert, demo, info),
     )
     for module in (command for group in groups for command in group):

@@ -51,6 +51,20 @@ def add_readers(parser: argparse.ArgumentParser) -> None:
 
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     """What ``load_classifier`` and ``chosen_strategy`` read."""
+    add_model_options(parser)
+    group = parser.add_argument_group("strategy")
+    _add_search(
+        group,
+        "auto|enumerate|race|invert",
+        _STRATEGIES,
+        "100; dive-paper 250",
+        "min_agreement=0.99",
+    )
+    _add_strategy_extras(group)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What ``load_classifier`` reads."""
     group = parser.add_argument_group("model")
     _add_model(
         group,
@@ -64,15 +78,6 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     _add_prediction_type(group)
     _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
     add_engine(parser)
-    group = parser.add_argument_group("strategy")
-    _add_search(
-        group,
-        "auto|enumerate|race|invert",
-        _STRATEGIES,
-        "100; dive-paper 250",
-        "min_agreement=0.99",
-    )
-    _add_strategy_extras(group)
 
 
 def add_detector_options(parser: argparse.ArgumentParser) -> None:

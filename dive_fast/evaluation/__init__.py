@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dive_fast.evaluation.classification import evaluate
+from dive_fast.evaluation.corruptions import CorruptionTable, evaluate_corruptions
 from dive_fast.evaluation.detection import (
     DetectionSummary,
     evaluate_detections,
@@ -14,6 +15,7 @@ from dive_fast.evaluation.rundir import RunDirectory, read_records
 from dive_fast.evaluation.summary import Summary, summarise
 
 __all__ = [
+    "CorruptionTable",
     "DetectionSummary",
     "GeneratorComparison",
     "RayOptions",
@@ -21,6 +23,7 @@ __all__ = [
     "Summary",
     "compare_generators",
     "evaluate",
+    "evaluate_corruptions",
     "evaluate_detections",
     "read_records",
     "summarise",

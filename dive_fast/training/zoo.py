@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiTTransformer2DModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -30,6 +28,7 @@ from dive_fast.training.dit import (
     TrainingConfig,
     augment_images,
     train_transformer,
+    write_model,
 )
 from dive_fast.training.loop import doubling_steps, prepare_directory
 
@@ -186,20 +185,3 @@ def fit_zoo_model(
     n = min(affordable(SHORTLIST_PROBES * (c + 2) + PROBES * min(c, FINALISTS)), SHORTLIST_IMAGES)
     classifier.fit_shortlist(latents=x0[:n], probes=SHORTLIST_PROBES, progress=progress)
     classifier.calibrate(latents=x0, labels=labels, strategy="auto", progress=progress)
-
-
-def write_model(out: Path, transformer: DiTTransformer2DModel, names: tuple[str, ...]) -> None:
-    """A pixel-space DiT as ``DiTPipeline.save_pretrained`` would write it, without a VAE."""
-    # Shared embedders cannot be written as safetensors: a fresh model takes equal copies.
-    copy = DiTTransformer2DModel.from_config(transformer.config)
-    copy.load_state_dict(transformer.state_dict())
-    copy.save_pretrained(out / "transformer")
-    DDPMScheduler(beta_schedule="linear").save_pretrained(out / "scheduler")
-    index = {
-        "_class_name": "DiTPipeline",
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": [None, None],
-    }
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
