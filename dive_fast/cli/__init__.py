@@ -45,11 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
     from dive_fast.cli import (
         app,
+        choose,
         classify,
+        compare,
         compare_runs,
         convert,
         demo,
         detect,
+        diagnose,
         evaluate,
         explain,
         fit,
@@ -58,7 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         merge,
         probe,
         report,
+        score,
         train,
+        train_classes,
         train_layout,
         train_prior,
     )
@@ -73,12 +78,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    training = (train, train_layout, train_prior)
-    asked, runs = (
+    groups = (
         (classify, explain, likelihood, detect, app),
-        (evaluate, merge, compare_runs, report),
+        (score, choose),
+        (evaluate, merge, compare_runs, compare, report),
+        (fit, diagnose, probe),
+        (train, train_classes, train_layout, train_prior),
+        (convert, demo, info),
     )
-    for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
+    for module in (command for group in groups for command in group):
         module.add_parser(commands)
     return parser
 

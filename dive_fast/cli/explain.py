@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
     strategy = chosen_strategy(options)
     asked = {"strategy": strategy, "seed": options.seed, "timesteps": options.timesteps}
+    asked["weights"] = options.weights
     _check_folder(Path(options.out))
     errors = dict(expand_inputs(options.images))
     classifier = load_classifier(options)

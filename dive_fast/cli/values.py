@@ -43,6 +43,14 @@ def weight(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number above 0 and below 1."""
+    value = number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and below 1, got {text!r}")
+    return value
+
+
 def number(text: str) -> float:
     """Any number."""
     try:

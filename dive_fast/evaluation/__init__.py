@@ -9,6 +9,7 @@ from dive_fast.evaluation.detection import (
     evaluate_detections,
     summarise_detections,
 )
+from dive_fast.evaluation.generators import GeneratorComparison, compare_generators
 from dive_fast.evaluation.on_ray import RayOptions
 from dive_fast.evaluation.rundir import RunDirectory, read_records
 from dive_fast.evaluation.summary import Summary, summarise
@@ -16,9 +17,11 @@ from dive_fast.evaluation.summary import Summary, summarise
 __all__ = [
     "CorruptionTable",
     "DetectionSummary",
+    "GeneratorComparison",
     "RayOptions",
     "RunDirectory",
     "Summary",
+    "compare_generators",
     "evaluate",
     "evaluate_corruptions",
     "evaluate_detections",
