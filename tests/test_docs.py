@@ -43,6 +43,7 @@ PAGES = (
     "docs/features.md",
     "docs/explain.md",
     "docs/likelihood.md",
+    "docs/corruptions.md",
     "docs/scores.md",
     "docs/compare.md",
     "docs/train_classes.md",
