@@ -95,8 +95,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def test_end_to_end_in_pixels(folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "model"
-    sizes = ["--size", 8, "--patch-size", 4, "--width", 16, "--heads", 2, "--layers", 1, "--batch-size", 6]
-    arguments = ["--data", folder, "--out", out, *sizes, "--held-out", 0.5]
+    sizes = ["--size", 8, "--patch-size", 4, "--width", 16, "--heads", 2, "--layers", 1]
+    arguments = ["--data", folder, "--out", out, *sizes, "--held-out", 0.5, "--batch-size", 6]
     said = call(
         capsys, "train-classes", *arguments, "--steps", 4, "--samples-every", 2, "--no-flip",
         "--readers", 0, "--bf16",
