@@ -84,6 +84,23 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def crop_box(picture: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    """What ``center_crop`` keeps of a picture: (left, top, right, bottom) in its own pixels.
+
+    Args:
+        picture: (w, h) of it, at least 1 each.
+        size: side of the crop.
+    """
+    width, height = picture
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    x, y = picture[0] / width, picture[1] / height
+    return left * x, top * y, (left + size) * x, (top + size) * y
+
+
 def squash(image: Image.Image, size: int) -> Image.Image:
     """Resize to ``size`` x ``size`` whatever the proportions, so that no object is cut off.
 
@@ -199,9 +216,7 @@ def _check_opened(image: Image.Image) -> None:
 
 def _each(images: object, channels: int, make: Callable[[Image.Image], T]) -> list[T]:
     """What ``make`` makes of every image; errors tell the number of the bad one of several."""
-    images = _split(images, channels)
-    if not images:
-        raise ImageError("expected at least one image, got none.")
+    images = single_images(images, channels)
     found = []
     for index, image in enumerate(images):
         try:
@@ -223,6 +238,18 @@ def _to_bytes(image: Image.Image, channels: int) -> torch.Tensor:
     pixels = np.array(image, dtype=np.uint8)
     pixels = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def single_images(images: object, channels: int) -> list[object]:
+    """What ``as_images`` takes, as a list of single images for ``as_image``, not looked at yet.
+
+    Raises:
+        ImageError: there is none, or it cannot be told what they are.
+    """
+    found = _split(images, channels)
+    if not found:
+        raise ImageError("expected at least one image, got none.")
+    return found
 
 
 def _split(images: object, channels: int) -> list[object]:

@@ -18,6 +18,7 @@ import torch
 
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.cache import is_out_of_memory
 from dive_fast.engine.forward import Forward, check_options
@@ -105,17 +106,28 @@ class Engine:
         self.on_batch = on_batch
         self.options = EngineOptions() if options is None else options
         check_options(model, self.options)
-        self.record = EngineRecord()
+        self.record = self._before = EngineRecord()
 
     def run(
-        self, jobs: Iterable[Job], probes: ProbeList, objective: Objective
+        self,
+        jobs: Iterable[Job],
+        probes: ProbeList,
+        objective: Objective,
+        vocabulary: Vocabulary | None = None,
+        record: EngineRecord | None = None,
     ) -> Iterator[Finished]:
         """Yields every job's answer as soon as it is found, not always in the order of the jobs.
 
         Jobs are taken only as fast as batches need them, so ``jobs`` may read its images lazily.
+
+        Args:
+            vocabulary: whose rows the jobs name; the model's if None.
+            record: of earlier runs, which goes on with this one; a new one if None.
         """
-        self.record = EngineRecord()
-        forward = Forward(self.model, objective, objective.place(self.model, probes), self.options)
+        self.record = EngineRecord() if record is None else record
+        self._before = dataclasses.replace(self.record)
+        placed = objective.place(self.model, probes)
+        forward = Forward(self.model, objective, placed, self.options, vocabulary)
         waiting, running = enumerate(jobs), []
         while True:
             yield from self._admit(waiting, running, forward)
@@ -137,7 +149,8 @@ class Engine:
             number, job = next(waiting, (None, None))
             if job is None:
                 return
-            image = Running(number, job, len(forward.table))
+            n_classes = len(forward.table if job.rows is None else job.rows)
+            image = Running(number, job, n_classes)
             image.resume()
             if image.answer is None:
                 running.append(image)
@@ -189,9 +202,11 @@ class Engine:
         record.reused_rows += result.reused_rows
         record.seconds += seconds
         if forward.cache is not None:
-            record.cache_hits, record.cache_misses = forward.cache.hits, forward.cache.misses
-            record.cache_evictions = forward.cache.evictions
-            record.cache_bytes = forward.cache.peak_bytes
+            before, cache = self._before, forward.cache
+            record.cache_hits = before.cache_hits + cache.hits
+            record.cache_misses = before.cache_misses + cache.misses
+            record.cache_evictions = before.cache_evictions + cache.evictions
+            record.cache_bytes = max(before.cache_bytes, cache.peak_bytes)
         if self.on_batch is not None:
             self.on_batch(passes * rows)
 

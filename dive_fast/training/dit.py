@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from dive_fast.logs import LogTo
 from dive_fast.models.autoencoder import Autoencoder
-from dive_fast.training.loop import Course, train
+from dive_fast.training.loop import Course, Keep, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +143,18 @@ def train_transformer(
     out: Path,
     progress: bool = True,
     log_to: LogTo | None = None,
+    checkpoints: Collection[int] = (),
+    keep: Callable[[int, nn.Module], None] | None = None,
 ):
     """Trains on uint8 images [N, h, w] and returns the transformer with averaged (EMA) weights.
 
     The side of the images is the model's ``sample_size`` or a multiple of it.
 
     What is on disk meanwhile, and how a run that was cut off goes on, says ``loop.train``.
+
+    Args:
+        checkpoints: the numbers of steps after which ``keep`` is told the number, and given the
+            transformer with its weights averaged up to then.
 
     Raises:
         RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
@@ -173,7 +181,8 @@ def train_transformer(
             prediction = model(x_t, t, y).sample
         return F.mse_loss(prediction.float(), eps)
 
-    train(model, loss_of, config, out, log_to=log_to, progress=progress)
+    kept = None if keep is None else Keep(checkpoints, lambda step: keep(step, model))
+    train(model, loss_of, config, out, keep=kept, log_to=log_to, progress=progress)
     return model
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import nn
 
 from dive_fast.data import digits
 from dive_fast.data.mnist import load_mnist
@@ -29,8 +30,9 @@ from dive_fast.training.dit import (
     train_transformer,
     write_model,
 )
-from dive_fast.training.loop import prepare_directory
+from dive_fast.training.loop import doubling_steps, prepare_directory
 
+CHECKPOINTS = "checkpoints"  # the folder of them
 PROBES = 100
 N_FIT = 300
 MAX_FIT_EVALUATIONS = 300_000
@@ -78,6 +80,7 @@ def train_zoo_model(
     steps: int | None = None,
     seed: int = 0,
     bf16: bool = False,
+    checkpoints: int = 0,
     log_to: LogTo | None = None,
     progress: bool = True,
 ) -> dict:
@@ -88,6 +91,9 @@ def train_zoo_model(
         data: the ``.npz`` of MNIST or Omniglot; the digits come with scikit-learn.
         steps: fewer than the zoo's, for a try.
         bf16: the network computes in bfloat16; its weights stay float32.
+        checkpoints: how many model directories ``out/checkpoints/checkpoint-STEP`` it leaves, with
+            averaged weights, each after about twice the steps of the one before, the last at the
+            end.
         log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
 
     Returns:
@@ -110,11 +116,17 @@ def train_zoo_model(
     config = dataclasses.replace(
         recipe.config, steps=steps or recipe.config.steps, seed=seed, bf16=bf16
     )
-    transformer = train_transformer(train.images, train.labels, config, out, progress, log_to)
-    try:
-        write_model(out, transformer, train.names)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written ({error}).") from error
+    transformer = train_transformer(
+        train.images,
+        train.labels,
+        config,
+        out,
+        progress,
+        log_to,
+        doubling_steps(checkpoints, config.steps),
+        lambda step, model: _write(out / CHECKPOINTS / f"checkpoint-{step}", model, train.names),
+    )
+    _write(out, transformer, train.names)
 
     classifier = DiffusionClassifier.from_pretrained(out)
     fit_zoo_model(classifier, train, config, progress)
@@ -140,6 +152,13 @@ def train_zoo_model(
     write_extra(out, facts)
     classifier.save_fitted(out)
     return expected
+
+
+def _write(out: Path, transformer: nn.Module, names: tuple[str, ...]) -> None:
+    try:
+        write_model(out, transformer, names)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} cannot be written ({error}).") from error
 
 
 def fit_zoo_model(
