@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dive_fast.core.layouts import Layout, LayoutFormat
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.schedule import Schedule
+    from dive_fast.core.segmentation import SegmentationRule
     from dive_fast.core.threads import choose_threads
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.explanation import Explanation
     from dive_fast.predict.likelihood import Likelihood
     from dive_fast.predict.sampling import sample
+    from dive_fast.predict.segmentation import Segmentation
     from dive_fast.strategies import register_preset, register_strategy
     from dive_fast.strategies.layout import register_layout_strategy
 
@@ -59,6 +61,8 @@ _HOMES = {
     "accelerate": "dive_fast.accelerator",
     "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
+    "Segmentation": "dive_fast.predict.segmentation",
+    "SegmentationRule": "dive_fast.core.segmentation",
     "TimestepWeights": "dive_fast.core.timesteps",
     "register_layout_strategy": "dive_fast.strategies.layout",
     "register_model_family": "dive_fast.models",
@@ -100,6 +104,8 @@ __all__ = [
     "RayClassifier",
     "RunError",
     "Schedule",
+    "Segmentation",
+    "SegmentationRule",
     "TimestepWeights",
     "__version__",
     "accelerate",

@@ -165,7 +165,9 @@ class Predictor:
             )
         timesteps = optional(self.model, "timesteps")
         shortlist = fitted_shortlist(self.model)
-        return write_fitted(target, Fitted(self.model.inverse_temperature, timesteps, shortlist))
+        segmentation = optional(self.model, "segmentation")
+        beta = self.model.inverse_temperature
+        return write_fitted(target, Fitted(beta, timesteps, shortlist, segmentation))
 
     def load_fitted(self, directory: str | Path) -> None:
         """Takes over what ``save_fitted`` wrote.

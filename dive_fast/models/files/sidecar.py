@@ -11,6 +11,7 @@ from typing import Any
 from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.files import replacing
 from dive_fast.core.numbers import is_number
+from dive_fast.core.segmentation import SegmentationRule
 from dive_fast.core.shortlist import OLD_FIELDS, Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ModelError, shown
@@ -30,11 +31,13 @@ class Fitted:
         inverse_temperature: beta of log p(y | x0) = -beta L + log p(y).
         timesteps: learned density and weights of the probes' timesteps.
         shortlist: learned correction of the estimates that ``auto`` ranks classes by.
+        segmentation: how error maps count at a place.
     """
 
     inverse_temperature: float | None = None
     timesteps: TimestepWeights | None = None
     shortlist: Shortlist | None = None
+    segmentation: SegmentationRule | None = None
 
 
 def read_extra(directory: Path) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def apply_fitted(model: Model, fitted: Fitted) -> None:
     """Sets on a model what was fitted to it; a shortlist of other classes is left out."""
     if fitted.inverse_temperature is not None:
         model.inverse_temperature = fitted.inverse_temperature
-    model.timesteps = fitted.timesteps
+    model.timesteps, model.segmentation = fitted.timesteps, fitted.segmentation
     if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
         model.shortlist = fitted.shortlist
 
@@ -99,7 +102,8 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
         log.warning("the shortlist in %s is of an earlier version: fit it again.", path)
         content = content | {"shortlist": None}
     learned = {}
-    for key, kind in (("timesteps", TimestepWeights), ("shortlist", Shortlist)):
+    kinds = {"timesteps": TimestepWeights, "shortlist": Shortlist}
+    for key, kind in (kinds | {"segmentation": SegmentationRule}).items():
         try:
             learned[key] = kind.from_dict(content[key]) if content.get(key) is not None else None
         except DiveFastError as error:
@@ -121,6 +125,7 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
         "beta": fitted.inverse_temperature,
         "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),
         "shortlist": None if fitted.shortlist is None else fitted.shortlist.to_dict(),
+        "segmentation": None if fitted.segmentation is None else fitted.segmentation.to_dict(),
     }
     content = {key: value for key, value in (content | values).items() if value is not None}
     return write_extra(directory, content)
