@@ -152,6 +152,11 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     return detector
 
 
+def model_source(options: argparse.Namespace) -> Source:
+    """The model that ``--model`` names, before it is loaded: it says what kind it is."""
+    return _found(options, getattr(options, "prediction_type", None))
+
+
 def _found(options: argparse.Namespace, prediction_type: str | None = None) -> Source:
     """The model that ``--model`` names, found once; a misspelt precision does not wait for it."""
     from dive_fast.core.threads import AGAIN, choose_threads

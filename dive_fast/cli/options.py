@@ -91,6 +91,46 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     _add_search(group, "guided|invert", _SEARCHES, "48", "margin=0.05")
 
 
+def add_segment_options(parser: argparse.ArgumentParser) -> None:
+    """What a classifier or a detector that segments is loaded with, and asked."""
+    group = parser.add_argument_group("model")
+    _add_model(
+        group,
+        DETECTOR,
+        "scenes|digits|DIR|HUB_ID",
+        "the built-in model of scenes of digits (default), or a directory or hub id of a "
+        "layout-to-image model or of a model of classes",
+    )
+    _add_prompts(parser, "Stable Diffusion; GLIGEN, GeoDiffusion", "the family's own")
+    _add_engine(parser)
+    group = parser.add_argument_group("maps")
+    _add_search(
+        group,
+        "guided|invert",
+        "of a layout-to-image model: " + _SEARCHES,
+        "64 of classes; 48 of a search, of whose first 16 maps are made",
+        "margin=0.05",
+    )
+    classifiers = parser.add_argument_group("only for a model of classes")
+    classifiers.add_argument(
+        "--timesteps",
+        choices=["learned", "uniform"],
+        help="take probes where the model's fitted timesteps say, or evenly (default: learned "
+        "where the model has them)",
+    )
+    classifiers.add_argument(
+        "--background",
+        action="store_true",
+        default=None,
+        help="let the condition 'no class' compete, where the model has learned it",
+    )
+    _add_lora(classifiers)
+    _add_timestep_embedding(classifiers)
+    _add_prediction_type(classifiers)
+    _add_average(classifiers)
+    _add_prior(parser.add_argument_group("only for a layout-to-image model"))
+
+
 def add_app_options(parser: argparse.ArgumentParser) -> None:
     """What the models of ``dive-fast app`` are loaded with, classifiers and detectors."""
     group = parser.add_argument_group("models")
