@@ -142,8 +142,7 @@ def test_the_fit_finds_the_exact_rule(clf) -> None:
     x0 = x0 + 0.5 * torch.randn(x0.shape, generator=generator)
     masks = which[:, 0, 0].numpy().astype(np.int32)
     masks[0, 0, 0] = -1
-    clf._with_pictures = lambda images, latents: (images, [None] * len(images))
-    fit = clf.fit_segmentation(x0, masks, probes=one_step())
+    fit = clf.fit_segmentation(None, masks, latents=x0, probes=one_step())
     # A Gaussian of 1/16 of three places is none.
     assert fit.rule.sigma <= 1 / 16 and fit.rule.background == 0 and fit.places == 400 * 9 - 1
     assert fit.rule.gamma == pytest.approx(exact_gamma(clf), rel=0.1)

@@ -108,7 +108,7 @@ def add_segment_options(parser: argparse.ArgumentParser) -> None:
         group,
         "guided|invert",
         "of a layout-to-image model: " + _SEARCHES,
-        "64 of classes; 48 of a search, of whose first 16 maps are made",
+        "64 of classes; 48 of a search, of whose first 8 maps are made",
         "margin=0.05",
     )
     classifiers = parser.add_argument_group("only for a model of classes")

@@ -52,7 +52,9 @@ class SegmentationRule:
             )
 
     @classmethod
-    def for_model(cls, beta: float, shape: tuple[int, int], sigma: float) -> SegmentationRule:
+    def for_model(
+        cls, beta: float, shape: tuple[int, int], sigma: float, background: float = 0.0
+    ) -> SegmentationRule:
         """What holds without a fit: a window is judged as the classifier judges an image.
 
             gamma = beta / (h w) max(1, 4 pi sigma^2 h w)
@@ -63,10 +65,10 @@ class SegmentationRule:
         Args:
             beta: of log p(y | x0) = -beta L + log p(y).
             shape: (h, w) of the maps.
-            sigma: as the attribute.
+            sigma, background: as the attributes.
         """
         places = shape[0] * shape[1]
-        return cls(beta / places * max(1.0, 4 * math.pi * sigma**2 * places), sigma)
+        return cls(beta / places * max(1.0, 4 * math.pi * sigma**2 * places), sigma, background)
 
     def scores(self, evidence: Tensor, background: bool) -> Tensor:
         """s of evidence float [C, h, w], float64; ``background``: the last class is that."""

@@ -111,6 +111,7 @@ class Segmenting(Predictor):
         masks: Sequence[Any],
         classes: Sequence[ClassName] | None = None,
         *,
+        latents: torch.Tensor | None = None,
         background: bool = False,
         probes: int | ProbeList | None = PROBES,
         seed: int = 0,
@@ -120,9 +121,10 @@ class Segmenting(Predictor):
         """Fits gamma, sigma and the background's log-odds to masks, and sets them on the model.
 
         Args:
-            images: as in ``__call__``.
-            masks: of each image whole numbers [h, w] in the model's own picture size: places in
-                ``classes``, their number for the background, -1 where nothing is known.
+            images, latents: as in ``__call__``.
+            masks: of each image whole numbers [h, w] in the model's own picture size (of latents in
+                theirs): places in ``classes``, their number for the background, -1 where nothing is
+                known.
             classes, background, probes, seed, timesteps, progress: as in ``segment``.
 
         Raises:
@@ -130,15 +132,15 @@ class Segmenting(Predictor):
         """
         with torch.inference_mode(False):
             _check_classes(self.model)
-            x0, _ = self._with_pictures(images, None)
+            x0, _ = self._with_pictures(images, latents)
             rows, names, null = self._asked(classes, background)
-            side = self.model.image_shape[1]
             size = tuple(self.model.latent_shape[1:])
+            expected = size if images is None else tuple(self.model.image_shape[1:])
             if not isinstance(masks, Sequence | torch.Tensor) and not hasattr(masks, "shape"):
                 raise DiveFastError(f"expected a mask for each image, got {shown(masks)}.")
             if len(masks) != len(x0):
                 raise DiveFastError(f"expected {len(x0)} masks, one per image, got {len(masks)}.")
-            truths = [on_map(mask, (side, side), size, len(names)) for mask in masks]
+            truths = [on_map(mask, expected, size, len(names)) for mask in masks]
             maps: list[Any] = [None] * len(x0)
             chosen, probe_list = self._probes_of_maps(probes, seed, timesteps)
             jobs = ((i, x) for i, x in enumerate(x0))
