@@ -42,6 +42,7 @@ PAGES = (
     "docs/features.md",
     "docs/explain.md",
     "docs/likelihood.md",
+    "docs/segmentation.md",
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",
