@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
     from dive_fast.core.head import Head
     from dive_fast.core.layouts import Layout, LayoutFormat
+    from dive_fast.core.loss_weights import LossWeights
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.schedule import Schedule
     from dive_fast.core.segmentation import SegmentationRule
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
     from dive_fast.predict.explanation import Explanation
+    from dive_fast.predict.fitting_weights import WeightFit
     from dive_fast.predict.likelihood import Likelihood
     from dive_fast.predict.sampling import sample
+    from dive_fast.predict.scores import Choice, PairScores, Retrieval, Scores
+    from dive_fast.predict.scoring import ImageTextScorer
     from dive_fast.predict.segmentation import Segmentation
     from dive_fast.strategies import register_preset, register_strategy
     from dive_fast.strategies.layout import register_layout_strategy
@@ -41,6 +45,7 @@ __version__ = "0.1.0"
 # Loaded when first used: the command line's --help should not wait for torch and diffusers.
 _HOMES = {
     "Calibration": "dive_fast.predict.calibration",
+    "Choice": "dive_fast.predict.scores",
     "Classification": "dive_fast.predict.classification",
     "DataError": "dive_fast.errors",
     "Detections": "dive_fast.predict.detections",
@@ -50,20 +55,26 @@ _HOMES = {
     "Explanation": "dive_fast.predict.explanation",
     "Head": "dive_fast.core.head",
     "ImageError": "dive_fast.errors",
+    "ImageTextScorer": "dive_fast.predict.scoring",
     "Layout": "dive_fast.core.layouts",
     "LayoutDetector": "dive_fast.predict.detector",
     "LayoutFormat": "dive_fast.core.layouts",
     "Likelihood": "dive_fast.predict.likelihood",
+    "LossWeights": "dive_fast.core.loss_weights",
     "ModelError": "dive_fast.errors",
+    "PairScores": "dive_fast.predict.scores",
     "ProbeList": "dive_fast.core.probes",
     "RayClassifier": "dive_fast.predict.batches",
+    "Retrieval": "dive_fast.predict.scores",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
     "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
     "Segmentation": "dive_fast.predict.segmentation",
     "SegmentationRule": "dive_fast.core.segmentation",
+    "Scores": "dive_fast.predict.scores",
     "TimestepWeights": "dive_fast.core.timesteps",
+    "WeightFit": "dive_fast.predict.fitting_weights",
     "register_layout_strategy": "dive_fast.strategies.layout",
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
@@ -86,6 +97,7 @@ _ROOMS = (
 
 __all__ = [
     "Calibration",
+    "Choice",
     "Classification",
     "DataError",
     "Detections",
@@ -95,18 +107,24 @@ __all__ = [
     "Explanation",
     "Head",
     "ImageError",
+    "ImageTextScorer",
     "Layout",
     "LayoutDetector",
     "LayoutFormat",
     "Likelihood",
+    "LossWeights",
     "ModelError",
+    "PairScores",
     "ProbeList",
     "RayClassifier",
+    "Retrieval",
     "RunError",
     "Schedule",
     "Segmentation",
     "SegmentationRule",
+    "Scores",
     "TimestepWeights",
+    "WeightFit",
     "__version__",
     "accelerate",
     "choose_threads",

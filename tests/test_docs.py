@@ -38,6 +38,7 @@ PAGES = (
     "docs/accelerate.md",
     "docs/compat.md",
     "docs/timesteps.md",
+    "docs/weights.md",
     "docs/probe.md",
     "docs/features.md",
     "docs/explain.md",

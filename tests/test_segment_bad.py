@@ -191,6 +191,7 @@ def test_the_command_of_layouts_goes_on(layout_dir, pictures, tmp_path, capsys) 
         (("--set", "margin=1"), "--set is for models of layouts"),
         (("--probes", "0"), "expected a whole number of at least 1"),
         (("--timesteps", "learned"), "has no learned timesteps"),
+        (("--weights", "learned"), "has no learned weights"),
     ],
 )
 def test_bad_options_of_classes(dit_dir, pictures, tmp_path, capsys, arguments, message) -> None:

@@ -45,11 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
     from dive_fast.cli import (
         app,
+        choose,
         classify,
         compare_runs,
         convert,
         demo,
         detect,
+        diagnose,
         evaluate,
         explain,
         fit,
@@ -57,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         merge,
         probe,
         report,
+        score,
         segment,
         train,
         train_layout,
@@ -73,9 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    training = (train, train_layout, train_prior)
-    asked, runs = (classify, explain, detect, segment, app), (evaluate, merge, compare_runs, report)
-    for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
+    groups = (
+        (classify, explain, detect, segment, app),
+        (score, choose),
+        (evaluate, merge, compare_runs, report),
+        (fit, diagnose, probe),
+        (train, train_layout, train_prior),
+        (convert, demo, info),
+    )
+    for module in (command for group in groups for command in group):
         module.add_parser(commands)
     return parser
 

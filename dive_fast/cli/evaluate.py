@@ -146,6 +146,7 @@ def _classifier(options: argparse.Namespace):
         probes=options.probes,
         seed=options.seed,
         timesteps=options.timesteps,
+        weights=options.weights,
         head=options.head,
         log_to=options.log_to,
         progress=sys.stderr.isatty(),
@@ -159,18 +160,30 @@ def _classifier(options: argparse.Namespace):
 
 def _offer_fit(options: argparse.Namespace, classifier, strategy, images: int) -> None:
     """One line where a fit would pay for itself within the run."""
+    from dive_fast.core.loss_weights import digest_of
     from dive_fast.models.files.sidecar import fitted_shortlist
     from dive_fast.strategies import Auto
     from dive_fast.strategies.hunt import FEW
 
     plain = isinstance(strategy, Auto) and options.head is None and len(classifier.names) > FEW
-    if plain and images >= WORTH_A_FIT and fitted_shortlist(classifier.model) is None:
-        out = "" if classifier.directory is not None else " --out DIR, then --fitted DIR here"
+    if not plain or images < WORTH_A_FIT:
+        return
+    model, out = classifier.model, "" if classifier.directory is not None else " --out DIR"
+    if (known := fitted_shortlist(model)) is None:
         log.warning(
             "%s was never fitted: after 'dive-fast fit --model %s --unlabelled IMAGES'%s auto "
             "needs fewer evaluations.",
-            classifier.model.name,
+            model.name,
             options.model,
+            f"{out}, then --fitted DIR here" if out else "",
+        )
+        return
+    weights = classifier.learned_weights(strategy, options.probes, options.weights)
+    if known.weights != digest_of(weights):
+        log.warning(
+            "the shortlist of %s was learned from losses of other weights and is left out: after "
+            "'dive-fast fit --what shortlist'%s auto needs fewer evaluations.",
+            model.name,
             out,
         )
 

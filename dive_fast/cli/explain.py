@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
     strategy = chosen_strategy(options)
     asked = {"strategy": strategy, "probes": options.probes, "seed": options.seed}
-    asked["timesteps"] = options.timesteps
+    asked |= {"timesteps": options.timesteps, "weights": options.weights}
     out = Path(options.out)
     _check_folder(out)
     errors = dict(expand_inputs(options.images))

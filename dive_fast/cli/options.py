@@ -91,44 +91,27 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     _add_search(group, "guided|invert", _SEARCHES, "48", "margin=0.05")
 
 
-def add_segment_options(parser: argparse.ArgumentParser) -> None:
-    """What a classifier or a detector that segments is loaded with, and asked."""
+def add_scorer_options(parser: argparse.ArgumentParser, *, searches: bool) -> None:
+    """What ``load_scorer`` reads and, where it searches, ``chosen_strategy``."""
     group = parser.add_argument_group("model")
     _add_model(
         group,
-        DETECTOR,
-        "scenes|digits|DIR|HUB_ID",
-        "the built-in model of scenes of digits (default), or a directory or hub id of a "
-        "layout-to-image model or of a model of classes",
+        None,
+        "DIR|FILE|HUB_ID",
+        "a text-to-image model: a diffusers directory, a .safetensors file of Stable Diffusion, or "
+        "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 (needed)",
     )
-    _add_prompts(parser, "Stable Diffusion; GLIGEN, GeoDiffusion", "the family's own")
+    _add_lora(group)
+    _add_prediction_type(group)
     _add_engine(parser)
-    group = parser.add_argument_group("maps")
-    _add_search(
-        group,
-        "guided|invert",
-        "of a layout-to-image model: " + _SEARCHES,
-        "64 of classes; 48 of a search, of whose first 8 maps are made",
-        "margin=0.05",
-    )
-    classifiers = parser.add_argument_group("only for a model of classes")
-    classifiers.add_argument(
-        "--timesteps",
-        choices=["learned", "uniform"],
-        help="take probes where the model's fitted timesteps say, or evenly (default: learned "
-        "where the model has them)",
-    )
-    classifiers.add_argument(
-        "--background",
-        action="store_true",
-        default=None,
-        help="let the condition 'no class' compete, where the model has learned it",
-    )
-    _add_lora(classifiers)
-    _add_timestep_embedding(classifiers)
-    _add_prediction_type(classifiers)
-    _add_average(classifiers)
-    _add_prior(parser.add_argument_group("only for a layout-to-image model"))
+    group = parser.add_argument_group("strategy" if searches else "probes")
+    if searches:
+        text = f"{_STRATEGIES.replace(' (default)', '')} (default: race)"
+        _add_search(group, "race|auto|enumerate|invert", text, "100; dive-paper 250", "error=0.001")
+        _add_strategy_extras(group)
+    else:
+        _add_probes(group, "100")
+        _add_timesteps(group)
 
 
 def add_app_options(parser: argparse.ArgumentParser) -> None:
@@ -313,18 +296,22 @@ def _add_search(
     group: argparse._ArgumentGroup, metavar: str, text: str, probes: str, setting: str
 ) -> None:
     group.add_argument("--strategy", metavar=metavar, help=text)
-    group.add_argument(
-        "--probes",
-        type=count,
-        metavar="K",
-        help=f"(timestep, noise) pairs per image (default: {probes})",
-    )
+    _add_probes(group, probes)
     group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help=f"a setting of the strategy, such as {setting}; may be given several times",
+    )
+
+
+def _add_probes(group: argparse._ArgumentGroup, default: str) -> None:
+    group.add_argument(
+        "--probes",
+        type=count,
+        metavar="K",
+        help=f"(timestep, noise) pairs per image (default: {default})",
     )
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
@@ -335,11 +322,21 @@ def _add_strategy_extras(group: argparse._ArgumentGroup) -> None:
         metavar="dive-paper|diffusion-classifier",
         help="published settings instead of ours: of invert, or of enumerate",
     )
+    _add_timesteps(group)
+
+
+def _add_timesteps(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--timesteps",
         choices=["learned", "uniform"],
         help="take probes where the model's fitted timesteps say, or evenly (default: learned "
         "where the model has them; presets are uniform)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=["learned", "uniform"],
+        help="let the loss at each timestep count as the model's fitted weights say, or alike "
+        "(default: learned where the model has them; presets are uniform)",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dive_fast.core.head import Head
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.data.reading import Pixels, as_readers, images_ahead, load
@@ -41,6 +42,7 @@ def evaluate(
     probes: int | None = None,
     seed: int = 0,
     timesteps: str | TimestepWeights | None = None,
+    weights: str | LossWeights | None = None,
     head: Head | str | Path | None = None,
     log_to: LogTo | None = None,
     progress: bool = False,
@@ -85,12 +87,12 @@ def evaluate(
     columns = expect_columns(data, group_by)
     readers = as_readers(readers, on_ray=ray is not None)
     chosen = resolve_strategy(strategy, preset, {})
-    probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
+    probe_list = classifier.probe_list(chosen, probes, seed, timesteps, weights)
     head = as_head(head, chosen, classifier.model)
     # A strategy may refuse the probes when it starts: before the run directory is made.
     next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed, head=head)), None)
     asked = {"strategy": chosen, "probes": probes, "seed": seed, "timesteps": timesteps}
-    asked["head"] = head
+    asked |= {"weights": weights, "head": head}
     config = {**classifier.identity(**asked), "data": data.identity()}
     if columns:
         config["group_by"] = list(columns)

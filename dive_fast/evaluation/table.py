@@ -108,6 +108,8 @@ class RunTable:
         kind = content.get("records")
         if kind == "detection":
             raise RunError(f"{path}: expected a run of a classifier, got one of a detector.")
+        if kind == "choice":
+            raise RunError(f"{path}: expected a run of a classifier, got one of 'choose'.")
         columns = _Columns()
         try:
             form = Form(kind, whole=False)

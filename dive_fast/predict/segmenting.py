@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, ErrorMaps, Search
 from dive_fast.core.segmentation import SegmentationRule
@@ -45,6 +46,7 @@ class Segmenting(Predictor):
         probes: int | ProbeList | None = PROBES,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         progress: bool = False,
     ) -> list[Segmentation]:
         """Which of the classes each place of each picture shows.
@@ -58,7 +60,7 @@ class Segmenting(Predictor):
             probes: how many, or a list of your own; a picture costs one evaluation for each and
                 each class.
             seed: of the probes' noise.
-            timesteps: as in ``__call__``.
+            timesteps, weights: as in ``__call__``.
             progress: show a bar.
 
         Returns:
@@ -72,7 +74,7 @@ class Segmenting(Predictor):
             _check_classes(self.model)
             x0, pictures = self._with_pictures(images, latents)
             items = ((i, x, pictures[i]) for i, x in enumerate(x0))
-            settings = (classes, background, rule, probes, seed, timesteps)
+            settings = (classes, background, rule, probes, seed, timesteps, weights)
             found = dict(self._segment(items, *settings, len(x0) if progress else None))
         return [found[i] for i in range(len(x0))]
 
@@ -86,6 +88,7 @@ class Segmenting(Predictor):
         probes: int | ProbeList | None = PROBES,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         progress: int | None = None,
     ) -> Iterator[tuple[Any, Segmentation]]:
         """Segments images as they come; yields (key, answer). Arguments as ``segment``.
@@ -102,7 +105,7 @@ class Segmenting(Predictor):
                 x0, (picture,) = self._with_pictures(given, None)
                 yield key, x0[0], picture
 
-        settings = (classes, background, rule, probes, seed, timesteps)
+        settings = (classes, background, rule, probes, seed, timesteps, weights)
         yield from self._segment(items(), *settings, progress)
 
     def fit_segmentation(
@@ -116,6 +119,7 @@ class Segmenting(Predictor):
         probes: int | ProbeList | None = PROBES,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         progress: bool = False,
     ) -> SegmentationFit:
         """Fits gamma, sigma and the background's log-odds to masks, and sets them on the model.
@@ -125,7 +129,7 @@ class Segmenting(Predictor):
             masks: of each image whole numbers [h, w] in the model's own picture size (of latents in
                 theirs): places in ``classes``, their number for the background, -1 where nothing is
                 known.
-            classes, background, probes, seed, timesteps, progress: as in ``segment``.
+            classes, background, probes, seed, timesteps, weights, progress: as in ``segment``.
 
         Raises:
             DiveFastError: masks that are none, or as ``segment``.
@@ -142,15 +146,15 @@ class Segmenting(Predictor):
                 raise DiveFastError(f"expected {len(x0)} masks, one per image, got {len(masks)}.")
             truths = [on_map(mask, expected, size, len(names)) for mask in masks]
             maps: list[Any] = [None] * len(x0)
-            chosen, probe_list = self._probes_of_maps(probes, seed, timesteps)
+            loss, probe_list, beta = self._probes_of_maps(probes, seed, timesteps, weights)
             jobs = ((i, x) for i, x in enumerate(x0))
             total = len(x0) if progress else None
-            for done in self._maps(jobs, rows, null, probe_list, chosen.loss, total):
+            for done in self._maps(jobs, rows, null, probe_list, loss, total):
                 maps[done.key] = -done.answer.trace["maps"]
         annotated = [
             Annotated.of(evidence, truth) for evidence, truth in zip(maps, truths, strict=True)
         ]
-        fit = fit_rule(annotated, self._rule(None), background)
+        fit = fit_rule(annotated, self._rule(None, beta), background)
         self.model.segmentation = fit.rule
         return fit
 
@@ -163,11 +167,12 @@ class Segmenting(Predictor):
         probes: int | ProbeList | None,
         seed: int,
         timesteps: str | TimestepWeights | None,
+        weights: str | LossWeights | None,
         progress: int | None,
     ) -> Iterator[tuple[Any, Segmentation]]:
         rows, names, null = self._asked(classes, background)
-        rule = self._rule(rule)
-        chosen, probe_list = self._probes_of_maps(probes, seed, timesteps)
+        loss, probe_list, beta = self._probes_of_maps(probes, seed, timesteps, weights)
+        rule = self._rule(rule, beta)
         pictures: dict[Any, Image.Image | None] = {}
 
         def jobs() -> Iterator[tuple[Any, torch.Tensor]]:
@@ -177,7 +182,7 @@ class Segmenting(Predictor):
                 pictures[key] = picture
                 yield key, x0
 
-        for done in self._maps(jobs(), rows, null, probe_list, chosen.loss, progress):
+        for done in self._maps(jobs(), rows, null, probe_list, loss, progress):
             scores = rule.scores(-done.answer.trace["maps"], background)
             if not bool(scores.isfinite().all()):
                 raise ModelError(
@@ -206,20 +211,22 @@ class Segmenting(Predictor):
         yield from self._run(jobs, probes, loss, progress)
 
     def _probes_of_maps(
-        self, probes: int | ProbeList | None, seed: int, timesteps: Any
-    ) -> tuple[Any, ProbeList]:
+        self, probes: int | ProbeList | None, seed: int, timesteps: Any, weights: Any
+    ) -> tuple[str, ProbeList, float]:
+        """The loss, the list of probes, and the beta that goes with their weights."""
         chosen = resolve_strategy(None, None, {})
-        return chosen, self.probe_list(chosen, probes, seed, timesteps)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps, weights)
+        return chosen.loss, probe_list, self._beta(self.learned_weights(chosen, probes, weights))
 
-    def _rule(self, rule: SegmentationRule | None) -> SegmentationRule:
-        """The given one, the model's fitted one, or what holds without a fit."""
+    def _rule(self, rule: SegmentationRule | None, beta: float) -> SegmentationRule:
+        """The given one, the model's fitted one, or what holds without a fit at this beta."""
         if not isinstance(rule, SegmentationRule | None):
             raise DiveFastError(f"rule must be a SegmentationRule or None, got {shown(rule)}.")
         rule = optional(self.model, "segmentation") if rule is None else rule
         if rule is not None:
             return rule
         shape = tuple(self.model.latent_shape[1:])
-        return SegmentationRule.for_model(self.model.inverse_temperature, shape, SIGMA)
+        return SegmentationRule.for_model(beta, shape, SIGMA)
 
     def _asked(
         self, classes: Sequence[ClassName] | None, background: bool

@@ -10,6 +10,7 @@ from typing import Any
 
 from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.files import replacing
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import is_number
 from dive_fast.core.segmentation import SegmentationRule
 from dive_fast.core.shortlist import OLD_FIELDS, Shortlist
@@ -19,6 +20,12 @@ from dive_fast.models.files.reading import read_json
 from dive_fast.models.protocol import Model, optional
 
 FILE = "dive_fast.json"
+_KINDS = {
+    "timesteps": TimestepWeights,
+    "shortlist": Shortlist,
+    "loss_weights": LossWeights,
+    "segmentation": SegmentationRule,
+}
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +38,14 @@ class Fitted:
         inverse_temperature: beta of log p(y | x0) = -beta L + log p(y).
         timesteps: learned density and weights of the probes' timesteps.
         shortlist: learned correction of the estimates that ``auto`` ranks classes by.
+        loss_weights: what losses count at each timestep, with a beta of their own.
         segmentation: how error maps count at a place.
     """
 
     inverse_temperature: float | None = None
     timesteps: TimestepWeights | None = None
     shortlist: Shortlist | None = None
+    loss_weights: LossWeights | None = None
     segmentation: SegmentationRule | None = None
 
 
@@ -73,7 +82,9 @@ def apply_fitted(model: Model, fitted: Fitted) -> None:
     """Sets on a model what was fitted to it; a shortlist of other classes is left out."""
     if fitted.inverse_temperature is not None:
         model.inverse_temperature = fitted.inverse_temperature
-    model.timesteps, model.segmentation = fitted.timesteps, fitted.segmentation
+    model.timesteps = fitted.timesteps
+    model.loss_weights = fitted.loss_weights
+    model.segmentation = fitted.segmentation
     if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
         model.shortlist = fitted.shortlist
 
@@ -102,8 +113,7 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
         log.warning("the shortlist in %s is of an earlier version: fit it again.", path)
         content = content | {"shortlist": None}
     learned = {}
-    kinds = {"timesteps": TimestepWeights, "shortlist": Shortlist}
-    for key, kind in (kinds | {"segmentation": SegmentationRule}).items():
+    for key, kind in _KINDS.items():
         try:
             learned[key] = kind.from_dict(content[key]) if content.get(key) is not None else None
         except DiveFastError as error:
@@ -120,12 +130,15 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
     Raises:
         ModelError: the file there is damaged, or as ``write_extra``.
     """
-    content = read_extra(directory)
-    values = {
-        "beta": fitted.inverse_temperature,
-        "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),
-        "shortlist": None if fitted.shortlist is None else fitted.shortlist.to_dict(),
-        "segmentation": None if fitted.segmentation is None else fitted.segmentation.to_dict(),
-    }
-    content = {key: value for key, value in (content | values).items() if value is not None}
+    content = read_extra(directory) | fitted_entries(fitted)
+    content = {key: value for key, value in content.items() if value is not None}
     return write_extra(directory, content)
+
+
+def fitted_entries(fitted: Fitted) -> dict[str, Any]:
+    """The values for JSON, None where there are none."""
+    found: dict[str, Any] = {"beta": fitted.inverse_temperature}
+    for key in _KINDS:
+        value = getattr(fitted, key)
+        found[key] = None if value is None else value.to_dict()
+    return found
