@@ -321,3 +321,15 @@ def test_what_was_fitted(sd, tmp_path, caplog):
     _, found = next(scorer.choose(ITEMS, strategy="enumerate", probes=4))
     expected = (-7.0 * found.losses).log_softmax(dim=0)
     torch.testing.assert_close(found.log_posterior, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_record_is_of_all_chunks(sd, monkeypatch):
+    scorer = ImageTextScorer.from_pretrained(sd, device="cpu", cache="exact")
+    monkeypatch.setattr("dive_fast.predict.items.CHUNK_ITEMS", 2)
+    found = dict(scorer.choose(ITEMS, strategy="enumerate", probes=4))
+    record = scorer.last_run
+    assert record.evaluations == sum(choice.evaluations for choice in found.values()) == 112
+    assert record.rows == 112 and record.batches >= 3
+    # Each text is projected once a chunk, each picture's prefix once a probe.
+    texts = [{t for _, _, c in ITEMS[i : i + 2] for t in c} for i in (0, 2, 4)]
+    assert record.cache_misses == sum(map(len, texts)) + 5 * 4

@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         app,
         choose,
         classify,
+        compare,
         compare_runs,
         convert,
         demo,
@@ -56,12 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
         explain,
         fit,
         info,
+        likelihood,
         merge,
         probe,
         report,
         score,
         segment,
         train,
+        train_classes,
         train_layout,
         train_prior,
     )
@@ -77,11 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     groups = (
-        (classify, explain, detect, segment, app),
+        (classify, explain, likelihood, detect, segment, app),
         (score, choose),
-        (evaluate, merge, compare_runs, report),
+        (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
-        (train, train_layout, train_prior),
+        (train, train_classes, train_layout, train_prior),
         (convert, demo, info),
     )
     for module in (command for group in groups for command in group):

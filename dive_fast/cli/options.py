@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from dive_fast.cli.engine_options import add_engine
 from dive_fast.cli.values import count, log_target, number, readers, seed, weight
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
@@ -50,6 +51,20 @@ def add_readers(parser: argparse.ArgumentParser) -> None:
 
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     """What ``load_classifier`` and ``chosen_strategy`` read."""
+    add_model_options(parser)
+    group = parser.add_argument_group("strategy")
+    _add_search(
+        group,
+        "auto|enumerate|race|invert",
+        _STRATEGIES,
+        "100; dive-paper 250",
+        "min_agreement=0.99",
+    )
+    _add_strategy_extras(group)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What ``load_classifier`` reads."""
     group = parser.add_argument_group("model")
     _add_model(
         group,
@@ -62,16 +77,7 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     _add_timestep_embedding(group)
     _add_prediction_type(group)
     _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
-    _add_engine(parser)
-    group = parser.add_argument_group("strategy")
-    _add_search(
-        group,
-        "auto|enumerate|race|invert",
-        _STRATEGIES,
-        "100; dive-paper 250",
-        "min_agreement=0.99",
-    )
-    _add_strategy_extras(group)
+    add_engine(parser)
 
 
 def add_detector_options(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +92,7 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_prior(group)
     _add_prompts(parser, "GLIGEN, GeoDiffusion", "what the model was trained with")
-    _add_engine(parser)
+    add_engine(parser)
     group = parser.add_argument_group("search")
     _add_search(group, "guided|invert", _SEARCHES, "48", "margin=0.05")
 
@@ -103,7 +109,7 @@ def add_scorer_options(parser: argparse.ArgumentParser, *, searches: bool) -> No
     )
     _add_lora(group)
     _add_prediction_type(group)
-    _add_engine(parser)
+    add_engine(parser)
     group = parser.add_argument_group("strategy" if searches else "probes")
     if searches:
         text = f"{_STRATEGIES.replace(' (default)', '')} (default: race)"
@@ -130,7 +136,17 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
     _add_prediction_type(group)
     _add_prior(group)
     _add_average(_add_prompts(parser, "Stable Diffusion, GLIGEN and others", "the family's own"))
-    _add_engine(parser)
+    add_engine(parser)
+
+
+def add_generator_options(parser: argparse.ArgumentParser) -> None:
+    """What ``load_classifier`` reads, for several models that positional arguments name."""
+    group = parser.add_argument_group("models, all of them")
+    _add_loading(group)
+    _add_timestep_embedding(group)
+    _add_prediction_type(group)
+    _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
+    add_engine(parser)
 
 
 def add_options_of_both(
@@ -154,7 +170,7 @@ def add_options_of_both(
         f"{DETECTOR} as detector)",
     )
     _add_prompts(parser, "Stable Diffusion; GLIGEN, GeoDiffusion", "the family's own")
-    _add_engine(parser)
+    add_engine(parser)
     group = parser.add_argument_group("strategy")
     _add_search(
         group,
@@ -203,6 +219,11 @@ def _add_model(
 ) -> None:
     action = "append" if several else "store"
     group.add_argument("--model", action=action, default=default, metavar=metavar, help=text)
+    _add_loading(group)
+    _add_fitted(group)
+
+
+def _add_loading(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     group.add_argument(
@@ -219,6 +240,9 @@ def _add_model(
         help="take the weights of a variant, such as fp16, where there are such (default: full "
         "precision, or the only variant)",
     )
+
+
+def _add_fitted(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fitted",
         metavar="DIR",
@@ -246,50 +270,6 @@ def _add_prompts(
         f"(default: {default_template})",
     )
     return group
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--cache",
-        default="auto",
-        metavar="off|exact|encoder",
-        help="activations kept between evaluations: exact: same answers; encoder: approximate "
-        "gradients (default: what was measured best for the model)",
-    )
-    group.add_argument(
-        "--cache-bytes",
-        type=count,
-        default=1 << 30,
-        metavar="BYTES",
-        help="bound on what is kept (default: 1 GiB)",
-    )
-    group.add_argument(
-        "--refresh",
-        type=count,
-        default=2,
-        metavar="N",
-        help="with --cache encoder: computed anew at every N-th gradient (default: 2)",
-    )
-    group.add_argument(
-        "--autocast",
-        action="store_const",
-        const="bfloat16",
-        help="run the network under bfloat16 autocast; the weights keep --dtype",
-    )
-    group.add_argument(
-        "--threads",
-        type=count,
-        metavar="N",
-        help="threads of the CPU (default: what OMP_NUM_THREADS says, else as many as cores are "
-        "free, looked at again every 10 seconds)",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="run the network through torch.compile"
-    )
-    group.add_argument(
-        "--channels-last", action="store_true", help="lay convolutions out in channels-last order"
-    )
 
 
 def _add_search(

@@ -59,29 +59,37 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from dive_fast.data.paths import expand_inputs
     from dive_fast.predict.items import as_texts
 
     # What is wrong with the options should not wait for a large model to load.
     texts = as_texts([*options.text, *_lines(options.texts)])
-    pictures, masks, failed = _read(options.images, options.mask)
-    if not pictures:
+    inputs = expand_inputs(options.images)
+    masks = _masks(options.mask, len(inputs))
+    if all(error for _, error in inputs):  # no model is needed to say so
+        scorer, channels, size = None, 3, 1
+    else:
+        scorer = load_scorer(options)
+        channels, size, _ = scorer.model.image_shape
+    pictures = _read(inputs, masks, size, channels)
+    if scorer is None or not pictures:
         return 2
-    found = load_scorer(options).score(
-        [picture for _, picture in pictures],
+    found = scorer.score(
+        [picture for _, picture, _ in pictures],
         texts,
-        pixel_weights=masks,
+        pixel_weights=[weights for _, _, weights in pictures],
         probes=options.probes,
         seed=options.seed,
         timesteps=options.timesteps,
         unconditional=options.lift,
         progress=sys.stderr.isatty(),
     )
-    paths = [path for path, _ in pictures]
+    paths = [path for path, _, _ in pictures]
     if options.json:
         print(json.dumps(_as_json(found, paths), indent=2, allow_nan=False))
     else:
         print(_as_table(found, paths))
-    return 2 if failed else 0
+    return 2 if len(pictures) < len(inputs) else 0
 
 
 def _lines(path: str | None) -> list[str]:
@@ -103,37 +111,42 @@ def _lines(path: str | None) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _read(
-    images: list[str], masks: list[str] | None
-) -> tuple[list[tuple[str, Any]], list[Any] | None, bool]:
-    """The images that can be read with their paths, the mask of each, and whether some cannot.
+def _masks(paths: list[str] | None, n: int) -> list[Any]:
+    """The mask of each of n images; None where there is none.
 
     Raises:
         DiveFastError: another number of masks.
-        ImageError: a mask cannot be read.
+        ImageError: one cannot be read.
     """
     from dive_fast.data.image_files import read_image
-    from dive_fast.data.paths import expand_inputs
+    from dive_fast.errors import DiveFastError
+
+    if paths is None:
+        return [None] * n
+    if len(paths) not in (1, n):
+        raise DiveFastError(
+            f"expected one --mask, or one for each of {n} images, got {len(paths)}."
+        )
+    masks = [read_image(path) for path in paths]
+    return masks * n if len(masks) == 1 else masks
+
+
+def _read(
+    inputs: list[tuple[str, Any]], masks: list[Any], size: int, channels: int
+) -> list[tuple[str, Any, Any]]:
+    """Path, image and weights of each that can be read, as the model sees them; others are told."""
+    from dive_fast.data.pixel_weights import cropped
     from dive_fast.data.reading import read_found
-    from dive_fast.errors import DiveFastError, ImageError
+    from dive_fast.errors import ImageError
     from dive_fast.evaluation.run import sentence
 
-    inputs = expand_inputs(images)
-    given = None if masks is None else [read_image(path) for path in masks]
-    if given is not None and len(given) not in (1, len(inputs)):
-        raise DiveFastError(
-            f"expected one --mask, or one for each of {len(inputs)} images, got {len(given)}."
-        )
-    found, of_found, failed = [], [], False
-    for number, (path, error) in enumerate(inputs):
+    found = []
+    for (path, error), mask in zip(inputs, masks, strict=True):
         try:
-            found.append((path, read_found(path, error)))
+            found.append((path, *cropped(read_found(path, error), mask, size, channels)))
         except ImageError as wrong:
             log.warning(sentence(path, wrong))
-            failed = True
-        else:
-            of_found.append(None if given is None else given[number if len(given) > 1 else 0])
-    return found, None if given is None else of_found, failed
+    return found
 
 
 def _as_table(found: Scores, paths: list[str]) -> str:

@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from dive_fast.core.shortlist import digest
-from dive_fast.data.item_lines import read_item_lines
+from dive_fast.data.item_lines import ItemLine, read_item_lines
+from dive_fast.data.pixel_weights import cropped
 from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.machine import environment
 from dive_fast.evaluation.records import Form
@@ -77,6 +79,7 @@ def choose_over(
     asked["timesteps"] = timesteps
     config = {**scorer.identity(**asked), "items": digest(line.line for line in lines)}
     facts = {"data": os.fspath(items)}
+    channels, size, _ = scorer.model.image_shape
 
     def stream(images: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         given = ((key, *image) for key, image in images)
@@ -84,13 +87,24 @@ def choose_over(
 
     with RunDirectory.open(out, config, environment(scorer), Form("choice"), facts) as run:
         run_over(
-            [Source(line.id, line.read, name=line.id) for line in lines],
+            [Source(line.id, partial(_read, line, channels, size), name=line.id) for line in lines],
             stream,
             run,
             progress=progress,
             record=_record,
         )
         return _summary(run.done())
+
+
+def _read(line: ItemLine, channels: int, size: int) -> tuple[Any, ...]:
+    """What ``choose`` takes beside the key; cropped here, as many items may be on their way.
+
+    Raises:
+        ImageError: the image or its mask cannot be used.
+    """
+    picture, candidates, mask = line.read()
+    image, weights = cropped(picture, mask, size, channels)
+    return image, candidates, weights
 
 
 def _record(key: str, answer: Choice | DiveFastError, image: Any) -> Mapping[str, Any]:

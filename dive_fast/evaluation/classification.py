@@ -103,7 +103,7 @@ def evaluate(
     truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
     form = Form("classification", classifier.names, truths)
 
-    source, stream = partial(_source, columns), partial(_stream, asked)
+    source, stream = partial(source_of, columns), partial(_stream, asked)
     here = environment(classifier) if ray is None else spread(environment(classifier), ray)
     with (
         RunDirectory.open(out, config, here, form, facts) as run,
@@ -112,13 +112,13 @@ def evaluate(
         if ray is None:
             channels, size, _ = classifier.model.image_shape
             run_over(
-                _sources(source, classifier, data),
+                sources_of(source, classifier, data),
                 partial(stream, classifier),
                 records,
                 progress=progress,
                 total=len(data.examples),
                 readers=readers,
-                shared=_indexed(data),
+                shared=indexed(data),
                 ahead=images_ahead(channels * size * size),
                 encode=classifier.encode_pixels,
                 at_once=images_at_once(classifier.model.device),
@@ -140,21 +140,21 @@ def evaluate(
         return summary
 
 
-def _indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
+def indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
     """The examples, for readers to know them all; none of a stream, which bring their images."""
     return (data.examples,) if isinstance(data.examples, Sequence) else ()
 
 
-def _sources(
+def sources_of(
     source: Callable[..., Source], classifier: DiffusionClassifier, data: DataSet
 ) -> Iterator[Source]:
     """Of all examples, such that readers are sent the examples once and then only positions."""
-    known = _indexed(data)
+    known = indexed(data)
     for i, example in enumerate(data.examples):
         yield source(classifier, example, partial(load, *known, i) if known else None)
 
 
-def _source(
+def source_of(
     columns: Sequence[str],
     classifier: DiffusionClassifier,
     example: Example,

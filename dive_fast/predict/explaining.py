@@ -73,7 +73,7 @@ class Explaining(Predictor):
             ModelError: a layout-to-image model, or one that fails.
             NoOtherClass: an image whose answer is b, or of which only one class was measured.
         """
-        _check_classes(self.model)
+        check_classes(self.model)
         chosen = resolve_strategy(strategy, None, {})
         probe_list = self.probe_list(chosen, probes, seed, timesteps, weights)
         placed = {"timesteps": timesteps, "weights": weights}
@@ -161,7 +161,7 @@ class Explaining(Predictor):
             float32 [B, C, h, w] in the model's own space, the mean over the probes; its mean over
             h and w is the mean of ``losses`` over K.
         """
-        _check_classes(self.model)
+        check_classes(self.model)
         x0 = self._latents(images, latents)
         n_classes = len(self.model.vocabulary)
         picked = torch.arange(n_classes) if classes is None else as_rows(classes, n_classes)
@@ -271,7 +271,12 @@ def runner_up(found: Classification, vocabulary: Vocabulary, a: int | None = Non
     raise NoOtherClass("only one class was measured, and there is none to compare it with.")
 
 
-def _check_classes(model: Model) -> None:
+def check_classes(model: Model) -> None:
+    """That its answers are classes.
+
+    Raises:
+        ModelError: they are layouts.
+    """
     if optional(model, "layout_format") is not None:
         raise ModelError(
             f"expected a model of classes, got the layout-to-image model {model.name}: "

@@ -207,11 +207,17 @@ class Predictor(Placing):
         loss: str,
         on_batch: Callable[[int], None],
         vocabulary: Vocabulary | None = None,
+        record: EngineRecord | None = None,
     ) -> Iterator[Finished]:
-        """The same without a bar, for who has one; over another vocabulary than the model's."""
+        """The same without a bar, for who has one.
+
+        Args:
+            vocabulary: whose rows the jobs name; the model's if None.
+            record: of the call's earlier parts.
+        """
         engine = self._engine = Engine(self.model, self.batch_size, on_batch, self.options)
         try:
-            yield from engine.run(jobs, probes, Objective(loss), vocabulary)
+            yield from engine.run(jobs, probes, Objective(loss), vocabulary, record)
         finally:
             # Memory that ran out once would run out again.
             self.batch_size = engine.batch_size
