@@ -22,7 +22,7 @@ from dive_fast.engine import Finished
 from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.protocol import optional
 from dive_fast.predict.arguments import as_pairs, as_progress
-from dive_fast.predict.explaining import ClassName, _check_classes, class_row
+from dive_fast.predict.explaining import ClassName, check_classes, class_row
 from dive_fast.predict.fitting_segmentation import Annotated, SegmentationFit, fit_rule, on_map
 from dive_fast.predict.predictor import Predictor
 from dive_fast.predict.segmentation import BACKGROUND, Segmentation, enlarged
@@ -71,7 +71,7 @@ class Segmenting(Predictor):
             ModelError: a layout-to-image model, or "no class" asked of a model without it.
         """
         with torch.inference_mode(False):
-            _check_classes(self.model)
+            check_classes(self.model)
             x0, pictures = self._with_pictures(images, latents)
             items = ((i, x, pictures[i]) for i, x in enumerate(x0))
             settings = (classes, background, rule, probes, seed, timesteps, weights)
@@ -97,7 +97,7 @@ class Segmenting(Predictor):
             images: pairs of a key and an image; read lazily.
             progress: the number of images if a bar shall be shown.
         """
-        _check_classes(self.model)
+        check_classes(self.model)
         progress = as_progress(progress)
 
         def items() -> Iterator[tuple[Any, torch.Tensor, Image.Image]]:
@@ -135,7 +135,7 @@ class Segmenting(Predictor):
             DiveFastError: masks that are none, or as ``segment``.
         """
         with torch.inference_mode(False):
-            _check_classes(self.model)
+            check_classes(self.model)
             x0, _ = self._with_pictures(images, latents)
             rows, names, null = self._asked(classes, background)
             size = tuple(self.model.latent_shape[1:])
