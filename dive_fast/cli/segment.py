@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dive_fast.cli.engine_options import add_engine
 from dive_fast.cli.loading import (
     chosen_layout_strategy,
     class_names,
@@ -20,7 +21,6 @@ from dive_fast.cli.options import (
     _SEARCHES,
     DETECTOR,
     _add_average,
-    _add_engine,
     _add_lora,
     _add_model,
     _add_prediction_type,
@@ -81,7 +81,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "layout-to-image model or of a model of classes",
     )
     _add_prompts(parser, "Stable Diffusion; GLIGEN, GeoDiffusion", "the family's own")
-    _add_engine(parser)
+    add_engine(parser)
     group = parser.add_argument_group("maps")
     _add_search(
         group,
