@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dive_fast.core.loss_weights import LossWeights
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.schedule import Schedule
+    from dive_fast.core.segmentation import SegmentationRule
     from dive_fast.core.threads import choose_threads
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.sampling import sample
     from dive_fast.predict.scores import Choice, PairScores, Retrieval, Scores
     from dive_fast.predict.scoring import ImageTextScorer
+    from dive_fast.predict.segmentation import Segmentation
     from dive_fast.strategies import register_preset, register_strategy
     from dive_fast.strategies.layout import register_layout_strategy
 
@@ -70,6 +72,8 @@ _HOMES = {
     "accelerate": "dive_fast.accelerator",
     "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
+    "Segmentation": "dive_fast.predict.segmentation",
+    "SegmentationRule": "dive_fast.core.segmentation",
     "Scores": "dive_fast.predict.scores",
     "TimestepWeights": "dive_fast.core.timesteps",
     "WeightFit": "dive_fast.predict.fitting_weights",
@@ -119,6 +123,8 @@ __all__ = [
     "Retrieval",
     "RunError",
     "Schedule",
+    "Segmentation",
+    "SegmentationRule",
     "Scores",
     "TimestepWeights",
     "WeightFit",

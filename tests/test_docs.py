@@ -44,6 +44,7 @@ PAGES = (
     "docs/explain.md",
     "docs/likelihood.md",
     "docs/corruptions.md",
+    "docs/segmentation.md",
     "docs/scores.md",
     "docs/compare.md",
     "docs/train_classes.md",

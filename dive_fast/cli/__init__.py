@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         probe,
         report,
         score,
+        segment,
         train,
         train_classes,
         train_layout,
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     groups = (
-        (classify, explain, likelihood, detect, app),
+        (classify, explain, likelihood, detect, segment, app),
         (score, choose),
         (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
