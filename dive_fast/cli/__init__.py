@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         merge,
         probe,
         report,
+        tasks,
         train,
         train_layout,
         train_prior,
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     training = (train, train_layout, train_prior)
-    asked, runs = (classify, explain, detect, app), (evaluate, merge, compare_runs, report)
+    asked, runs = (classify, explain, detect, app), (evaluate, tasks, merge, compare_runs, report)
     for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
         module.add_parser(commands)
     return parser

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Options that are arguments of every ``from_pretrained``.
+_PLACE = ("dtype", "device", "batch_size", "allow_pickle", "variant")
+_ENGINE = ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
 WORDS = {"true": "True", "false": "False", "none": "None"}  # as they are written elsewhere
 
 
@@ -126,6 +129,22 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
     return classifier
 
 
+def load_scorer(options: argparse.Namespace):
+    """The scorer of images and texts that the options name."""
+    from dive_fast.predict.scoring import ImageTextScorer
+
+    names = (*_PLACE, *_ENGINE)
+    scorer = ImageTextScorer.from_pretrained(
+        _found(options, options.prediction_type),
+        lora=options.lora,
+        lora_scale=1.0 if options.lora_scale is None else options.lora_scale,
+        **{name: getattr(options, name) for name in names},
+    )
+    if options.fitted is not None:
+        scorer.load_fitted(options.fitted)
+    return scorer
+
+
 def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = None):
     """The detector that the options name; a warning where its prior may be far too heavy.
 
@@ -172,10 +191,8 @@ def _common(
     options: argparse.Namespace, classes: Sequence[str] | None, source: Source
 ) -> dict[str, Any]:
     """What classifiers and detectors are loaded with alike."""
-    names = ("dtype", "device", "batch_size", "allow_pickle", "variant")
-    names += ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
     return {
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in (*_PLACE, *_ENGINE)},
         "classes": _chosen_classes(options, classes, source),
         "templates": templates(options.template),
     }

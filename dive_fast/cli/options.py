@@ -74,6 +74,25 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     _add_strategy_extras(group)
 
 
+def add_scorer_options(parser: argparse.ArgumentParser) -> None:
+    """What ``load_scorer`` and ``chosen_strategy`` read."""
+    group = parser.add_argument_group("model")
+    _add_model(
+        group,
+        None,
+        "DIR|FILE|HUB_ID",
+        "a text-to-image model: a diffusers directory, a .safetensors file of Stable Diffusion, or "
+        "a hub id",
+    )
+    _add_lora(group)
+    _add_prediction_type(group)
+    _add_engine(parser)
+    group = parser.add_argument_group("strategy")
+    metavar, setting = "auto|enumerate|race|invert", "min_agreement=0.95"
+    _add_search(group, metavar, "of images with texts of their own (default: auto)", "100", setting)
+    parser.set_defaults(preset=None)
+
+
 def add_detector_options(parser: argparse.ArgumentParser) -> None:
     """What ``load_detector`` and ``chosen_layout_strategy`` read."""
     group = parser.add_argument_group("model")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.errors import RunError, shown
 
-Kind = Literal["classification", "detection"]
+Kind = Literal["classification", "detection", "task"]
 Record = Mapping[str, Any]
 
 # Sums of many float32 probabilities are a little off.
@@ -29,8 +29,8 @@ class Form:
     """What the records of one run must be.
 
     Attributes:
-        kind: "classification" or "detection"; None where nothing says it: then each record is what
-            its fields say, and one without fields of either is somebody's own and not looked at.
+        kind: of the run; None where nothing says it: then each record is what its fields say, and
+            one without fields of a classifier or a detector is somebody's own and not looked at.
         names: the model's classes, where they are known.
         truths: the right class by id, where it is known: then it must be there, and the same.
         whole: whether a classification needs the lists, too, that no figure is made of:
@@ -47,6 +47,8 @@ class Form:
         kind = self.kind or _kind_of(record)
         if kind == "classification":
             return _wrong(_require_classification, record, self.names, self.truths, self.whole)
+        if kind == "task":
+            return _wrong(_require_task, record)
         return None if kind is None else _wrong(_require_detection, record, self.names)
 
 
@@ -95,6 +97,21 @@ def _require_detection(record: Record, names: Sequence[str] | None) -> None:
         _require_text(record, "error")
     else:
         _require_objects(record, names)
+
+
+def _require_task(record: Record) -> None:
+    if "category" in record:
+        _require_text(record, "category")
+    if "error" in record:
+        _require_text(record, "error")
+        return
+    what = "an object of text, image and group, true or false"
+    _require(record, "right", lambda value: isinstance(value, dict), what)
+    for name, value in record["right"].items():
+        if name not in ("text", "image", "group") or not isinstance(value, bool):
+            _fail(f"'right' to be {what}", record["right"])
+    _require_each(record, "losses", _are_numbers_or_null, "of lists of numbers or null")
+    _require_cost(record)
 
 
 def _require_figures(record: Record) -> None:
@@ -259,6 +276,10 @@ def _are_shares(value: object) -> bool:
 
 def _is_number_or_null(value: object) -> bool:
     return value is None or is_number(value)
+
+
+def _are_numbers_or_null(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number_or_null, value))
 
 
 def _floats_or_null(values: list) -> bool:
