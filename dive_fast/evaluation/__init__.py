@@ -11,14 +11,18 @@ from dive_fast.evaluation.detection import (
 from dive_fast.evaluation.on_ray import RayOptions
 from dive_fast.evaluation.rundir import RunDirectory, read_records
 from dive_fast.evaluation.summary import Summary, summarise
+from dive_fast.evaluation.task_scores import TaskSummary
+from dive_fast.evaluation.tasks import evaluate_task
 
 __all__ = [
     "DetectionSummary",
     "RayOptions",
     "RunDirectory",
     "Summary",
+    "TaskSummary",
     "evaluate",
     "evaluate_detections",
+    "evaluate_task",
     "read_records",
     "summarise",
     "summarise_detections",
