@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dive_fast.predict.explanation import Explanation
     from dive_fast.predict.likelihood import Likelihood
     from dive_fast.predict.sampling import sample
+    from dive_fast.predict.scores import Choice, PairScores, Retrieval, Scores
+    from dive_fast.predict.scoring import ImageTextScorer
     from dive_fast.strategies import register_preset, register_strategy
     from dive_fast.strategies.layout import register_layout_strategy
 
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 # Loaded when first used: the command line's --help should not wait for torch and diffusers.
 _HOMES = {
     "Calibration": "dive_fast.predict.calibration",
+    "Choice": "dive_fast.predict.scores",
     "Classification": "dive_fast.predict.classification",
     "DataError": "dive_fast.errors",
     "Detections": "dive_fast.predict.detections",
@@ -48,17 +51,21 @@ _HOMES = {
     "Explanation": "dive_fast.predict.explanation",
     "Head": "dive_fast.core.head",
     "ImageError": "dive_fast.errors",
+    "ImageTextScorer": "dive_fast.predict.scoring",
     "Layout": "dive_fast.core.layouts",
     "LayoutDetector": "dive_fast.predict.detector",
     "LayoutFormat": "dive_fast.core.layouts",
     "Likelihood": "dive_fast.predict.likelihood",
     "ModelError": "dive_fast.errors",
+    "PairScores": "dive_fast.predict.scores",
     "ProbeList": "dive_fast.core.probes",
     "RayClassifier": "dive_fast.predict.batches",
+    "Retrieval": "dive_fast.predict.scores",
     "RunError": "dive_fast.errors",
     "accelerate": "dive_fast.accelerator",
     "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
+    "Scores": "dive_fast.predict.scores",
     "TimestepWeights": "dive_fast.core.timesteps",
     "register_layout_strategy": "dive_fast.strategies.layout",
     "register_model_family": "dive_fast.models",
@@ -82,6 +89,7 @@ _ROOMS = (
 
 __all__ = [
     "Calibration",
+    "Choice",
     "Classification",
     "DataError",
     "Detections",
@@ -91,15 +99,19 @@ __all__ = [
     "Explanation",
     "Head",
     "ImageError",
+    "ImageTextScorer",
     "Layout",
     "LayoutDetector",
     "LayoutFormat",
     "Likelihood",
     "ModelError",
+    "PairScores",
     "ProbeList",
     "RayClassifier",
+    "Retrieval",
     "RunError",
     "Schedule",
+    "Scores",
     "TimestepWeights",
     "__version__",
     "accelerate",

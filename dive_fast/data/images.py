@@ -84,6 +84,23 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def crop_box(picture: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    """What ``center_crop`` keeps of a picture: (left, top, right, bottom) in its own pixels.
+
+    Args:
+        picture: (w, h) of it, at least 1 each.
+        size: side of the crop.
+    """
+    width, height = picture
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    x, y = picture[0] / width, picture[1] / height
+    return left * x, top * y, (left + size) * x, (top + size) * y
+
+
 def squash(image: Image.Image, size: int) -> Image.Image:
     """Resize to ``size`` x ``size`` whatever the proportions, so that no object is cut off.
 

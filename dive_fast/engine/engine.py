@@ -18,6 +18,7 @@ import torch
 
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine.batch_size import rows_per_batch
 from dive_fast.engine.cache import is_out_of_memory
 from dive_fast.engine.forward import Forward, check_options
@@ -108,14 +109,22 @@ class Engine:
         self.record = EngineRecord()
 
     def run(
-        self, jobs: Iterable[Job], probes: ProbeList, objective: Objective
+        self,
+        jobs: Iterable[Job],
+        probes: ProbeList,
+        objective: Objective,
+        vocabulary: Vocabulary | None = None,
     ) -> Iterator[Finished]:
         """Yields every job's answer as soon as it is found, not always in the order of the jobs.
 
         Jobs are taken only as fast as batches need them, so ``jobs`` may read its images lazily.
+
+        Args:
+            vocabulary: whose rows the jobs name; the model's if None.
         """
         self.record = EngineRecord()
-        forward = Forward(self.model, objective, objective.place(self.model, probes), self.options)
+        placed = objective.place(self.model, probes)
+        forward = Forward(self.model, objective, placed, self.options, vocabulary)
         waiting, running = enumerate(jobs), []
         while True:
             yield from self._admit(waiting, running, forward)
@@ -137,7 +146,8 @@ class Engine:
             number, job = next(waiting, (None, None))
             if job is None:
                 return
-            image = Running(number, job, len(forward.table))
+            n_classes = len(forward.table if job.rows is None else job.rows)
+            image = Running(number, job, n_classes)
             image.resume()
             if image.answer is None:
                 running.append(image)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dive_fast.core.requests import ErrorMaps, Features, Gradients, Losses
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.engine.cache import ActivationCache, Key, merge, take
 from dive_fast.engine.classes import ClassTable
 from dive_fast.engine.features import activations, pooled
@@ -34,6 +35,7 @@ class Forward:
         objective: what is measured.
         probes: where the network is.
         options: of the engine.
+        vocabulary: whose rows the requests name; the model's if None.
 
     Attributes:
         cache: what is kept, or None at level "off".
@@ -41,12 +43,17 @@ class Forward:
     """
 
     def __init__(
-        self, model: Model, objective: Objective, probes: DeviceProbes, options: EngineOptions
+        self,
+        model: Model,
+        objective: Objective,
+        probes: DeviceProbes,
+        options: EngineOptions,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.model, self.objective, self.probes, self.options = model, objective, probes, options
         self.level = cache_level(model, options)
         self.cache = None if self.level == "off" else ActivationCache(options.cache_bytes)
-        self.table = ClassTable(model.vocabulary, model.device)
+        self.table = ClassTable(vocabulary or model.vocabulary, model.device)
         # How often an image's (probe, position) was used since its encoder ran.
         self._uses: dict[int, dict[tuple[int, int], int]] = {}
         if options.channels_last:
@@ -235,7 +242,7 @@ class Forward:
         """The loss, or the error map, of every row."""
         device = prediction.device
         index = (batch.image_index.to(device), self.probes, batch.probe_index.to(device))
-        return compare(self.model, prediction, batch.x0, *index)
+        return compare(self.model, prediction, batch.x0, *index, batch.pixel_weights)
 
     def _looked_at(self, part: str) -> Callable[..., Any]:
         """A part of the network, with its errors told and its first result looked at."""

@@ -2,6 +2,9 @@
 
 x_t = a_t x0 + s_t eps
 l(y; x0, t, eps) = w_t || target - f(x_t, t, y) ||^2 / dim
+
+Where an image has weights w(i, j) of its pixels, the mean over them is sum(w e) / sum(w), of the
+error e(i, j) that is the mean over the channels.
 """
 
 from __future__ import annotations
@@ -28,6 +31,18 @@ class DeviceProbes(NamedTuple):
     a: torch.Tensor  # float32 [K]
     s: torch.Tensor  # float32 [K]
     weights: torch.Tensor  # float32 [K], w_t
+
+
+class PixelWeights(NamedTuple):
+    """What the pixels of B images count, on the device.
+
+    Attributes:
+        values: float32 [B, h, w], of mean 1 for every image; ones where none are given.
+        given: bool [B].
+    """
+
+    values: torch.Tensor
+    given: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -74,16 +89,27 @@ class Objective:
         image_index: torch.Tensor,
         probes: DeviceProbes,
         probe_index: torch.Tensor,
+        pixel_weights: PixelWeights | None = None,
     ) -> torch.Tensor:
         """The loss of M predictions, float32 [M], differentiable in ``prediction``.
 
         Args:
             prediction: [M, C or 2C, h, w], what the network made of ``noised``; the other arguments
                 are those of ``noised``.
+            pixel_weights: of the images, None where no image has any. An image without has the
+                same loss whatever is beside it in the batch.
         """
-        arguments = self._arguments(prediction, x0, image_index, probes, probe_index)
+        rows = (image_index, probes, probe_index)
+        if pixel_weights is not None:
+            weighted = self.error_map(model, prediction, x0, *rows, pixel_weights).mean(dim=(1, 2))
+            if pixel_weights.given.all():
+                return weighted
+        arguments = self._arguments(prediction, x0, *rows)
         losses = ops.noise_prediction_loss(*arguments, target=model.schedule.target, norm=self.norm)
-        return losses * probes.weights[probe_index]
+        losses = losses * probes.weights[probe_index]
+        if pixel_weights is None:
+            return losses
+        return torch.where(pixel_weights.given[image_index], weighted, losses)
 
     def error_map(
         self,
@@ -93,13 +119,15 @@ class Objective:
         image_index: torch.Tensor,
         probes: DeviceProbes,
         probe_index: torch.Tensor,
+        pixel_weights: PixelWeights | None = None,
     ) -> torch.Tensor:
         """Where M predictions are wrong, float32 [M, h, w]: ``compare`` before the mean."""
         arguments = self._arguments(prediction, x0, image_index, probes, probe_index)
         maps = ops.noise_prediction_error_map(
             *arguments, target=model.schedule.target, norm=self.norm
         )
-        return maps * probes.weights[probe_index, None, None]
+        maps = maps * probes.weights[probe_index, None, None]
+        return maps if pixel_weights is None else maps * pixel_weights.values[image_index]
 
     @staticmethod
     def _arguments(

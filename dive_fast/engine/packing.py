@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from dive_fast.core.requests import ErrorMaps, Gradients, Losses, Request
-from dive_fast.engine.running import Result, Running, probes_per_mean
+from dive_fast.engine.objective import PixelWeights
+from dive_fast.engine.running import Job, Result, Running, probes_per_mean
 
 # Of a request (``Request.group``): a batch is of one group.
 Group = tuple[Hashable, ...]
@@ -33,13 +34,15 @@ class Batch(NamedTuple):
 
     Attributes:
         x0: float32 [B, C, h, w].
-        classes: int64 [N], the row of the vocabulary that each condition is, -1 if it is relaxed.
+        classes: int64 [N], the row of the run's vocabulary that each condition is, -1 if it is
+            relaxed.
         relaxed: float32 [R, D], the embeddings of the relaxed ones in their order; None if R = 0.
         position: int64 [N], each condition's place among the means of its request.
         image_numbers: the number of each image, [B].
         image_index, probe_index, condition_index: int64 [M].
         weight: float32 [M], one over the number of probes of the mean that the row is part of.
         named: how many of the N conditions belong to each image, [B].
+        pixel_weights: of the images, on the device; None where no image has any.
     """
 
     x0: torch.Tensor
@@ -52,6 +55,7 @@ class Batch(NamedTuple):
     condition_index: torch.Tensor
     weight: torch.Tensor
     named: list[int]
+    pixel_weights: PixelWeights | None = None
 
 
 def fullest(running: Iterable[Running], batch_size: int) -> tuple[Group, int]:
@@ -104,6 +108,8 @@ def to_batch(chunks: list[Chunk], device: torch.device) -> Batch:
         if request.relaxed:
             relaxed.append(named.float())
             named = torch.full_like(position, -1)
+        elif image.job.rows is not None:
+            named = image.job.rows[named]
         classes.append(named)
         positions.append(position)
         condition_index.append(index + sum(counts))
@@ -121,6 +127,7 @@ def to_batch(chunks: list[Chunk], device: torch.device) -> Batch:
         condition_index=torch.cat(condition_index),
         weight=torch.cat(weight),
         named=counts,
+        pixel_weights=_pixel_weights([chunk.image.job for chunk in chunks], device),
     )
 
 
@@ -133,6 +140,19 @@ def scatter(chunks: list[Chunk], batch: Batch, result: Result, seconds: float) -
         image.add(result.part(rows, conditions), batch.position[conditions])
         image.seconds += seconds * count / len(result.values)
         row, condition = rows.stop, conditions.stop
+
+
+def _pixel_weights(jobs: list[Job], device: torch.device) -> PixelWeights | None:
+    """What the pixels of the jobs' images count."""
+    given = [job.pixel_weights is not None for job in jobs]
+    if not any(given):
+        return None
+    values = torch.ones(len(jobs), *jobs[0].x0.shape[1:])
+    for i, job in enumerate(jobs):
+        if given[i]:
+            weights = job.pixel_weights.double()
+            values[i] = weights / weights.mean()
+    return PixelWeights(values.to(device), torch.tensor(given, device=device))
 
 
 def _means(request: Request, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

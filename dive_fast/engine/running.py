@@ -21,11 +21,20 @@ from dive_fast.errors import DiveFastError
 
 @dataclass(frozen=True)
 class Job:
-    """One image to be classified: ``key`` comes back with the answer, x0 is float32 [C, h, w]."""
+    """One image to be classified: ``key`` comes back with the answer, x0 is float32 [C, h, w].
+
+    Attributes:
+        rows: int64 [n], which rows of the run's vocabulary the n conditions are that the search
+            names; None where they are its rows themselves.
+        pixel_weights: float32 [h, w], at least 0 and not all 0, what each place of x0 counts in
+            the loss; None where all count the same.
+    """
 
     key: Any
     x0: torch.Tensor
     search: Search
+    rows: torch.Tensor | None = None
+    pixel_weights: torch.Tensor | None = None
 
 
 class Result(NamedTuple):
@@ -61,7 +70,7 @@ class Running:
 
     number: int  # in the order of the jobs; what the caches know it by
     job: Job
-    n_classes: int  # rows of the vocabulary that a request may name
+    n_classes: int  # that a request may name
     request: Request | None = None
     done_rows: int = 0
     n_rows: int = 0  # of the open request

@@ -137,6 +137,20 @@ def _error_map_reference(*arguments) -> Tensor:
     return error.contiguous()
 
 
+def _error_map_backward(ctx, grad: Tensor):
+    grad_prediction = None
+    if ctx.needs_input_grad[0]:
+        inputs = _Inputs(*ctx.saved_tensors, ctx.target, ctx.norm)
+        prediction, channels = inputs.prediction, inputs.noise.shape[1]
+        residual = _residual(inputs)
+        scale = -grad.to(residual.dtype) / channels
+        if inputs.weight is not None:
+            scale = scale * inputs.weight.to(residual.dtype).view(-1, 1, 1)
+        grad_prediction = torch.zeros_like(prediction)
+        grad_prediction[:, :channels] = scale[:, None] * _error_slope(residual, inputs.norm)
+    return grad_prediction, *[None] * (len(_Inputs._fields) - 1)
+
+
 def _error_map_fake(prediction: Tensor, *arguments) -> Tensor:
     _check_codes(_Inputs(prediction, *arguments))
     return prediction.new_empty(
@@ -155,7 +169,7 @@ define(
     _backward_fake,
 )
 define(f"noise_prediction_error_map({_ARGUMENTS}) -> Tensor", _error_map_reference, _error_map_fake)
-# The map is for drawings and keeps its reference there.
+# The map is for drawings and for weighted pixels, and keeps its reference there.
 define_triton("noise_prediction_loss", "noise_prediction_loss")
 define_triton("noise_prediction_loss_backward", "noise_prediction_loss")
 
@@ -186,6 +200,9 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "dive_fast::noise_prediction_loss_backward", _refuse_double_backward
+)
+torch.library.register_autograd(
+    "dive_fast::noise_prediction_error_map", _error_map_backward, setup_context=_setup_context
 )
 
 
@@ -270,10 +287,10 @@ def noise_prediction_error_map(
 
     Returns:
         [M, h, w] errors, the mean over C alone, fp32 (fp64 for an fp64 prediction), so that
-        `map.mean(dim=(1, 2))` is the loss. For drawings; it has no gradient.
+        `map.mean(dim=(1, 2))` is the loss. Differentiable in `prediction` only, in plain torch.
 
     Raises:
-        DiveFastError: as `noise_prediction_loss`, and also if `prediction` requires a gradient.
+        DiveFastError: as `noise_prediction_loss`, but for the double backward.
         IndexError: an index is out of range (on a GPU, torch's own device assertion).
 
     Examples:
@@ -288,7 +305,6 @@ def noise_prediction_error_map(
     inputs = _checked(
         op, _Inputs(prediction, noise, noise_index, x0, image_index, a, s, weight, target, norm)
     )
-    check_no_gradient(op, prediction=prediction)
     return torch.ops.dive_fast.noise_prediction_error_map(*inputs)
 
 

@@ -17,6 +17,7 @@ from dive_fast.core.numbers import whole_seed
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Search
 from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.data.images import as_images
 from dive_fast.engine import Engine, EngineOptions, EngineRecord, Finished, Job
 from dive_fast.engine.batch_size import rows_per_batch
@@ -253,15 +254,26 @@ class Predictor:
         Args:
             progress: the number of images if a bar shall be shown.
         """
-        with _Bar(progress) as (bar, on_batch):
-            engine = self._engine = Engine(self.model, self.batch_size, on_batch, self.options)
-            try:
-                for finished in engine.run(jobs, probes, Objective(loss)):
-                    bar.update()
-                    yield finished
-            finally:
-                # Memory that ran out once would run out again.
-                self.batch_size = engine.batch_size
+        with Bar(progress) as (bar, on_batch):
+            for finished in self._run_part(jobs, probes, loss, on_batch):
+                bar.update()
+                yield finished
+
+    def _run_part(
+        self,
+        jobs: Iterable[Job],
+        probes: ProbeList,
+        loss: str,
+        on_batch: Callable[[int], None],
+        vocabulary: Vocabulary | None = None,
+    ) -> Iterator[Finished]:
+        """The same without a bar, for who has one; over another vocabulary than the model's."""
+        engine = self._engine = Engine(self.model, self.batch_size, on_batch, self.options)
+        try:
+            yield from engine.run(jobs, probes, Objective(loss), vocabulary)
+        finally:
+            # Memory that ran out once would run out again.
+            self.batch_size = engine.batch_size
 
     def _check_timesteps(self, weights: TimestepWeights) -> None:
         if weights.n_timesteps != len(self.model.schedule):
@@ -293,7 +305,7 @@ def _settings(strategy: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}
 
 
-class _Bar:
+class Bar:
     """A progress bar over images that also counts evaluations; silent where ``total`` is None."""
 
     def __init__(self, total: int | None) -> None:

@@ -288,10 +288,32 @@ def test_bad_arguments_are_named(function, argument, value, message):
         function(**inputs)
 
 
-def test_the_map_refuses_to_drop_a_gradient():
-    prediction, *rest = loss_inputs(SMALL)
-    with pytest.raises(DiveFastError, match="prediction must not require a gradient"):
-        noise_prediction_error_map(prediction.requires_grad_(), *rest)
+@pytest.mark.parametrize("norm", ("l2", "l1", "huber"))
+@pytest.mark.parametrize("target", ("epsilon", "v_prediction", "sample", "flow"))
+def test_the_map_has_the_gradient_of_its_definition(target, norm):
+    prediction, noise, noise_index, x0, image_index, a, s = loss_inputs(
+        SMALL, torch.float64, learned_sigma=True
+    )
+    eps, images, channels = noise[noise_index], x0[image_index], noise.shape[1]
+    v = a.view(-1, 1, 1, 1) * eps - s.view(-1, 1, 1, 1) * images
+    wanted = {"epsilon": eps, "v_prediction": v, "sample": images, "flow": eps - images}[target]
+    weight, grad = vector(SMALL.rows, torch.float64), torch.rand(SMALL.rows, *noise.shape[2:])
+    kinds = {
+        "l2": lambda r: r.square(),
+        "l1": lambda r: r.abs(),
+        "huber": lambda r: torch.nn.functional.huber_loss(
+            r, torch.zeros_like(r), reduction="none"
+        ),
+    }
+    one, other = (prediction.clone().requires_grad_() for _ in range(2))
+    found = noise_prediction_error_map(
+        one, noise, noise_index, x0, image_index, a, s, target=target, norm=norm, weight=weight
+    )
+    expected = kinds[norm](wanted - other[:, :channels]).mean(dim=1) * weight.view(-1, 1, 1)
+    (found * grad).sum().backward()
+    (expected * grad).sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("argument, limit", (("image_index", 2), ("noise_index", 3)))

@@ -98,11 +98,22 @@ class PipelineText:
                 )
             seen[prompts] = name
 
-    def table(self, classes: ClassPrompts, device: torch.device) -> Tensor:
+    def twins(self, prompts: Sequence[str], table: Tensor) -> tuple[int, int] | None:
+        """Two prompts whose conditions are the same, in their order; None if all differ.
+
+        Args:
+            table: [N, D], the conditions: what the tokenizers ignore or cut off shows there only.
+        """
+        return _twins(table)
+
+    def table(self, classes: ClassPrompts, device: torch.device, twins: bool = False) -> Tensor:
         """The conditions of all classes, [C, parts * D] on the CPU, with a bar on a terminal.
 
         float32; where that is large (``vocabulary.is_large``) float16, or bfloat16 if a number is
         beyond float16's range.
+
+        Args:
+            twins: classes may be the same to the tokenizers.
 
         Raises:
             ModelError: two classes are the same, or there is no memory for so many.
@@ -126,7 +137,12 @@ class PipelineText:
                 table[number] = row
                 bar.update(count)
         table = table.view(len(classes.names), -1)
-        _refuse_twins(classes.names, table)
+        if not twins and (same := _twins(table)) is not None:
+            first, second = (classes.names[row] for row in same)
+            raise ModelError(
+                f"the prompts of the classes {first!r} and {second!r} are the same to the model's "
+                "tokenizers."
+            )
         return table
 
     def encode(
@@ -208,22 +224,18 @@ def _in_bfloat16(table: Tensor, n: int) -> Tensor:
     return coarse
 
 
-def _refuse_twins(names: Sequence[str], table: Tensor) -> None:
-    """That no two rows are the same; a batch of another size may differ by its rounding.
+def _twins(table: Tensor) -> tuple[int, int] | None:
+    """Two rows that are the same; a batch of another size may differ by its rounding.
 
-    Raises:
-        ModelError: two are, as of prompts that differ in what the tokenizer ignores or cuts off.
+    They are of prompts that differ in what the tokenizer ignores or cuts off.
     """
     sums = torch.cat([block.sum(dim=1) for block in float_blocks(table)])
     # In half precision the rounding may fall on either side of a number.
     close = {"rtol": max(1e-5, torch.finfo(table.dtype).eps), "atol": 1e-6}
     for i, j in pairwise(sums.argsort().tolist()):
         if torch.allclose(table[i].float(), table[j].float(), **close):
-            first, second = sorted((i, j))
-            raise ModelError(
-                f"the prompts of the classes {names[first]!r} and {names[second]!r} are the same "
-                f"to the model's tokenizers."
-            )
+            return min(i, j), max(i, j)
+    return None
 
 
 def load_encoders(

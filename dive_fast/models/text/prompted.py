@@ -62,12 +62,29 @@ class PromptedModel(LatentModel):
             templates = self.templates
         self._set(ClassPrompts.make(classes, templates, average), self.device)
 
+    def vocabulary_of(self, prompts: Sequence[str]) -> Vocabulary:
+        """Prompts as they stand, one row each, beside the model's own classes, which stay.
+
+        Some may be the same to the text encoder: ``text.twins`` finds those.
+
+        Raises:
+            ModelError: there is no memory for so many, or the encoder fails.
+        """
+        asked = ClassPrompts(tuple(prompts), tuple((prompt,) for prompt in prompts))
+        # It is the same for every part.
+        unconditional = self.vocabulary.unconditional[: self.text.dim]
+        table = self.text.table(asked, self.device, twins=True)
+        return Vocabulary(table, asked.names, unconditional, shape=self._row_shape())
+
+    def _row_shape(self) -> tuple[int, ...]:
+        # The pooled embedding of SDXL is no further token: its rows stay flat.
+        return (self.text.dim,) if self.text.pooled else self.text.shape
+
     def _set(self, classes: ClassPrompts, device: torch.device) -> None:
         self.text.check(classes)
         table = self.text.table(classes, device)
         unconditional = self.no_condition(device)
-        # The pooled embedding of SDXL is no further token: its rows stay flat.
-        shape = (self.text.dim,) if self.text.pooled else self.text.shape
+        shape = self._row_shape()
         if classes.parts > 1:
             shape = (classes.parts, *shape)
         self.classes = classes

@@ -77,6 +77,11 @@ class PromptEncoder:
     def dim(self) -> int:
         return self.shape[0] * self.shape[1] + self.pooled
 
+    @property
+    def limit(self) -> int:
+        """Tokens of a prompt that are read, its start and its end among them."""
+        return self.towers[0].length
+
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The text encoders, for ``identity``."""
         return tuple(tower.encoder for tower in self.towers)
@@ -88,7 +93,7 @@ class PromptEncoder:
             ModelError: two classes of different names have the same tokens, so that nothing can
                 tell them apart. Of equal names ``ClassPrompts.make`` has warned.
         """
-        limit = self.towers[0].length
+        limit = self.limit
         seen: dict[tuple, tuple[str, str]] = {}
         cut = []
         for row, (name, full) in enumerate(
@@ -121,10 +126,29 @@ class PromptEncoder:
         for group in classes.prompts:
             yield list(islice(ids, len(group)))
 
-    def table(self, classes: ClassPrompts, device: torch.device) -> torch.Tensor:
+    def twins(self, prompts: Sequence[str], table: torch.Tensor) -> tuple[int, int] | None:
+        """The first two prompts of the same tokens, as far as they are read; None if all differ.
+
+        Args:
+            table: of the prompts' conditions, which the tokens make unnecessary here.
+        """
+        seen: dict[tuple[int, ...], int] = {}
+        ids = self.towers[0].tokenizer(list(prompts), verbose=False).input_ids
+        for number, found in enumerate(ids):
+            first = seen.setdefault(tuple(found[: self.limit - 1]), number)
+            if first != number:
+                return first, number
+        return None
+
+    def table(
+        self, classes: ClassPrompts, device: torch.device, twins: bool = False
+    ) -> torch.Tensor:
         """The conditions of all classes, float32 [C, parts * D] on the CPU.
 
         Shows a bar on a terminal, where it takes longer than a second.
+
+        Args:
+            twins: classes of the same tokens are allowed, which ``check`` refuses.
 
         Raises:
             ModelError: there is no memory for so many.
