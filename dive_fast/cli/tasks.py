@@ -85,14 +85,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, spec):
-    from dive_fast.cli.loading import chosen_strategy, load_scorer
+    from dive_fast.cli.loading import chosen_strategy, load_scorer, strategy_settings
     from dive_fast.data.tasks import open_task
     from dive_fast.evaluation.tasks import DEFAULT, evaluate_task
-    from dive_fast.strategies import with_settings
+    from dive_fast.strategies.base import with_settings
 
     if options.strategy is None:
-        from dive_fast.cli.loading import strategy_settings
-
         strategy = with_settings(DEFAULT, strategy_settings(options))
     else:
         strategy = chosen_strategy(options)
