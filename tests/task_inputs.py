@@ -30,7 +30,7 @@ def write_picture(path: Path, seed: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def write_pair_task(folder: Path, n: int = 5) -> Path:
+def write_pair_task(folder: Path, n: int = 5, category: str | None = None) -> Path:
     """``items.json`` and ``images/``; returns the file that says what the task is."""
     rows = {}
     for number in range(n):
@@ -39,7 +39,8 @@ def write_pair_task(folder: Path, n: int = 5) -> Path:
         rows[f"k{number}"] = {"image": name, "right": f"a cat {number}", "wrong": f"a dog {number}"}
     (folder / "items.json").write_text(json.dumps(rows))
     spec = folder / "pair.json"
-    spec.write_text(json.dumps(PAIR))
+    items = PAIR["items"] if category is None else {category: PAIR["items"]}
+    spec.write_text(json.dumps(PAIR | {"items": items}))
     return spec
 
 
