@@ -26,6 +26,7 @@ from dive_fast.evaluation.tasks import DEFAULT
 from dive_fast.predict.scoring import ImageTextScorer
 from dive_fast.strategies import Auto, Enumerate, Race, Strategy
 
+BATCH = 64  # rows per forward: a quarter faster for this small network on one core than 256
 STRATEGIES: dict[str, Strategy] = {
     "enumerate": Enumerate(),
     "tasks' default": DEFAULT,
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the items")
     parser.add_argument("--only", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     options = parser.parse_args()
-    scorer = ImageTextScorer.from_pretrained(options.model)
+    scorer = ImageTextScorer.from_pretrained(options.model, batch_size=BATCH)
     data = write_task(options.runs / "data", options.items, options.seed)
     names = list(dict.fromkeys(["enumerate", *options.only]))
     for name in names:
