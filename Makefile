@@ -30,12 +30,13 @@ browser:
 		echo "no Chromium here: the tests of the report, the app and the site in a browser are skipped."
 
 # torch comes first: the extension is built against the torch that it will run with. open_clip comes
-# alone: only its lists of classes are read, and its torchvision goes with few builds of torch.
+# alone: only its lists of classes are read, and its torchvision goes with few builds of torch. So do
+# the corruptions: the OpenCV that they name wants libraries of a display.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools cmake ninja pybind11 torch
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[demo,detect,test]'
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps open_clip_torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps open_clip_torch imagecorruptions-imaug
 	touch $@
 
 clean:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dive_fast.accelerator import accelerate
     from dive_fast.core.head import Head
     from dive_fast.core.layouts import Layout, LayoutFormat
+    from dive_fast.core.loss_weights import LossWeights
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.schedule import Schedule
     from dive_fast.core.threads import choose_threads
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
     from dive_fast.predict.explanation import Explanation
+    from dive_fast.predict.fitting_weights import WeightFit
     from dive_fast.predict.likelihood import Likelihood
     from dive_fast.predict.sampling import sample
     from dive_fast.predict.scores import Choice, PairScores, Retrieval, Scores
@@ -56,6 +58,7 @@ _HOMES = {
     "LayoutDetector": "dive_fast.predict.detector",
     "LayoutFormat": "dive_fast.core.layouts",
     "Likelihood": "dive_fast.predict.likelihood",
+    "LossWeights": "dive_fast.core.loss_weights",
     "ModelError": "dive_fast.errors",
     "PairScores": "dive_fast.predict.scores",
     "ProbeList": "dive_fast.core.probes",
@@ -67,6 +70,7 @@ _HOMES = {
     "Schedule": "dive_fast.core.schedule",
     "Scores": "dive_fast.predict.scores",
     "TimestepWeights": "dive_fast.core.timesteps",
+    "WeightFit": "dive_fast.predict.fitting_weights",
     "register_layout_strategy": "dive_fast.strategies.layout",
     "register_model_family": "dive_fast.models",
     "register_preset": "dive_fast.strategies",
@@ -104,6 +108,7 @@ __all__ = [
     "LayoutDetector",
     "LayoutFormat",
     "Likelihood",
+    "LossWeights",
     "ModelError",
     "PairScores",
     "ProbeList",
@@ -113,6 +118,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "TimestepWeights",
+    "WeightFit",
     "__version__",
     "accelerate",
     "choose_threads",

@@ -11,6 +11,7 @@ import torch
 from command import assert_refused, call
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
     VQModel,
@@ -182,3 +183,64 @@ def test_a_vq_model_is_scaled() -> None:
     with torch.no_grad():
         expected = vae.encode(pictures()).latents * 0.5
     torch.testing.assert_close(encode_latents(vae, pictures(), CPU), expected)
+
+
+def with_tiny_vae(source: Path, target: Path, channels: int, side: int) -> tuple[Path, object]:
+    """A copy of a model directory whose VAE is an ``AutoencoderTiny`` of as many channels."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "vae")
+    halvings = side.bit_length() - 1
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=(4,) * (halvings + 1),
+        # A decoder of another depth, which says nothing about the latents.
+        decoder_block_out_channels=(4,) * 2,
+        num_encoder_blocks=(1,) * (halvings + 1),
+        num_decoder_blocks=(1,) * 2,
+        scaling_factor=0.6,
+    ).eval()
+    vae.save_pretrained(target / "vae")
+    path = target / "model_index.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"vae": ["diffusers", "AutoencoderTiny"]})
+    )
+    return target, vae
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "gligen", "geodiffusion", "dit", "layout"])
+def test_a_tiny_autoencoder_in_the_place_of_the_usual_one(
+    kind: str, sd: Path, sdxl: Path, latent_dit_dir: Path, tmp_path: Path
+) -> None:
+    sources = {"sd": sd, "sdxl": sdxl, "dit": latent_dit_dir}
+    if kind == "layout":
+        from tiny_layout import make_layout_model
+
+        make_layout_model(vae="kl").save_pretrained(tmp_path / "source")
+        source = tmp_path / "source"
+    else:
+        source = write(kind, sources, tmp_path / "source")
+    options = {} if kind in ("dit", "layout") else {"classes": ["cat", "dog"]}
+    before = load_model(source, device="cpu", **options)
+    channels, side, _ = before.latent_shape
+    factor = before.image_shape[1] // side
+    directory, vae = with_tiny_vae(source, tmp_path / "model", channels, factor)
+    model = load_model(directory, device="cpu", **options)
+    assert (model.latent_shape, model.image_shape) == (before.latent_shape, before.image_shape)
+    images = pictures(side=model.image_shape[1])
+    with torch.no_grad():
+        expected = vae.encode(images).latents * 0.6
+    torch.testing.assert_close(model.encode(images), expected)
+    assert model.identity()["vae_weights"] != before.identity()["vae_weights"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_x0_of_a_tiny_autoencoder_is_that_of_its_pipeline(sd: Path, tmp_path: Path) -> None:
+    channels, factor = 4, 2
+    directory, _ = with_tiny_vae(sd, tmp_path / "model", channels, factor)
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(directory, safety_checker=None)
+    pipe.scheduler.add_noise = lambda x0, noise, t: x0
+    with torch.no_grad():
+        expected = pipe.prepare_latents(pictures(), torch.tensor([1]), 2, 1, torch.float32, CPU)
+    model = load_model(directory, device="cpu", classes=["cat", "dog"])
+    torch.testing.assert_close(model.encode(pictures()), expected)

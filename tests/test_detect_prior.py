@@ -131,7 +131,11 @@ class TestOnAnalyticModel:
 class TestFromPretrained:
     def test_the_models_own(self, prior_dir: Path, bare: Path) -> None:
         detector = LayoutDetector.from_pretrained(prior_dir)
-        assert detector.prior is not None and detector.prior_weight == 0.5
+        # Nobody fitted its beta.
+        assert detector.prior is not None and detector.prior_weight == 0
+        assert detector.prior_is_left_out and "prior" not in detector.identity()
+        detector.model.inverse_temperature = 77.0
+        assert detector.prior_weight == 0.5 and not detector.prior_is_left_out
         assert not any(p.requires_grad for p in detector.prior.parameters())
         assert "prior" in detector.identity()
         for without in (
@@ -150,7 +154,7 @@ class TestFromPretrained:
         saved = save_prior(bare, tmp_path)
         detector = LayoutDetector.from_pretrained(bare, tmp_path, prior_weight=2, prior_probes=3)
         assert detector.identity()["prior"] == {
-            **LayoutDetector(load_model(bare), saved).identity()["prior"],
+            **LayoutDetector(load_model(bare), saved, prior_weight=1).identity()["prior"],
             "weight": 2.0,
             "probes": 3,
         }
@@ -182,9 +186,10 @@ class TestCommand:
         return json.loads((out / "run.json").read_text())["config"]
 
     def test_prior_and_weight(self, prior_dir, picture, tmp_path, capsys) -> None:
-        own = self.config(capsys, prior_dir, picture, tmp_path / "1")
+        half = ("--prior-weight", 0.5)
+        own = self.config(capsys, prior_dir, picture, tmp_path / "1", *half)
         path = self.config(
-            capsys, prior_dir, picture, tmp_path / "2", "--prior", prior_dir / "prior"
+            capsys, prior_dir, picture, tmp_path / "2", "--prior", prior_dir / "prior", *half
         )
         heavy = self.config(capsys, prior_dir, picture, tmp_path / "3", "--prior-weight", 7)
         none = self.config(capsys, prior_dir, picture, tmp_path / "4", "--prior", "none")
@@ -206,21 +211,31 @@ class TestCommand:
         assert_refused(found, said)
         assert not out.exists()
 
-    def test_a_prior_out_of_proportion(self, prior_dir, picture, tmp_path, capsys) -> None:
-        """Said where a prior counts beside a beta that nobody fitted, and only there."""
-        sentence = "is not fitted, so its prior may be far too heavy"
+    def test_a_prior_without_a_fitted_beta(self, prior_dir, picture, tmp_path, capsys) -> None:
+        """Left out unless it is given a weight, and said; a fitted one counts without a word."""
+        left_out = "is not fitted, so its prior is left out"
+        heavy = r"is not fitted, so a prior of weight 2 may be far too heavy"
         fitted = tmp_path / "model"
         shutil.copytree(prior_dir, fitted)
         detector = LayoutDetector.from_pretrained(fitted)
-        assert detector.prior_out_of_proportion
         detector.model.inverse_temperature = 77.0
         detector.save_fitted()
-        for number, (source, more, said_so) in enumerate(
-            [(prior_dir, (), True), (prior_dir, ("--prior", "none"), False), (fitted, (), False)]
+        weights = {}
+        for number, (source, more, sentence) in enumerate(
+            [
+                (prior_dir, (), left_out),
+                (prior_dir, ("--prior-weight", "2"), heavy),
+                (prior_dir, ("--prior", "none"), None),
+                (fitted, (), None),
+            ]
         ):
-            out = ("--out", tmp_path / str(number))
-            said = call(capsys, "detect", picture, "--model", source, *out, *FAST, *more)
-            assert said.code == 0 and (sentence in said.err) == said_so
+            out = tmp_path / str(number)
+            said = call(capsys, "detect", picture, "--model", source, "--out", out, *FAST, *more)
+            assert said.code == 0
+            assert "beta" not in said.err if sentence is None else sentence in said.err
+            prior = json.loads((out / "run.json").read_text())["config"].get("prior")
+            weights[number] = prior and prior["weight"]
+        assert weights == {0: None, 1: 2.0, 2: None, 3: 0.5}
 
     @pytest.mark.parametrize("option", [("--prior", "none"), ("--prior-weight", "1")])
     def test_classifiers_have_none(self, tmp_path, capsys, option) -> None:

@@ -39,11 +39,15 @@ PAGES = (
     "docs/accelerate.md",
     "docs/compat.md",
     "docs/timesteps.md",
+    "docs/weights.md",
     "docs/probe.md",
     "docs/features.md",
     "docs/explain.md",
     "docs/likelihood.md",
+    "docs/scores.md",
     "docs/tasks.md",
+    "docs/compare.md",
+    "docs/train_classes.md",
     "docs/detection.md",
     "docs/layouts.md",
     "docs/records.md",
@@ -88,6 +92,14 @@ def annotated() -> dict:
         "found": Detections(boxes, classes, [0.93], ("zero", "one")),
         "data": CocoDataset(("zero", "one"), (1, 2), (image,), "boxes.json"),
     }
+
+
+def write_photos() -> None:
+    """A folder with two classes."""
+    for i in range(10):
+        place = Path("photos", "dog" if i % 2 else "cat", f"{i}.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        noise_picture((20, 18), 60 + i).save(place)
 
 
 def finish_runs(clf: DiffusionClassifier) -> None:
@@ -146,6 +158,8 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         "load": lambda directory, **options: None,
         "MyNetwork": PatchTransformer,
     }
+    if '"photos"' in code:
+        write_photos()
     if '"runs/auto' in code and "evaluate(" not in code:
         finish_runs(clf)
     exec(compile(code, "<docs>", "exec"), names)

@@ -279,7 +279,7 @@ def test_bad_pictures_are_told_and_the_rest_go_on(explain, tmp_path: Path) -> No
 def test_an_answer_that_is_the_other_class_is_told(explain, tmp_path: Path) -> None:
     answers = explain().out.splitlines()
     label = answers[0].partition(": ")[2].partition(" rather")[0]
-    said = explain("--against", label, images=(tmp_path / "0.png",))
+    said = explain("--against", label, "--out", tmp_path / "own", images=(tmp_path / "0.png",))
     assert_refused(said, f"0.png: the answer is '{label}' itself")
 
 

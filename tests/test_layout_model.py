@@ -265,7 +265,7 @@ def break_json(path, **changes) -> None:
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "or VQModel, got"),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderOobleck"]}, "or VQModel, got"),
         ("model_index.json", {"space_to_depth": "2"}, "space_to_depth must be a number"),
         ("layout_encoder/config.json", {"layout": None}, "the layout's format"),
         ("layout_encoder/config.json", {"layout": {"grid": 3}}, "must be given as .*None"),

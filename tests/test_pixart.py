@@ -12,7 +12,6 @@ import torch
 from command import assert_refused, call
 from diffusers import (
     AutoencoderKL,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
@@ -29,7 +28,7 @@ from pipelines import (
     make_t5_tokenizer,
     save,
 )
-from tiny_sd import make_vae
+from tiny_pixart import make_network, make_pixart
 
 from dive_fast import DiffusionClassifier
 from dive_fast.errors import ModelError
@@ -42,31 +41,6 @@ CLASSES = ["cat", "big dog"]
 PROMPTS = ["a photo of a cat.", "a photo of a big dog."]
 ALPHA, SIGMA = PixArtAlphaPipeline, PixArtSigmaPipeline
 PIXELS = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
-
-
-def make_network(sample_size: int = 8, patch_size: int = 2) -> PixArtTransformer2DModel:
-    """Weights scaled so that the prompt moves the result."""
-    network = PixArtTransformer2DModel(
-        sample_size=sample_size, patch_size=patch_size, in_channels=4, out_channels=8,
-        num_layers=2, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
-        caption_channels=16,
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "attn2" in name and parameter.ndim == 2:
-                parameter.mul_(3)
-    return network
-
-
-def make_pixart(kind: type, **network: int):
-    tokenizer = make_t5_tokenizer()
-    return kind(
-        tokenizer=tokenizer,
-        text_encoder=make_t5(tokenizer),
-        vae=make_vae(),
-        transformer=make_network(**network),
-        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
-    )
 
 
 @pytest.fixture(scope="module", params=["alpha", "alpha 1024", "sigma"])

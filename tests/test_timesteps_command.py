@@ -60,7 +60,10 @@ class TestCommand:
             ((), "fitting timesteps and shortlist needs --data, --unlabelled or --generate"),
             (("--what", "beta"), "fitting beta needs --data"),
             (("--what", "timesteps,beta", "--generate", 3), "timesteps and beta needs --data"),
-            (("--what", "loss"), "expected some of timesteps, shortlist, beta, got 'loss'"),
+            (
+                ("--what", "loss"),
+                "some of weights, timesteps, shortlist, beta, got 'loss'",
+            ),
             (("--generate", 0), "whole number of at least 1, got '0'"),
             (("--data", data, "--model", "digits"), "digits has no model directory"),
         ]:

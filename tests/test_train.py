@@ -15,6 +15,7 @@ from PIL import Image
 
 from dive_fast.data import digits
 from dive_fast.errors import DataError, RunError
+from dive_fast.models import load_model
 from dive_fast.training import dit as training
 from dive_fast.training.dit import (
     TrainingConfig,
@@ -96,6 +97,20 @@ def test_what_is_written_can_classify(train: digits.Digits, tmp_path: Path, caps
     assert said.out.split()[1] in digits.NAMES
 
 
+def test_checkpoints_are_models(train: digits.Digits, tmp_path: Path) -> None:
+    final = train_transformer(
+        *train,
+        CONFIG,
+        tmp_path,
+        progress=False,
+        checkpoints=(1, 3),
+        keep=lambda step, model: write_model(tmp_path / f"checkpoint-{step}", model, digits.NAMES),
+    )
+    first, last = (load_model(tmp_path / f"checkpoint-{step}") for step in (1, 3))
+    assert first.identity()["weights"] != last.identity()["weights"]
+    assert torch.equal(last.network.proj_out_2.weight, final.proj_out_2.weight)
+
+
 def test_blocks_start_as_the_identity() -> None:
     """adaLN-Zero: whatever the class and the time, an untrained network predicts zero."""
     model = build_transformer(dataclasses.replace(CONFIG, layers=2))
@@ -127,6 +142,11 @@ class TestBadInput:
     def test_options(self, option: list[str], tmp_path: Path, capsys) -> None:
         said = call(capsys, "train", "digits", "--out", tmp_path / "out", *option)
         assert_refused(said, f"{option[0]}: expected a whole number")
+        assert not (tmp_path / "out").exists()
+
+    def test_checkpoints_of_scenes(self, tmp_path: Path, capsys) -> None:
+        said = call(capsys, "train", "scenes", "--out", tmp_path / "out", "--checkpoints", 2)
+        assert_refused(said, "--checkpoints is for models that classify: expected none for scenes")
         assert not (tmp_path / "out").exists()
 
     def test_part(self) -> None:

@@ -16,7 +16,14 @@ from cut_off import cut_off
 from torch import Tensor, nn
 
 from dive_fast.errors import RunError
-from dive_fast.training.loop import Course, Finished, learning_rate_at, train
+from dive_fast.training.loop import (
+    Course,
+    Finished,
+    Keep,
+    doubling_steps,
+    learning_rate_at,
+    train,
+)
 
 COURSE = Course(steps=9, batch_size=4, learning_rate=0.05, warmup_steps=2, ema_decay=0.7)
 
@@ -108,6 +115,49 @@ def test_the_learning_rate() -> None:
     assert learning_rate_at(50, course) == pytest.approx(1.0)
     assert learning_rate_at(4, course) == pytest.approx((1 + math.cos(math.pi * 0.04)) / 2)
     assert learning_rate_at(99, course) < 1e-3
+
+
+class TestCheckpoints:
+    def keep(self, kept: dict[int, dict], nets: list[nn.Module]) -> Callable[[int], None]:
+        def write(step: int) -> None:
+            assert not nets[-1].training and not torch.is_grad_enabled()
+            state = nets[-1].state_dict()
+            kept.setdefault(step, {n: v.clone() for n, v in state.items()})
+
+        return write
+
+    def test_averages_of_then_and_nothing_else_changes(self, tmp_path: Path, monkeypatch) -> None:
+        plain, _ = run(tmp_path / "plain")
+        nets: list[nn.Module] = []
+        made = Net.__init__
+
+        def note(net: Net) -> None:
+            made(net)
+            nets.append(net)
+
+        monkeypatch.setattr(Net, "__init__", note)
+        kept: dict[int, dict] = {}
+        keep = Keep((2, 5, 9), self.keep(kept, nets))
+        found, _ = run(tmp_path / "kept", keep=keep)
+        assert list(kept) == [2, 5, 9] and same(found, plain)
+        weight = "layers.0.weight"
+        assert torch.equal(kept[9][weight], plain.state_dict()[weight])
+        with pytest.raises(Crash):
+            run(tmp_path / "cut", at=crash_at(5), state_every=5)
+        state = torch.load(tmp_path / "cut" / "training.pt", weights_only=True)
+        assert torch.equal(kept[5][weight], state["ema"]["shadow_params"][0])
+        # Cut off behind the checkpoint: it is written again, before the run goes on.
+        again: dict[int, dict] = {}
+        with pytest.raises(Crash):
+            run(tmp_path / "late", at=crash_at(6), state_every=4)
+        run(tmp_path / "late", keep=Keep((2, 5), self.keep(again, nets)))
+        assert list(again) == [5] and torch.equal(again[5][weight], kept[5][weight])
+
+    def test_doubling(self) -> None:
+        assert doubling_steps(4, 6400) == (800, 1600, 3200, 6400)
+        assert doubling_steps(3, 7) == (2, 4, 7)
+        assert doubling_steps(1, 9) == (9,) and doubling_steps(0, 9) == ()
+        assert doubling_steps(9, 3) == (1, 2, 3)
 
 
 class TestResuming:

@@ -112,7 +112,8 @@ def ask(entry: Entry, question: Question, watch: Watch) -> Iterator[Look]:
     else:
         chosen = resolve_strategy(question.strategy, None, question.settings)
     # Where the probes lie is the strategy's to say, which the watched one only stands for.
-    probes = predictor.probe_list(chosen, question.probes, question.seed)
+    # Of a list that is given, beta is that of uniform weights.
+    probes = predictor.probe_list(chosen, question.probes, question.seed, weights="uniform")
     watched = Watched(chosen, watch, predictor.batch_size)
     given = {"probes": probes, "seed": question.seed}
     mapping = _Mapping(predictor, watched, given) if question.where and not entry.detects else None

@@ -45,20 +45,26 @@ def build_parser() -> argparse.ArgumentParser:
     # Each command's module imports torch only when the command runs, so that --help is quick.
     from dive_fast.cli import (
         app,
+        choose,
         classify,
+        compare,
         compare_runs,
         convert,
         demo,
         detect,
+        diagnose,
         evaluate,
         explain,
         fit,
         info,
+        likelihood,
         merge,
         probe,
         report,
+        score,
         tasks,
         train,
+        train_classes,
         train_layout,
         train_prior,
     )
@@ -73,9 +79,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    training = (train, train_layout, train_prior)
-    asked, runs = (classify, explain, detect, app), (evaluate, tasks, merge, compare_runs, report)
-    for module in (*asked, *runs, fit, probe, *training, convert, demo, info):
+    groups = (
+        (classify, explain, likelihood, detect, app),
+        (score, choose, tasks),
+        (evaluate, merge, compare_runs, compare, report),
+        (fit, diagnose, probe),
+        (train, train_classes, train_layout, train_prior),
+        (convert, demo, info),
+    )
+    for module in (command for group in groups for command in group):
         module.add_parser(commands)
     return parser
 

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
                 probes=options.probes,
                 seed=options.seed,
                 timesteps=options.timesteps,
+                weights=options.weights,
                 progress=len(errors) if sys.stderr.isatty() else None,
             )
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 
+from dive_fast.cli.corruptions import add_corruption, chosen_corruptions, table_text
 from dive_fast.cli.jobs import annotated_images, is_detection
 from dive_fast.cli.loading import (
     chosen_layout_strategy,
@@ -82,11 +83,13 @@ def add_parser(commands) -> None:
     add_readers(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as a JSON object")
     add_log_to(parser)
-    add_options_of_both(parser, strategy="auto", prior=True).add_argument(
+    classifiers = add_options_of_both(parser, strategy="auto", prior=True)
+    classifiers.add_argument(
         "--head",
         metavar="FILE",
         help="a head that 'dive-fast probe' wrote, from whose ranking of the classes auto starts",
     )
+    add_corruption(classifiers)
     add_ray(parser)
     parser.set_defaults(run=run)
 
@@ -101,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if options.json:
         print(json.dumps(summary.to_dict(), allow_nan=False))
-    elif summary.n == 0:
+    elif summary.n == 0 and options.corruption is None:
         print(f"no image could be read ({summary.failed} failed)")
     else:
         print(text(summary))
@@ -130,47 +133,60 @@ def _shard(options: argparse.Namespace):
 
 def _classifier(options: argparse.Namespace):
     from dive_fast.data import folder_classes, open_dataset, select
-    from dive_fast.evaluation import evaluate
+    from dive_fast.evaluation import evaluate, evaluate_corruptions
 
-    strategy = chosen_strategy(options)
+    strategy, corruptions = chosen_strategy(options), chosen_corruptions(options)
     classes = folder_classes(options.data)
     ray = ray_options(options, load_classifier, classes)
     classifier = load_classifier(options, classes)
     data = select(open_dataset(options.data, classifier.names), options.limit, options.seed)
     _offer_fit(options, classifier, strategy, len(data.examples))
-    summary = evaluate(
-        classifier,
-        data,
-        options.out,
-        strategy=strategy,
-        probes=options.probes,
-        seed=options.seed,
-        timesteps=options.timesteps,
-        head=options.head,
-        log_to=options.log_to,
-        progress=sys.stderr.isatty(),
-        shard=options.shard,
-        group_by=options.group_by,
-        ray=ray,
-        readers=options.readers,
-    )
-    return summary, classifier_text
+    asked = {
+        "strategy": strategy,
+        "probes": options.probes,
+        "seed": options.seed,
+        "timesteps": options.timesteps,
+        "weights": options.weights,
+        "head": options.head,
+        "log_to": options.log_to,
+        "progress": sys.stderr.isatty(),
+        "shard": options.shard,
+        "group_by": options.group_by,
+        "ray": ray,
+        "readers": options.readers,
+    }
+    if corruptions is not None:
+        table = evaluate_corruptions(classifier, data, options.out, corruptions, **asked)
+        return table, table_text
+    return evaluate(classifier, data, options.out, **asked), classifier_text
 
 
 def _offer_fit(options: argparse.Namespace, classifier, strategy, images: int) -> None:
     """One line where a fit would pay for itself within the run."""
+    from dive_fast.core.loss_weights import digest_of
     from dive_fast.models.files.sidecar import fitted_shortlist
     from dive_fast.strategies import Auto
     from dive_fast.strategies.hunt import FEW
 
     plain = isinstance(strategy, Auto) and options.head is None and len(classifier.names) > FEW
-    if plain and images >= WORTH_A_FIT and fitted_shortlist(classifier.model) is None:
-        out = "" if classifier.directory is not None else " --out DIR, then --fitted DIR here"
+    if not plain or images < WORTH_A_FIT:
+        return
+    model, out = classifier.model, "" if classifier.directory is not None else " --out DIR"
+    if (known := fitted_shortlist(model)) is None:
         log.warning(
             "%s was never fitted: after 'dive-fast fit --model %s --unlabelled IMAGES'%s auto "
             "needs fewer evaluations.",
-            classifier.model.name,
+            model.name,
             options.model,
+            f"{out}, then --fitted DIR here" if out else "",
+        )
+        return
+    weights = classifier.learned_weights(strategy, options.probes, options.weights)
+    if known.weights != digest_of(weights):
+        log.warning(
+            "the shortlist of %s was learned from losses of other weights and is left out: after "
+            "'dive-fast fit --what shortlist'%s auto needs fewer evaluations.",
+            model.name,
             out,
         )
 

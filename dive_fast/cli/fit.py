@@ -26,13 +26,17 @@ writes them into dive_fast.json beside the model, where every command finds them
 were not in the model's training, or it will be too sure. The data say what is fitted:
 
   classifier  --data digits, a folder by class, an .npz or a table, wds: or hf:
-              all three, or what --what names
+              timesteps, shortlist and beta, or what --what names
     timesteps   where probes tell the right class from its rivals; they are then taken there
     shortlist   what one gradient says of every class; strategy auto then measures fewer of them
                 (learned from 60 random images, each of which measures every class, and tried on
                 each of them with what the others say)
     beta        the temperature of log p(y | x0) = -beta L(y; x0), for honest probabilities,
                 fitted to the answers of --strategy (default: enumerate)
+    weights     what the loss at each timestep counts (only if --what names it: it changes what
+                is answered), with a beta of their own; from 500 random images unless --limit says
+                otherwise, each of which costs --probes times the right class and its nine nearest
+                rivals. Uniform weights stay where images left out are not answered better
     Timesteps and shortlist need no labels: --unlabelled takes any images, best such as will be
     classified. With --generate N the model makes its own, which are easier than real ones.
 
@@ -40,8 +44,11 @@ were not in the model's training, or it will be too sure. The data say what is f
     beta        the temperature of the confidences, fitted to what --strategy (default: guided)
                 finds without a prior; of the scenes in the first 100 (--limit takes up to 1,000)"""
 
-PARTS = ("timesteps", "shortlist", "beta")
+USUAL = ("timesteps", "shortlist", "beta")
+# In this order: a shortlist and beta belong to the weights. They change answers, so must be named.
+PARTS = ("weights", *USUAL)
 SHORTLIST_IMAGES = 60
+WEIGHTS_IMAGES = 500
 SCENES_TO_FIT = 100
 
 
@@ -63,9 +70,9 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--what",
         type=_parts,
-        metavar="timesteps,shortlist,beta",
-        help="what to fit (default: all; without --data timesteps and shortlist; of a detector "
-        "beta)",
+        metavar="timesteps,shortlist,beta,weights",
+        help="what to fit (default: timesteps, shortlist and beta; without --data timesteps and "
+        "shortlist; of a detector beta)",
     )
     parser.add_argument(
         "--out",
@@ -114,9 +121,9 @@ def _fit_classifier(options: argparse.Namespace):
 
     options.strategy = options.strategy or "enumerate"
     strategy = chosen_strategy(options)
-    what = options.what or (PARTS if options.data else PARTS[:-1])
+    what = options.what or (USUAL if options.data else USUAL[:-1])
     given = [x for x in (options.data, options.generate, options.unlabelled) if x is not None]
-    if "beta" in what and options.data is None:
+    if {"beta", "weights"} & set(what) and options.data is None:
         raise DiveFastError(f"fitting {' and '.join(what)} needs --data.")
     if options.generate is not None and options.unlabelled is not None:
         raise DiveFastError("expected --generate or --unlabelled, got both.")
@@ -132,10 +139,13 @@ def _fit_classifier(options: argparse.Namespace):
         data = open_dataset(options.data, classifier.names, part="train")
         images, labels = load_all(select(data, options.limit, options.seed))
     source = _unlabelled(options, images, labels)
+    if "weights" in what:
+        print(_fitted_weights(classifier, images, labels, options, common))
     if "timesteps" in what:
         print(as_text(classifier.fit_timesteps(**source, **common)))
     if "shortlist" in what:
         few = _some({key: source[key] for key in source if key != "labels"}, options.seed)
+        few["weights"] = options.weights
         print(shortlist_text(classifier.fit_shortlist(**few, **common)))
     if "beta" in what:
         record = classifier.calibrate(
@@ -144,10 +154,23 @@ def _fit_classifier(options: argparse.Namespace):
             strategy=strategy,
             probes=options.probes,
             timesteps=options.timesteps,
+            weights=options.weights,
             **common,
         )
         print(record)
     return classifier
+
+
+def _fitted_weights(classifier, images, labels, options: argparse.Namespace, common):
+    """Learns the weights, from a part of many images; says before what that costs."""
+    from dive_fast.predict.fitting_weights import PROBES, RIVALS, evaluations_per_image
+
+    n = min(len(images), options.limit or WEIGHTS_IMAGES)
+    probes = PROBES if options.probes is None else options.probes
+    cost = evaluations_per_image(len(classifier.names), probes, RIVALS)
+    print(f"weights: {n:,} images of {cost:,} evaluations each, {n * cost:,} in all", flush=True)
+    images, labels = (_picked(x, n, options.seed) for x in (images, labels))
+    return classifier.fit_weights(images, labels, probes=probes, **common)
 
 
 def _unlabelled(options: argparse.Namespace, images, labels) -> dict[str, Any]:
@@ -183,7 +206,11 @@ def _picked(images: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
 def shortlist_text(shortlist) -> str:
     """What was learned, and how ``auto`` did with it on images that were left out."""
     lines = [
-        f"shortlist: slope {shortlist.slope:g}, curvature of {len(shortlist.curvature)} classes",
+        f"shortlist: slope {shortlist.slope:g}, curvature of {len(shortlist.curvature)} classes"
+    ]
+    if not shortlist.checks:
+        return lines[0]
+    lines += [
         f"tried on {shortlist.checks[0].images} images, each left out in its turn:",
     ]
     lines += [

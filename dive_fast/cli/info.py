@@ -11,7 +11,13 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "info",
         help="versions, devices, native ops",
-        description="Versions, devices, and which ops run compiled code (or why they do not).",
+        description="Versions, devices, and which ops run compiled code (or why they do not). "
+        "With --fitted what was fitted to a model.",
+    )
+    parser.add_argument(
+        "--fitted",
+        metavar="DIR",
+        help="instead what dive_fast.json of a model, or of 'dive-fast fit --out', says",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(run=run)
@@ -47,7 +53,41 @@ def collect() -> dict:
     }
 
 
+def fitted_text(directory: str) -> str:
+    """What was fitted to a model, one thing after the other.
+
+    Raises:
+        ModelError: there is no ``dive_fast.json``, or it is damaged.
+    """
+    from pathlib import Path
+
+    from dive_fast.cli.fit import as_text, shortlist_text
+    from dive_fast.models.files.sidecar import read_fitted
+
+    found = read_fitted(Path(directory), required=True)
+    beta = "not fitted" if found.inverse_temperature is None else f"{found.inverse_temperature:g}"
+    parts = [f"beta (weights uniform): {beta}"]
+    parts.append(f"weights: {found.loss_weights or 'uniform'}")
+    parts.append(as_text(found.timesteps) if found.timesteps else "probes at even timesteps")
+    parts.append(shortlist_text(found.shortlist) if found.shortlist else "no shortlist")
+    return "\n\n".join(parts)
+
+
+def fitted_values(directory: str) -> dict:
+    """The same for JSON."""
+    from pathlib import Path
+
+    from dive_fast.models.files.sidecar import fitted_entries, read_fitted
+
+    return fitted_entries(read_fitted(Path(directory), required=True))
+
+
 def run(options: argparse.Namespace) -> int:
+    if options.fitted is not None:
+        show = fitted_values if options.json else fitted_text
+        said = show(options.fitted)
+        print(json.dumps(said, indent=2) if options.json else said)
+        return 0
     found = collect()
     if options.json:
         print(json.dumps(found, indent=2))

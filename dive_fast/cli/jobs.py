@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch is not loaded for the help
 SCENES = "scenes"  # the zoo's annotated images
 OF_CLASSIFIERS = (
     *("preset", "timesteps", "timestep_embedding", "average", "generate", "unlabelled", "head"),
-    *("lora", "lora_scale", "prediction_type"),
+    *("lora", "lora_scale", "prediction_type", "weights", "corruption"),
 )
 # Their names may end as an annotation file's does.
 SCHEMES_OF_CLASSIFIERS = ("hf:", "wds:")

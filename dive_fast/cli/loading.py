@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Options that are arguments of every ``from_pretrained``.
-_PLACE = ("dtype", "device", "batch_size", "allow_pickle", "variant")
-_ENGINE = ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
 WORDS = {"true": "True", "false": "False", "none": "None"}  # as they are written elsewhere
 
 
@@ -129,24 +126,8 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
     return classifier
 
 
-def load_scorer(options: argparse.Namespace):
-    """The scorer of images and texts that the options name."""
-    from dive_fast.predict.scoring import ImageTextScorer
-
-    names = (*_PLACE, *_ENGINE)
-    scorer = ImageTextScorer.from_pretrained(
-        _found(options, options.prediction_type),
-        lora=options.lora,
-        lora_scale=1.0 if options.lora_scale is None else options.lora_scale,
-        **{name: getattr(options, name) for name in names},
-    )
-    if options.fitted is not None:
-        scorer.load_fitted(options.fitted)
-    return scorer
-
-
 def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = None):
-    """The detector that the options name; a warning where its prior may be far too heavy.
+    """The detector that the options name; a warning where its prior has no proper weight.
 
     Args:
         classes: as in ``load_classifier``.
@@ -162,13 +143,43 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     )
     if options.fitted is not None:
         detector.load_fitted(options.fitted)
-    if detector.prior_out_of_proportion:
+    name = detector.model.name
+    if detector.prior_is_left_out:
         log.warning(
-            "the beta of %s is not fitted, so its prior may be far too heavy: dive-fast fit, "
-            "--prior none or a smaller --prior-weight mends that.",
-            detector.model.name,
+            "the beta of %s is not fitted, so its prior is left out, which might hide every "
+            "object: dive-fast fit gives it its weight, --prior-weight another one.",
+            name,
+        )
+    elif detector.prior_out_of_proportion:
+        log.warning(
+            "the beta of %s is not fitted, so a prior of weight %g may be far too heavy: dive-fast "
+            "fit or a smaller --prior-weight mends that.",
+            name,
+            detector.prior_weight,
         )
     return detector
+
+
+def load_scorer(options: argparse.Namespace):
+    """The scorer of images and texts that the options name.
+
+    Raises:
+        ModelError: they name no model; or as ``ImageTextScorer.from_pretrained``.
+    """
+    from dive_fast.errors import ModelError
+    from dive_fast.predict.scoring import ImageTextScorer
+
+    if options.model is None:
+        raise ModelError("expected --model with a text-to-image model: a directory or a hub id.")
+    scorer = ImageTextScorer.from_pretrained(
+        _found(options, options.prediction_type),
+        lora=options.lora,
+        lora_scale=1.0 if options.lora_scale is None else options.lora_scale,
+        **_place_and_engine(options),
+    )
+    if options.fitted is not None:
+        scorer.load_fitted(options.fitted)
+    return scorer
 
 
 def _found(options: argparse.Namespace, prediction_type: str | None = None) -> Source:
@@ -192,10 +203,16 @@ def _common(
 ) -> dict[str, Any]:
     """What classifiers and detectors are loaded with alike."""
     return {
-        **{name: getattr(options, name) for name in (*_PLACE, *_ENGINE)},
+        **_place_and_engine(options),
         "classes": _chosen_classes(options, classes, source),
         "templates": templates(options.template),
     }
+
+
+def _place_and_engine(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("dtype", "device", "batch_size", "allow_pickle", "variant")
+    names += ("cache", "cache_bytes", "refresh", "autocast", "compile", "channels_last")
+    return {name: getattr(options, name) for name in names}
 
 
 def _chosen_classes(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from dive_fast.cli.engine_options import add_engine
 from dive_fast.cli.values import count, log_target, number, readers, seed, weight
 
 CLASSIFIER, DETECTOR = "digits", "scenes"  # models of the zoo
@@ -50,6 +51,20 @@ def add_readers(parser: argparse.ArgumentParser) -> None:
 
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     """What ``load_classifier`` and ``chosen_strategy`` read."""
+    add_model_options(parser)
+    group = parser.add_argument_group("strategy")
+    _add_search(
+        group,
+        "auto|enumerate|race|invert",
+        _STRATEGIES,
+        "100; dive-paper 250",
+        "min_agreement=0.99",
+    )
+    _add_strategy_extras(group)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What ``load_classifier`` reads."""
     group = parser.add_argument_group("model")
     _add_model(
         group,
@@ -62,35 +77,7 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     _add_timestep_embedding(group)
     _add_prediction_type(group)
     _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
-    _add_engine(parser)
-    group = parser.add_argument_group("strategy")
-    _add_search(
-        group,
-        "auto|enumerate|race|invert",
-        _STRATEGIES,
-        "100; dive-paper 250",
-        "min_agreement=0.99",
-    )
-    _add_strategy_extras(group)
-
-
-def add_scorer_options(parser: argparse.ArgumentParser) -> None:
-    """What ``load_scorer`` and ``chosen_strategy`` read."""
-    group = parser.add_argument_group("model")
-    _add_model(
-        group,
-        None,
-        "DIR|FILE|HUB_ID",
-        "a text-to-image model: a diffusers directory, a .safetensors file of Stable Diffusion, or "
-        "a hub id",
-    )
-    _add_lora(group)
-    _add_prediction_type(group)
-    _add_engine(parser)
-    group = parser.add_argument_group("strategy")
-    metavar, setting = "auto|enumerate|race|invert", "min_agreement=0.95"
-    _add_search(group, metavar, "of images with texts of their own (default: auto)", "100", setting)
-    parser.set_defaults(preset=None)
+    add_engine(parser)
 
 
 def add_detector_options(parser: argparse.ArgumentParser) -> None:
@@ -105,9 +92,38 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_prior(group)
     _add_prompts(parser, "GLIGEN, GeoDiffusion", "what the model was trained with")
-    _add_engine(parser)
+    add_engine(parser)
     group = parser.add_argument_group("search")
     _add_search(group, "guided|invert", _SEARCHES, "48", "margin=0.05")
+
+
+def add_scorer_options(
+    parser: argparse.ArgumentParser, *, searches: bool, default: str = "race"
+) -> None:
+    """What ``load_scorer`` reads and, where it searches, ``chosen_strategy``.
+
+    Args:
+        default: the strategy where none is named.
+    """
+    group = parser.add_argument_group("model")
+    _add_model(
+        group,
+        None,
+        "DIR|FILE|HUB_ID",
+        "a text-to-image model: a diffusers directory, a .safetensors file of Stable Diffusion, or "
+        "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 (needed)",
+    )
+    _add_lora(group)
+    _add_prediction_type(group)
+    add_engine(parser)
+    group = parser.add_argument_group("strategy" if searches else "probes")
+    if searches:
+        text = f"{_STRATEGIES.replace(' (default)', '')} (default: {default})"
+        _add_search(group, "race|auto|enumerate|invert", text, "100; dive-paper 250", "error=0.001")
+        _add_strategy_extras(group)
+    else:
+        _add_probes(group, "100")
+        _add_timesteps(group)
 
 
 def add_app_options(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +142,17 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
     _add_prediction_type(group)
     _add_prior(group)
     _add_average(_add_prompts(parser, "Stable Diffusion, GLIGEN and others", "the family's own"))
-    _add_engine(parser)
+    add_engine(parser)
+
+
+def add_generator_options(parser: argparse.ArgumentParser) -> None:
+    """What ``load_classifier`` reads, for several models that positional arguments name."""
+    group = parser.add_argument_group("models, all of them")
+    _add_loading(group)
+    _add_timestep_embedding(group)
+    _add_prediction_type(group)
+    _add_average(_add_prompts(parser, "Stable Diffusion", "'a photo of a {}.'"))
+    add_engine(parser)
 
 
 def add_options_of_both(
@@ -150,7 +176,7 @@ def add_options_of_both(
         f"{DETECTOR} as detector)",
     )
     _add_prompts(parser, "Stable Diffusion; GLIGEN, GeoDiffusion", "the family's own")
-    _add_engine(parser)
+    add_engine(parser)
     group = parser.add_argument_group("strategy")
     _add_search(
         group,
@@ -199,6 +225,11 @@ def _add_model(
 ) -> None:
     action = "append" if several else "store"
     group.add_argument("--model", action=action, default=default, metavar=metavar, help=text)
+    _add_loading(group)
+    _add_fitted(group)
+
+
+def _add_loading(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     group.add_argument(
@@ -215,6 +246,9 @@ def _add_model(
         help="take the weights of a variant, such as fp16, where there are such (default: full "
         "precision, or the only variant)",
     )
+
+
+def _add_fitted(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fitted",
         metavar="DIR",
@@ -244,66 +278,26 @@ def _add_prompts(
     return group
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--cache",
-        default="auto",
-        metavar="off|exact|encoder",
-        help="activations kept between evaluations: exact: same answers; encoder: approximate "
-        "gradients (default: what was measured best for the model)",
-    )
-    group.add_argument(
-        "--cache-bytes",
-        type=count,
-        default=1 << 30,
-        metavar="BYTES",
-        help="bound on what is kept (default: 1 GiB)",
-    )
-    group.add_argument(
-        "--refresh",
-        type=count,
-        default=2,
-        metavar="N",
-        help="with --cache encoder: computed anew at every N-th gradient (default: 2)",
-    )
-    group.add_argument(
-        "--autocast",
-        action="store_const",
-        const="bfloat16",
-        help="run the network under bfloat16 autocast; the weights keep --dtype",
-    )
-    group.add_argument(
-        "--threads",
-        type=count,
-        metavar="N",
-        help="threads of the CPU (default: what OMP_NUM_THREADS says, else as many as cores are "
-        "free, looked at again every 10 seconds)",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="run the network through torch.compile"
-    )
-    group.add_argument(
-        "--channels-last", action="store_true", help="lay convolutions out in channels-last order"
-    )
-
-
 def _add_search(
     group: argparse._ArgumentGroup, metavar: str, text: str, probes: str, setting: str
 ) -> None:
     group.add_argument("--strategy", metavar=metavar, help=text)
-    group.add_argument(
-        "--probes",
-        type=count,
-        metavar="K",
-        help=f"(timestep, noise) pairs per image (default: {probes})",
-    )
+    _add_probes(group, probes)
     group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help=f"a setting of the strategy, such as {setting}; may be given several times",
+    )
+
+
+def _add_probes(group: argparse._ArgumentGroup, default: str) -> None:
+    group.add_argument(
+        "--probes",
+        type=count,
+        metavar="K",
+        help=f"(timestep, noise) pairs per image (default: {default})",
     )
     group.add_argument("--seed", type=seed, default=0, help="of noise and draws (default: 0)")
 
@@ -314,11 +308,21 @@ def _add_strategy_extras(group: argparse._ArgumentGroup) -> None:
         metavar="dive-paper|diffusion-classifier",
         help="published settings instead of ours: of invert, or of enumerate",
     )
+    _add_timesteps(group)
+
+
+def _add_timesteps(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--timesteps",
         choices=["learned", "uniform"],
         help="take probes where the model's fitted timesteps say, or evenly (default: learned "
         "where the model has them; presets are uniform)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=["learned", "uniform"],
+        help="let the loss at each timestep count as the model's fitted weights say, or alike "
+        "(default: learned where the model has them; presets are uniform)",
     )
 
 

@@ -116,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
     # A layer or a timestep that is none shall not wait until all images are read.
     layers, timesteps = classifier.blocks_to_try(options.layer, options.timestep)
     asked = {"strategy": strategy, "probes": options.probes, "timesteps": options.timesteps}
+    asked["weights"] = options.weights
     config = {
         **classifier.identity(**asked, seed=options.seed),
         "learned": {
@@ -176,6 +177,7 @@ def _measured(
         probes=options.probes,
         seed=options.seed,
         timesteps=options.timesteps,
+        weights=options.weights,
         progress=bar,
     )
     head = fitted.head

@@ -57,7 +57,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     add_log_to(parser)
-    add_scorer_options(parser)
+    add_scorer_options(parser, searches=True, default="auto, min_agreement=0.99")
     parser.set_defaults(run=run)
 
 
@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace, spec):
     from dive_fast.evaluation.tasks import DEFAULT, evaluate_task
     from dive_fast.strategies.base import with_settings
 
-    if options.strategy is None:
+    if options.strategy is None and options.preset is None:
         strategy = with_settings(DEFAULT, strategy_settings(options))
     else:
         strategy = chosen_strategy(options)
@@ -102,6 +102,7 @@ def _run(options: argparse.Namespace, spec):
         strategy=strategy,
         probes=options.probes,
         seed=options.seed,
+        timesteps=options.timesteps,
         image_rule=options.image_rule,
         limit=options.limit,
         log_to=options.log_to,

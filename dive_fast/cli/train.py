@@ -26,6 +26,13 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--steps", type=count, metavar="N", help="fewer steps than the zoo's, for a try"
     )
+    parser.add_argument(
+        "--checkpoints",
+        type=count,
+        metavar="N",
+        help="also keep N model directories in DIR/checkpoints, each after twice the steps of the "
+        "one before, for 'dive-fast compare --checkpoints'; not of scenes",
+    )
     add_course_options(parser)
     parser.set_defaults(run=run)
 
@@ -53,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         bf16=options.bf16,
+        checkpoints=options.checkpoints or 0,
         log_to=options.log_to,
     )
     print(
@@ -63,13 +71,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_scenes(options: argparse.Namespace) -> int:
-    from dive_fast.errors import DataError
+    from dive_fast.errors import DataError, DiveFastError
     from dive_fast.training.scenes import train_scenes
 
     if options.data is not None:
         raise DataError(
             f"the scenes are made of scikit-learn's digits: expected no --data, got {options.data}."
         )
+    if options.checkpoints is not None:
+        raise DiveFastError("--checkpoints is for models that classify: expected none for scenes.")
     losses = train_scenes(
         options.out,
         steps=options.steps,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections.abc import Sequence
 
 
 def count(text: str) -> int:
@@ -41,6 +43,14 @@ def weight(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number above 0 and below 1."""
+    value = number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and below 1, got {text!r}")
+    return value
+
+
 def number(text: str) -> float:
     """Any number."""
     try:
@@ -61,6 +71,12 @@ def log_target(text: str) -> str:
         return check_log_to(text)
     except DiveFastError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+
+def row_or_name(text: str, names: Sequence[str]) -> int | str:
+    """What names a class: its name, else its row where it is a number."""
+    is_number = text not in names and re.fullmatch(r"[0-9]{1,18}", text)
+    return int(text) if is_number else text
 
 
 def readers(text: str) -> int | None:

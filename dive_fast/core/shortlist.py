@@ -31,6 +31,7 @@ SLOPES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 # Of an earlier version: nothing says how far to trust such a one.
 OLD_FIELDS = {"slope", "curvature", "classes"}
 _FIELDS = {*OLD_FIELDS, "error", "control", "checks"}
+_LATER = {"weights"}  # left out where it says nothing
 NEAREST = 4
 
 
@@ -81,6 +82,7 @@ class Shortlist:
         control: factor of the first-order term as control variate of measured losses.
         classes: digest of the names that it was learned for.
         checks: at rising ``min_agreement``; empty if none were made.
+        weights: digest of the ``LossWeights`` of the losses; empty of uniform ones.
     """
 
     slope: float
@@ -89,6 +91,7 @@ class Shortlist:
     control: float
     classes: str
     checks: tuple[Check, ...] = ()
+    weights: str = ""
 
     def __post_init__(self) -> None:
         values = self.curvature
@@ -109,6 +112,10 @@ class Shortlist:
         if not isinstance(self.classes, str):
             raise DiveFastError(
                 f"a shortlist needs the digest of its classes, got {shown(self.classes)}."
+            )
+        if not isinstance(self.weights, str):
+            raise DiveFastError(
+                f"a shortlist needs the digest of its weights, got {shown(self.weights)}."
             )
         object.__setattr__(self, "curvature", tuple(map(float, values)))
         object.__setattr__(self, "checks", tuple(self.checks))
@@ -136,6 +143,7 @@ class Shortlist:
             "control": _six(self.control),
             "classes": self.classes,
             "checks": [asdict(check) for check in self.checks],
+            **({"weights": self.weights} if self.weights else {}),
         }
 
     @classmethod
@@ -145,7 +153,7 @@ class Shortlist:
         Raises:
             DiveFastError: an entry is missing, unknown, or holds what it must not.
         """
-        if not isinstance(values, Mapping) or set(values) != _FIELDS:
+        if not isinstance(values, Mapping) or set(values) - _LATER != _FIELDS:
             raise DiveFastError(f"a shortlist must hold exactly {', '.join(sorted(_FIELDS))}.")
         checks = values["checks"]
         keys = {field.name for field in fields(Check)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dive_fast.data.class_lists import read_classes
+from dive_fast.data.corruptions import corrupted
 from dive_fast.data.examples import DataSet, Example
 from dive_fast.data.known_lists import known_classes, known_templates
 from dive_fast.data.labelled import folder_classes, load_all, open_dataset, select
@@ -11,6 +12,7 @@ from dive_fast.data.torch_sets import from_torch
 __all__ = [
     "DataSet",
     "Example",
+    "corrupted",
     "folder_classes",
     "from_torch",
     "known_classes",

@@ -8,6 +8,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias, overload
 
 import numpy as np
@@ -15,6 +16,8 @@ from PIL import Image
 
 Fact: TypeAlias = str | int | float | bool
 Picture: TypeAlias = Image.Image | np.ndarray
+# Of what loads an image, and its id, another image; it pickles.
+Change: TypeAlias = Callable[[Callable[[], Picture], str], Picture]
 
 NO_FACTS: Mapping[str, Fact] = {}
 
@@ -49,6 +52,20 @@ class Pictures(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ChangedPictures:
+    """Pictures of which ``change`` makes others when they are loaded."""
+
+    pictures: Pictures
+    change: Change
+
+    def loader(self, row: int, example_id: str) -> Callable[[], Picture]:
+        return partial(self.change, self.pictures.loader(row, example_id), example_id)
+
+    def facts(self, row: int, example_id: str) -> Mapping[str, Fact]:
+        return self.pictures.facts(row, example_id)
+
+
 class LazyExamples(ABC):
     """Examples that are made when they are gone through.
 
@@ -69,6 +86,10 @@ class LazyExamples(ABC):
     @abstractmethod
     def take(self, positions: Sequence[int]) -> LazyExamples:
         """Those at the positions."""
+
+    @abstractmethod
+    def changed(self, change: Change) -> LazyExamples:
+        """The same, with images that ``change`` makes of what loads them."""
 
 
 class Examples(LazyExamples, Sequence[Example]):
@@ -120,6 +141,10 @@ class Examples(LazyExamples, Sequence[Example]):
         rows = at if self._rows is None else self._rows[at]
         return Examples([self.ids[i] for i in at.tolist()], self.labels[at], self._pictures, rows)
 
+    def changed(self, change: Change) -> Examples:
+        """The same, with images that ``change`` makes of what loads them."""
+        return Examples(self.ids, self.labels, ChangedPictures(self._pictures, change), self._rows)
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -134,6 +159,7 @@ class DataSet:
         content: digest of the source's content (pixels for arrays; paths and sizes for files).
         where: what ``open_dataset`` was given, paths made absolute; None for data of another
             origin. It is no part of the identity.
+        corruption: what ``corrupted`` did to the images, for JSON; None of clean ones.
     """
 
     name: str
@@ -141,6 +167,7 @@ class DataSet:
     names: tuple[str, ...] | None
     content: str = ""
     where: str | None = None
+    corruption: Mapping[str, Any] | None = None
 
     @property
     def ids(self) -> Sequence[str]:
@@ -169,11 +196,12 @@ class DataSet:
             return replace(self, examples=self.examples.take(positions))
         return replace(self, examples=[self.examples[i] for i in positions])
 
-    def identity(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """What tells this data set from another, for JSON: source, count, fingerprint.
 
         The fingerprint covers the content and the ids and labels chosen from it, not where the
-        data lies, so a run resumes after the data were moved.
+        data lies, so a run resumes after the data were moved. Of corrupted images the corruption is
+        told, too.
         """
         chosen = hashlib.sha256(f"[{json.dumps(self.content)}, ".encode())
         labels = self.labels
@@ -184,6 +212,7 @@ class DataSet:
             "source": self.name,
             "count": len(self.examples),
             "fingerprint": chosen.hexdigest()[:16],
+            **({} if self.corruption is None else {"corruption": dict(self.corruption)}),
         }
 
 

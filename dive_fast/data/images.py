@@ -216,9 +216,7 @@ def _check_opened(image: Image.Image) -> None:
 
 def _each(images: object, channels: int, make: Callable[[Image.Image], T]) -> list[T]:
     """What ``make`` makes of every image; errors tell the number of the bad one of several."""
-    images = _split(images, channels)
-    if not images:
-        raise ImageError("expected at least one image, got none.")
+    images = single_images(images, channels)
     found = []
     for index, image in enumerate(images):
         try:
@@ -240,6 +238,18 @@ def _to_bytes(image: Image.Image, channels: int) -> torch.Tensor:
     pixels = np.array(image, dtype=np.uint8)
     pixels = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def single_images(images: object, channels: int) -> list[object]:
+    """What ``as_images`` takes, as a list of single images for ``as_image``, not looked at yet.
+
+    Raises:
+        ImageError: there is none, or it cannot be told what they are.
+    """
+    found = _split(images, channels)
+    if not found:
+        raise ImageError("expected at least one image, got none.")
+    return found
 
 
 def _split(images: object, channels: int) -> list[object]:

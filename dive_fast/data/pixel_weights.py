@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dive_fast.data.image_files import by
-from dive_fast.data.images import as_image, crop_box, to_mode
+from dive_fast.data.images import as_image, center_crop, crop_box, to_mode
 from dive_fast.errors import ImageError, shown
 
 
@@ -45,6 +45,24 @@ def as_pixel_weights(given: Any, size: tuple[int, int]) -> torch.Tensor:
     if not weights.any():
         raise ImageError("expected pixel weights with one above 0, got zeros only.")
     return weights
+
+
+def cropped(
+    picture: Image.Image, given: Any, size: int, channels: int
+) -> tuple[Image.Image, torch.Tensor | None]:
+    """A picture as a model sees it, ``size`` by ``size``, and what its pixels then count.
+
+    Args:
+        picture: upright, whole.
+        given: see ``as_pixel_weights``; None where all pixels count the same.
+
+    Raises:
+        ImageError: the picture or the weights cannot be used.
+    """
+    weights = None
+    if given is not None:
+        weights = on_grid(as_pixel_weights(given, picture.size), size, (size, size))
+    return center_crop(to_mode(picture, channels), size), weights
 
 
 def on_grid(weights: torch.Tensor, size: int, grid: tuple[int, int]) -> torch.Tensor | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
-from dive_fast.data.examples import Example, LazyExamples
+from dive_fast.data.examples import Change, Example, LazyExamples
 from dive_fast.errors import DataError
 
 
@@ -20,6 +22,27 @@ class Stream(Protocol):
     def examples(self, start: int) -> Iterator[tuple[int, Callable[[], Example]]]:
         """Of each row from ``start`` on, its number and what makes the example of it."""
         ...
+
+
+@dataclass(frozen=True)
+class ChangedStream:
+    """A stream of whose images ``change`` makes others when they are loaded."""
+
+    stream: Stream
+    change: Change
+
+    @property
+    def where(self) -> str:
+        return self.stream.where
+
+    def examples(self, start: int) -> Iterator[tuple[int, Callable[[], Example]]]:
+        for row, make in self.stream.examples(start):
+            yield row, partial(_changed, self.change, make)
+
+
+def _changed(change: Change, make: Callable[[], Example]) -> Example:
+    example = make()
+    return replace(example, load=partial(change, example.load, example.id))
 
 
 class StreamedExamples(LazyExamples):
@@ -101,6 +124,10 @@ class StreamedExamples(LazyExamples):
         if (np.diff(at) <= 0).any():
             raise DataError(f"{self._stream.where}: expected positions that ascend, of a stream.")
         return StreamedExamples(self._stream, np.asarray(self._known())[at])
+
+    def changed(self, change: Change) -> StreamedExamples:
+        """The same, with images that ``change`` makes of what loads them."""
+        return StreamedExamples(ChangedStream(self._stream, change), self._rows)
 
     def first(self, n: int | None) -> StreamedExamples:
         """The first n, or all if None or if there are fewer."""

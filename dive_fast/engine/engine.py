@@ -106,7 +106,7 @@ class Engine:
         self.on_batch = on_batch
         self.options = EngineOptions() if options is None else options
         check_options(model, self.options)
-        self.record = EngineRecord()
+        self.record = self._before = EngineRecord()
 
     def run(
         self,
@@ -114,6 +114,7 @@ class Engine:
         probes: ProbeList,
         objective: Objective,
         vocabulary: Vocabulary | None = None,
+        record: EngineRecord | None = None,
     ) -> Iterator[Finished]:
         """Yields every job's answer as soon as it is found, not always in the order of the jobs.
 
@@ -121,8 +122,10 @@ class Engine:
 
         Args:
             vocabulary: whose rows the jobs name; the model's if None.
+            record: of earlier runs, which goes on with this one; a new one if None.
         """
-        self.record = EngineRecord()
+        self.record = EngineRecord() if record is None else record
+        self._before = dataclasses.replace(self.record)
         placed = objective.place(self.model, probes)
         forward = Forward(self.model, objective, placed, self.options, vocabulary)
         waiting, running = enumerate(jobs), []
@@ -199,9 +202,11 @@ class Engine:
         record.reused_rows += result.reused_rows
         record.seconds += seconds
         if forward.cache is not None:
-            record.cache_hits, record.cache_misses = forward.cache.hits, forward.cache.misses
-            record.cache_evictions = forward.cache.evictions
-            record.cache_bytes = forward.cache.peak_bytes
+            before, cache = self._before, forward.cache
+            record.cache_hits = before.cache_hits + cache.hits
+            record.cache_misses = before.cache_misses + cache.misses
+            record.cache_evictions = before.cache_evictions + cache.evictions
+            record.cache_bytes = max(before.cache_bytes, cache.peak_bytes)
         if self.on_batch is not None:
             self.on_batch(passes * rows)
 

@@ -53,7 +53,8 @@ class Forward:
         self.model, self.objective, self.probes, self.options = model, objective, probes, options
         self.level = cache_level(model, options)
         self.cache = None if self.level == "off" else ActivationCache(options.cache_bytes)
-        self.table = ClassTable(vocabulary or model.vocabulary, model.device)
+        named = model.vocabulary if vocabulary is None else vocabulary
+        self.table = ClassTable(named, model.device)
         # How often an image's (probe, position) was used since its encoder ran.
         self._uses: dict[int, dict[tuple[int, int], int]] = {}
         if options.channels_last:

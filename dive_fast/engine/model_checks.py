@@ -15,6 +15,7 @@ from torch import nn
 
 from dive_fast import ops
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.shortlist import Shortlist
@@ -39,6 +40,7 @@ _KINDS = {
 _OPTIONAL_KINDS = {
     "network": (nn.Module, "a torch.nn.Module"),
     "timesteps": (TimestepWeights, "a TimestepWeights"),
+    "loss_weights": (LossWeights, "LossWeights"),
     "shortlist": (Shortlist, "a Shortlist"),
     "layout_format": (LayoutFormat, "a LayoutFormat"),
 }

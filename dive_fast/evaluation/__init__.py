@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dive_fast.evaluation.classification import evaluate
+from dive_fast.evaluation.corruptions import CorruptionTable, evaluate_corruptions
 from dive_fast.evaluation.detection import (
     DetectionSummary,
     evaluate_detections,
     summarise_detections,
 )
+from dive_fast.evaluation.generators import GeneratorComparison, compare_generators
 from dive_fast.evaluation.on_ray import RayOptions
 from dive_fast.evaluation.rundir import RunDirectory, read_records
 from dive_fast.evaluation.summary import Summary, summarise
@@ -15,12 +17,16 @@ from dive_fast.evaluation.task_scores import TaskSummary
 from dive_fast.evaluation.tasks import evaluate_task
 
 __all__ = [
+    "CorruptionTable",
     "DetectionSummary",
+    "GeneratorComparison",
     "RayOptions",
     "RunDirectory",
     "Summary",
     "TaskSummary",
+    "compare_generators",
     "evaluate",
+    "evaluate_corruptions",
     "evaluate_detections",
     "evaluate_task",
     "read_records",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dive_fast.core.head import Head
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data import DataSet, Example
 from dive_fast.data.reading import Pixels, as_readers, images_ahead, load
@@ -41,6 +42,7 @@ def evaluate(
     probes: int | None = None,
     seed: int = 0,
     timesteps: str | TimestepWeights | None = None,
+    weights: str | LossWeights | None = None,
     head: Head | str | Path | None = None,
     log_to: LogTo | None = None,
     progress: bool = False,
@@ -85,12 +87,12 @@ def evaluate(
     columns = expect_columns(data, group_by)
     readers = as_readers(readers, on_ray=ray is not None)
     chosen = resolve_strategy(strategy, preset, {})
-    probe_list = classifier.probe_list(chosen, probes, seed, timesteps)
+    probe_list = classifier.probe_list(chosen, probes, seed, timesteps, weights)
     head = as_head(head, chosen, classifier.model)
     # A strategy may refuse the probes when it starts: before the run directory is made.
     next(chosen.search(Task(classifier.model.vocabulary, probe_list, seed, head=head)), None)
     asked = {"strategy": chosen, "probes": probes, "seed": seed, "timesteps": timesteps}
-    asked["head"] = head
+    asked |= {"weights": weights, "head": head}
     config = {**classifier.identity(**asked), "data": data.identity()}
     if columns:
         config["group_by"] = list(columns)
@@ -101,7 +103,7 @@ def evaluate(
     truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
     form = Form("classification", classifier.names, truths)
 
-    source, stream = partial(_source, columns), partial(_stream, asked)
+    source, stream = partial(source_of, columns), partial(_stream, asked)
     here = environment(classifier) if ray is None else spread(environment(classifier), ray)
     with (
         RunDirectory.open(out, config, here, form, facts) as run,
@@ -110,13 +112,13 @@ def evaluate(
         if ray is None:
             channels, size, _ = classifier.model.image_shape
             run_over(
-                _sources(source, classifier, data),
+                sources_of(source, classifier, data),
                 partial(stream, classifier),
                 records,
                 progress=progress,
                 total=len(data.examples),
                 readers=readers,
-                shared=_indexed(data),
+                shared=indexed(data),
                 ahead=images_ahead(channels * size * size),
                 encode=classifier.encode_pixels,
                 at_once=images_at_once(classifier.model.device),
@@ -138,21 +140,21 @@ def evaluate(
         return summary
 
 
-def _indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
+def indexed(data: DataSet) -> tuple[Sequence[Example], ...]:
     """The examples, for readers to know them all; none of a stream, which bring their images."""
     return (data.examples,) if isinstance(data.examples, Sequence) else ()
 
 
-def _sources(
+def sources_of(
     source: Callable[..., Source], classifier: DiffusionClassifier, data: DataSet
 ) -> Iterator[Source]:
     """Of all examples, such that readers are sent the examples once and then only positions."""
-    known = _indexed(data)
+    known = indexed(data)
     for i, example in enumerate(data.examples):
         yield source(classifier, example, partial(load, *known, i) if known else None)
 
 
-def _source(
+def source_of(
     columns: Sequence[str],
     classifier: DiffusionClassifier,
     example: Example,

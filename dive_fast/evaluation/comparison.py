@@ -121,7 +121,7 @@ class RunPair:
         a, b, i, j = self.a, self.b, self.rows_a, self.rows_b
         n = len(i)
         right_a, right_b = a.correct[i], b.correct[j]
-        only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+        only_a, only_b, p_value = mcnemar(right_a, right_b)
         same = binomtest(int((a.index[i] == b.index[j]).sum()), n)
         interval = same.proportion_ci(LEVEL, method="wilson")
         return Comparison(
@@ -136,7 +136,7 @@ class RunPair:
             agreement_interval=(float(interval.low), float(interval.high)),
             a_right=only_a,
             b_right=only_b,
-            mcnemar=float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
+            mcnemar=p_value,
             truth_probability=_pair(a.truth_probability[i], b.truth_probability[j]),
             nll=_pair(-log_probability(a, i), -log_probability(b, j)),
             evaluations=_pair(a.evaluations[i], b.evaluations[j]),
@@ -196,6 +196,17 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Comparison:
         RunError: as ``RunPair``.
     """
     return RunPair(a, b).compare()
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's exact test, two-sided, of which of two is right on images: bool [n] each.
+
+    Returns:
+        The images that a alone and that b alone has right, and the p-value; 1 without any.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return only_a, only_b, p_value
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> Pair:

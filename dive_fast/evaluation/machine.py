@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import dive_fast
-from dive_fast.predict.classifier import DiffusionClassifier
-from dive_fast.predict.detector import LayoutDetector
+from dive_fast.predict.predictor import Predictor
 
 
 def machine() -> dict[str, Any]:
@@ -33,8 +32,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def environment(predictor: DiffusionClassifier | LayoutDetector) -> dict[str, Any]:
-    """``machine()`` and how the classifier or detector runs on it."""
+def environment(predictor: Predictor) -> dict[str, Any]:
+    """``machine()`` and how the classifier, detector or scorer runs on it."""
     return {
         **machine(),
         "model": predictor.model.name,

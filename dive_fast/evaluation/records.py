@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.errors import RunError, shown
 
-Kind = Literal["classification", "detection", "task"]
+Kind = Literal["classification", "detection", "choice", "task"]
 Record = Mapping[str, Any]
 
 # Sums of many float32 probabilities are a little off.
@@ -18,6 +18,7 @@ _ROUNDING = 1e-3
 
 # By these a record is known where a run does not say its kind.
 _OF_DETECTIONS = {"boxes", "labels", "indices", "confidences", "class_probabilities"}
+_OF_CHOICES = {"candidates", "candidate_losses"}
 _OF_CLASSIFICATIONS = {"index", "probability", "top", "losses", "log_posterior"}
 
 # Lists of a number for each class, which are most of a record of many classes.
@@ -30,7 +31,7 @@ class Form:
 
     Attributes:
         kind: of the run; None where nothing says it: then each record is what its fields say, and
-            one without fields of a classifier or a detector is somebody's own and not looked at.
+            one that says nothing is somebody's own and not looked at.
         names: the model's classes, where they are known.
         truths: the right class by id, where it is known: then it must be there, and the same.
         whole: whether a classification needs the lists, too, that no figure is made of:
@@ -47,6 +48,8 @@ class Form:
         kind = self.kind or _kind_of(record)
         if kind == "classification":
             return _wrong(_require_classification, record, self.names, self.truths, self.whole)
+        if kind == "choice":
+            return _wrong(_require_choice, record)
         if kind == "task":
             return _wrong(_require_task, record)
         return None if kind is None else _wrong(_require_detection, record, self.names)
@@ -74,6 +77,8 @@ def _raise(record: Record, wrong: str | None) -> None:
 def _kind_of(record: Record) -> Kind | None:
     if not _OF_DETECTIONS.isdisjoint(record):
         return "detection"
+    if not _OF_CHOICES.isdisjoint(record):
+        return "choice"
     failed = "error" in record
     return "classification" if failed or not _OF_CLASSIFICATIONS.isdisjoint(record) else None
 
@@ -97,6 +102,27 @@ def _require_detection(record: Record, names: Sequence[str] | None) -> None:
         _require_text(record, "error")
     else:
         _require_objects(record, names)
+
+
+def _require_choice(record: Record) -> None:
+    if "error" in record:
+        _require_text(record, "error")
+        return
+    _require_each(record, "candidates", _is_text, "of texts")
+    n = len(record["candidates"])
+    _require_row(record, "choice", n)
+    _require_text(record, "text")
+    if record["text"] != record["candidates"][record["choice"]]:
+        _fail(f"'text' to be candidate {record['choice']}", record["text"])
+    _require(record, "probability", _is_share, _SHARE)
+    _require(record, "margin", _is_number_or_null, "a number or null")
+    for name in ("candidate_losses", "candidate_log_posterior"):
+        _require_each(record, name, _is_number_or_null, "of numbers or null", _floats_or_null)
+        _require_length(record, name, n)
+    what = "of whole numbers of at least 0"
+    _require_each(record, "candidate_probes", _is_row, what, _rows)
+    _require_length(record, "candidate_probes", n)
+    _require_cost(record)
 
 
 def _require_task(record: Record) -> None:

@@ -18,7 +18,7 @@ SCHEMA = 1
 
 RUN, RESULTS = "run.json", "results.jsonl"
 
-_KINDS = ("classification", "detection", "task")
+_KINDS = ("classification", "detection", "choice", "task")
 
 
 def is_finished(records: Mapping[str, Mapping], record_id: str) -> bool:
@@ -57,8 +57,8 @@ def read_run(directory: Path) -> dict:
         )
     if kind is not None and kind not in _KINDS:
         raise RunError(
-            f"{path}: expected 'records' to be one of {', '.join(_KINDS)}, got {shown(kind)}; "
-            "choose another --out."
+            f"{path}: expected 'records' to be {' or '.join(_KINDS)}, got {shown(kind)}; choose "
+            "another --out."
         )
     return content
 

@@ -19,7 +19,7 @@ from dive_fast.evaluation.records import NOT_IN_FIGURES, Form, check_figures
 from dive_fast.evaluation.runfiles import RESULTS, cannot, each_result, read_run
 
 TOP = 5
-_OTHERS = {"detection": "a detector", "task": "a task"}
+_OTHERS = {"detection": "a detector", "choice": "'choose'", "task": "a task"}
 
 
 @dataclass(frozen=True, eq=False)

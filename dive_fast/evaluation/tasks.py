@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dive_fast.core.files import replacing
+from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.data.labelled import chosen
 from dive_fast.data.reading import Pixels
 from dive_fast.data.tasks import TaskData, TaskItem
@@ -48,6 +49,7 @@ def evaluate_task(
     strategy: str | Strategy | None = None,
     probes: int | None = None,
     seed: int = 0,
+    timesteps: str | TimestepWeights | None = None,
     image_rule: str = "null",
     limit: int | None = None,
     log_to: LogTo | None = None,
@@ -61,6 +63,7 @@ def evaluate_task(
     Args:
         strategy: how the text of an image is found, by name or as an object; ``DEFAULT`` if None.
             Tasks with an image score need every loss: they are enumerated.
+        probes, seed, timesteps: as ``ImageTextScorer.choose`` has them.
         image_rule: "null" compares L(x, t) - L(x, no text) across images, "raw" L(x, t).
         limit: a random subset of so many items.
         log_to: as ``evaluate`` has it.
@@ -80,7 +83,7 @@ def evaluate_task(
     check_log_to(log_to)
     items = _limited(data.items, limit, seed)
     enumerated = any(len(item.images) > 1 for item in items)
-    asked: dict[str, Any] = {"probes": probes, "seed": seed}
+    asked: dict[str, Any] = {"probes": probes, "seed": seed, "timesteps": timesteps}
     by = resolve_strategy("enumerate" if enumerated else strategy or DEFAULT, None, {})
     config = {
         **scorer.identity(strategy=by, **asked),

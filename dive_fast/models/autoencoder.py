@@ -13,7 +13,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
 from dive_fast.core.numbers import is_number
 from dive_fast.errors import ModelError, shown
@@ -21,11 +21,15 @@ from dive_fast.errors import ModelError, shown
 ENCODE_BATCH = 16
 AUTOENCODERS = {
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
     "AutoencoderDC": AutoencoderDC,
     "VQModel": VQModel,
 }
 
-Autoencoder = AutoencoderKL | AutoencoderDC | VQModel
+# Pipelines that are published with the first run with the second, too: a distilled one (TAESD).
+KL_OR_TINY = ("AutoencoderKL", "AutoencoderTiny")
+
+Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC | VQModel
 
 # What diffusers' pipelines do not apply, although a VAE may state it: read from their sources.
 _ALL = ("shift_factor", "latents_mean", "latents_std")
@@ -120,7 +124,7 @@ def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device)
     """x0 as the top of this file has it, float32 [B, C, h, w].
 
     Of a ``VQModel`` the latents before quantisation stand for the posterior mean, of an
-    ``AutoencoderDC`` its only latents.
+    ``AutoencoderDC`` or an ``AutoencoderTiny`` its only latents.
 
     Args:
         images: [B, channels, size, size] in [-1, 1].
@@ -140,7 +144,7 @@ def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device)
 
 
 def _posterior_mean(vae: Autoencoder, encoded: Any) -> torch.Tensor:
-    if isinstance(vae, VQModel):
+    if isinstance(vae, VQModel | AutoencoderTiny):
         return encoded.latents
     return encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mean
 
@@ -151,7 +155,8 @@ def image_shape(
     """(channels, size, size) of the images behind latents [C, h, w]; the same without a VAE."""
     if vae is None:
         return latent_shape
-    deep = isinstance(vae, AutoencoderDC)
-    widths = vae.config.encoder_block_out_channels if deep else vae.config.block_out_channels
+    # Those two have a decoder of its own shape.
+    apart = isinstance(vae, AutoencoderDC | AutoencoderTiny)
+    widths = vae.config.encoder_block_out_channels if apart else vae.config.block_out_channels
     halvings = len(widths) - 1
     return (vae.config.in_channels, *(side * 2**halvings for side in latent_shape[1:]))

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
@@ -45,12 +46,14 @@ class LatentModel(ABC):
 
     Attributes:
         timesteps: where strategies take their probes if nobody says; evenly if None.
+        loss_weights: what a classifier's losses count there; alike if None.
         lora: the LoRA that was fused into the weights; None without.
     """
 
     family: ClassVar[str]
     vocabulary: Vocabulary
     timesteps: TimestepWeights | None = None
+    loss_weights: LossWeights | None = None
     lora: Lora | None = None
 
     def __init__(

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import GatedSelfAttentionDense
 
 from dive_fast.core.layouts import LayoutFormat
@@ -32,6 +32,7 @@ from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError, shown
+from dive_fast.models.autoencoder import Autoencoder
 from dive_fast.models.base import LayoutConditioned
 from dive_fast.models.files.checkpoint import read_json
 from dive_fast.models.pipeline import Pipeline
@@ -84,7 +85,7 @@ class Gligen(WholeUNet, LayoutConditioned, PromptedModel):
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         schedule: Schedule,
         text: PromptEncoder,
         classes: ClassPrompts,

@@ -179,11 +179,12 @@ class Pipeline:
         """
         return self.component(model_class, folder, self.dtype, keep)
 
-    def vae(
-        self, channels: int, class_name: str = "AutoencoderKL", folder: str = "vae"
-    ) -> Autoencoder:
-        """The autoencoder of a network that takes latents of so many channels."""
-        vae = self.component(AUTOENCODERS[class_name], folder)
+    def vae(self, channels: int, folder: str = "vae") -> Autoencoder:
+        """The autoencoder of a network that takes latents of so many channels.
+
+        Its class is what the index states, which is one of ``AUTOENCODERS``: see ``check_parts``.
+        """
+        vae = self.component(AUTOENCODERS[self.part(folder)], folder)
         try:
             normalisation(vae, self.index.get("_class_name"))
         except ModelError as error:

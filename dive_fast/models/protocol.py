@@ -18,6 +18,7 @@ State: TypeAlias = tuple[torch.Tensor, ...]
 _OPTIONAL: dict[str, Any] = {
     "network": None,  # its ``torch.nn.Module``: for ``channels_last`` and the default batch size
     "timesteps": None,  # a ``TimestepWeights`` that the strategies' probes follow
+    "loss_weights": None,  # ``LossWeights``: what a classifier's losses count at each timestep
     "shortlist": None,  # a ``Shortlist``, used while the classes are those it was learned for
     # (layer, what it gives [M, T, D], condition [M, D]) to the image's tokens of it, [M, N, D]:
     # where a block holds the prompt's among them

@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dive_fast.errors import ModelError
+from dive_fast.models.autoencoder import KL_OR_TINY
 from dive_fast.models.base import check_sizes
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.text.encoders import import_transformers, quiet_transformers
@@ -113,10 +114,10 @@ def _as_diffusers(unet: UNet2DConditionModel, text: PromptEncoder) -> Any:
     return pipeline
 
 
-def parts(encoders: Sequence[str]) -> dict[str, str]:
+def parts(encoders: Sequence[str]) -> dict[str, str | Sequence[str]]:
     """The classes of a pipeline's parts."""
     text = {f"text_encoder{suffix}": name for suffix, name in zip(SUFFIXES, encoders, strict=False)}
-    return {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **text}
+    return {"unet": "UNet2DConditionModel", "vae": KL_OR_TINY, **text}
 
 
 def check_unet(unet: UNet2DConditionModel, text: PromptEncoder, directory: Path) -> None:

@@ -18,7 +18,7 @@ from dive_fast.errors import DataError, DiveFastError, ImageError, shown
 from dive_fast.predict.classifier import DiffusionClassifier
 
 COLUMNS = ("label", "index", "probability", "evaluations", "error")
-_OPTIONS = ("strategy", "preset", "probes", "seed", "timesteps", "prior", "head")
+_OPTIONS = ("strategy", "preset", "probes", "seed", "timesteps", "weights", "prior", "head")
 
 
 class RayClassifier:
@@ -33,7 +33,8 @@ class RayClassifier:
             Hugging Face's ``{"bytes": ..., "path": ...}``.
         prefix: before the names of the new columns, where the data have such already.
         arguments: those of ``DiffusionClassifier.stream`` (``strategy``, ``preset``, ``probes``,
-            ``seed``, ``timesteps``, ``prior``, ``head``), the rest those of ``from_pretrained``.
+            ``seed``, ``timesteps``, ``weights``, ``prior``, ``head``), the rest those of
+            ``from_pretrained``.
 
     Raises:
         ModelError: the model cannot be loaded.

@@ -14,7 +14,7 @@ from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.data.images import as_image, image_to_tensor
 from dive_fast.data.pixel_weights import as_pixel_weights, on_grid
-from dive_fast.engine import Finished, Job
+from dive_fast.engine import EngineRecord, Finished, Job
 from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.text.prompted import PromptedModel
 from dive_fast.predict.arguments import as_progress
@@ -62,6 +62,7 @@ class Choosing(Predictor):
         progress = as_progress(progress)
         chosen = resolve_strategy(strategy, None, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
+        record = EngineRecord()
         with Bar(progress) as (bar, on_batch):
             for chunk in in_chunks(as_items(items), self.model.text.dim):
                 failed: deque[tuple[Any, DiveFastError]] = deque()
@@ -72,7 +73,7 @@ class Choosing(Predictor):
                     chunk, vocabulary, row, chosen, probe_list, seed,
                     failed if keep_going else None,
                 )  # fmt: skip
-                run = self._run_part(jobs, probe_list, chosen.loss, on_batch, vocabulary)
+                run = self._run_part(jobs, probe_list, chosen.loss, on_batch, vocabulary, record)
                 for finished in run:
                     while failed:
                         bar.update()
@@ -140,8 +141,8 @@ class Choosing(Predictor):
         if (twins := self.model.text.twins(item.candidates, table)) is not None:
             one, other = (item.candidates[i] for i in twins)
             raise DiveFastError(
-                f"expected candidates that the text encoder tells apart, got {shown(one)} and "
-                f"{shown(other)}, which are the same to it."
+                f"expected candidates that the text encoder tells apart, got {one!r} and "
+                f"{other!r}, which are the same to it."
             )
         return Vocabulary(table, item.candidates, vocabulary.unconditional, shape=vocabulary.shape)
 

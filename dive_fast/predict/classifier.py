@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from dive_fast.core.head import Head
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.probes import ProbeList
-from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.shortlist import digest
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.engine import EngineOptions, Finished
 from dive_fast.errors import DiveFastError, ModelError
 from dive_fast.models import Source, check_place, load_model, resolve
-from dive_fast.models.files.sidecar import fitted_shortlist
 from dive_fast.models.network import Call, GivenNetwork, Pixels
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.arguments import (
@@ -26,7 +25,6 @@ from dive_fast.predict.arguments import (
     as_pairs,
     as_prior,
     as_progress,
-    as_rows,
 )
 from dive_fast.predict.classification import (
     Classification,
@@ -52,6 +50,8 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
         >>> clf("three.png")[0].label
         'three'
     """
+
+    _weighted: ClassVar[bool] = True
 
     @classmethod
     def from_pretrained(
@@ -187,6 +187,7 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
         head: Head | str | Path | None = None,
         trace: bool = False,
@@ -206,6 +207,8 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
             timesteps: "learned" takes the probes where the model's fitted timesteps say,
                 "uniform" evenly, a ``TimestepWeights`` where it says. None: learned where the
                 model has them and the strategy leaves the list to us; presets are uniform.
+            weights: "learned" lets losses count as the model's fitted weights say, with their own
+                beta, "uniform" all alike, a ``LossWeights`` as it says. None as for timesteps.
             prior: p(y), [C] weights of at least 0, which need not sum to 1; uniform if None.
             head: a learned head whose ranking of the classes ``auto`` starts from, or its file;
                 see ``predict.probing``.
@@ -229,6 +232,7 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
                 probes=probes,
                 seed=seed,
                 timesteps=timesteps,
+                weights=weights,
                 prior=prior,
                 head=head,
                 trace=trace,
@@ -248,6 +252,7 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         prior: torch.Tensor | Sequence[float] | None = None,
         head: Head | str | Path | None = None,
         trace: bool = False,
@@ -271,10 +276,11 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
             latents = as_pairs("latents", latents)
         progress = as_progress(progress)
         chosen = resolve_strategy(strategy, preset, settings)
-        probe_list = self.probe_list(chosen, probes, seed, timesteps)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps, weights)
+        counts = self.learned_weights(chosen, probes, weights)
+        beta, shortlist = self._beta(counts), self._shortlist(counts)
         log_prior = as_prior(prior, len(self.model.vocabulary))
-        scaled = None if log_prior is None else log_prior / self.model.inverse_temperature
-        shortlist = fitted_shortlist(self.model)
+        scaled = None if log_prior is None else log_prior / beta
         learned = as_head(head, chosen, self.model)
         task = Task(self.model.vocabulary, probe_list, seed, scaled, shortlist, learned)
         shape = self.model.latent_shape
@@ -283,39 +289,7 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
             for key, x0 in latents
         )
         for finished in self._run(jobs, probe_list, chosen.loss, progress):
-            yield finished.key, self._classification(finished, log_prior, trace)
-
-    def losses(
-        self,
-        images: Any = None,
-        classes: Sequence[int] | None = None,
-        probes: int | ProbeList | None = None,
-        *,
-        latents: torch.Tensor | None = None,
-        seed: int = 0,
-        loss: str = "l2",
-        progress: bool = False,
-    ) -> torch.Tensor:
-        """The raw loss matrix, for people who write their own rule.
-
-        Args:
-            images, latents: as in ``__call__``.
-            classes: which classes, all if None.
-            probes: how many (100 if None), or a list of your own.
-            loss: "l2", "l1" or "huber".
-
-        Returns:
-            float32 [B, C, K]: loss of image b under class c on probe k.
-        """
-        x0 = self._latents(images, latents)
-        n_classes = len(self.model.vocabulary)
-        picked = torch.arange(n_classes) if classes is None else as_rows(classes, n_classes)
-        probes = self._even_probes(probes, seed)
-        out = torch.empty(len(x0), len(picked), len(probes))
-        jobs = (self._job(i, x, _measure(picked, len(probes))) for i, x in enumerate(x0))
-        for finished in self._run(jobs, probes, loss, len(x0) if progress else None):
-            out[finished.key] = finished.answer.trace["losses"]
-        return out
+            yield finished.key, self._classification(finished, beta, log_prior, trace)
 
     def identity(
         self,
@@ -325,12 +299,14 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         head: Head | str | Path | None = None,
     ) -> dict[str, Any]:
         """What decides the answers, for JSON: model, strategy, probes, seed and what was fitted."""
         chosen = resolve_strategy(strategy, preset, {})
-        found = self._identity(chosen, probes, seed, timesteps)
-        if (shortlist := fitted_shortlist(self.model)) is not None:
+        found = self._identity(chosen, probes, seed, timesteps, weights)
+        counts = self.learned_weights(chosen, probes, weights)
+        if (shortlist := self._shortlist(counts)) is not None:
             found["shortlist"] = digest(map(str, shortlist.to_dict().items()))
         if (learned := as_head(head, chosen, self.model)) is not None:
             found["head"] = learned.digest()
@@ -351,10 +327,10 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
         return as_latents(latents, self.model.latent_shape)
 
     def _classification(
-        self, finished: Finished, log_prior: torch.Tensor | None, trace: bool
+        self, finished: Finished, beta: float, log_prior: torch.Tensor | None, trace: bool
     ) -> Classification:
         answer = finished.answer
-        posterior = log_posterior(answer, self.model.inverse_temperature, log_prior)
+        posterior = log_posterior(answer, beta, log_prior)
         if posterior.isnan().any():
             raise ModelError(
                 f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN or "
@@ -374,15 +350,9 @@ class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
             eliminated=torch.zeros(len(self.names), dtype=torch.bool)
             if answer.bound is None
             else answer.bound.isfinite(),
-            log_odds_bound=log_odds_bound(answer, index, self.model.inverse_temperature, log_prior),
+            log_odds_bound=log_odds_bound(answer, index, beta, log_prior),
             names=self.names,
             evaluations=finished.evaluations,
             seconds=finished.seconds,
             trace=answer.trace if trace else None,
         )
-
-
-def _measure(classes: torch.Tensor, k: int) -> Search:
-    losses = yield Losses(classes, torch.arange(k))
-    means, count = losses.mean(dim=1), torch.full((len(classes),), k)
-    return Answer(int(means.argmin()), means, count, {"losses": losses})

@@ -20,7 +20,7 @@ from dive_fast.models.protocol import optional
 from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.arguments import as_pairs, as_progress, is_finite
 from dive_fast.predict.detections import Detections
-from dive_fast.predict.fitting_detector import DetectorFitting
+from dive_fast.predict.diagnosing import Diagnosing
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
 
@@ -29,14 +29,15 @@ PRIOR_WEIGHT = 0.5
 PRIOR_PROBES = 8
 
 
-class LayoutDetector(DetectorFitting):
+class LayoutDetector(Diagnosing):
     """A frozen layout-to-image diffusion model as object detector.
 
     Args:
         model: of the family "layout-to-image", or anything that follows
             ``dive_fast.models.protocol.Model`` and has a ``layout``.
         prior: over the layouts of this model; None for none.
-        prior_weight: w, of the prior's log p(y) beside -beta L; 0.5 if None. With 0 the prior is
+        prior_weight: w, of the prior's log p(y) beside -beta L; if None 0.5, but 0 as long as the
+            model's beta is not fitted: w / beta might then hide every object. With 0 the prior is
             not asked.
         prior_probes: (timestep, noise) pairs of the prior that a relaxed search takes its gradient
             from.
@@ -62,11 +63,12 @@ class LayoutDetector(DetectorFitting):
             _check_layout(model)
         super().__init__(model, batch_size=batch_size, options=options)
         self.prior = prior
-        self.prior_weight = _checked_weight(model, prior, prior_weight)
+        self._prior_weight = _checked_weight(model, prior, prior_weight)
         self.prior_probes = prior_probes
         if prior is not None:
             prior.to(model.device)
-            self._penalty(seed=0)  # says what is wrong with the number of probes
+            # Says what is wrong with the number of probes.
+            LayoutPenalty(prior, PRIOR_WEIGHT, prior_probes, model.layout_format)
         self.prior_probes = whole("prior_probes", prior_probes, 1, MOST_PROBES)
 
     @classmethod
@@ -137,14 +139,26 @@ class LayoutDetector(DetectorFitting):
         return self.model.layout_format.names
 
     @property
+    def prior_weight(self) -> float:
+        """w: what was given, else 0.5, and 0 without a prior or without a fitted beta."""
+        if self._prior_weight is not None:
+            return self._prior_weight
+        return 0.0 if self.prior is None or not self._beta_is_fitted else PRIOR_WEIGHT
+
+    @property
+    def prior_is_left_out(self) -> bool:
+        """Whether there is a prior that does not count because beta, its unit, is not fitted."""
+        return self.prior is not None and self._prior_weight is None and not self._beta_is_fitted
+
+    @property
     def prior_out_of_proportion(self) -> bool:
-        """Whether a prior counts though beta, which sets its weight, was not fitted."""
+        """Whether a prior has a weight by the caller's will though beta is not fitted."""
+        return self.prior is not None and self.prior_weight > 0 and not self._beta_is_fitted
+
+    @property
+    def _beta_is_fitted(self) -> bool:
         unfitted = math.prod(self.model.latent_shape) / 2  # what models begin with
-        return (
-            self.prior is not None
-            and self.prior_weight > 0
-            and self.model.inverse_temperature == unfitted
-        )
+        return self.model.inverse_temperature != unfitted
 
     def __call__(
         self,
@@ -339,8 +353,8 @@ def _check_layout(model: Any) -> None:
         )
 
 
-def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float:
-    """w; 0 without a prior."""
+def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float | None:
+    """w as it was given; None for the default."""
     if weight is not None and not (is_finite(weight) and weight >= 0):
         raise ModelError(f"prior_weight must be a number of at least 0, got {shown(weight)}.")
     if not isinstance(prior, LayoutPrior | None):
@@ -348,10 +362,10 @@ def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None)
     if prior is None:
         if weight:
             raise ModelError(f"prior_weight is {weight}, but {model.name} has no prior to weigh.")
-        return 0.0
+        return None
     if not fits(prior, model.layout_format, model.vocabulary.table):
         raise ModelError(
             f"expected a prior over the layouts and the token table of {model.name}, got one of "
             "another model."
         )
-    return PRIOR_WEIGHT if weight is None else float(weight)
+    return None if weight is None else float(weight)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import whole_seed
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
-from dive_fast.core.requests import Answer, Search
+from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.data.images import as_images
@@ -45,6 +46,7 @@ class Explaining(Predictor):
         probes: int | ProbeList | None = 64,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         progress: bool = False,
     ) -> list[Explanation]:
         """Where class a explains each picture better than b; docs/explain.md has the formulas.
@@ -59,7 +61,7 @@ class Explaining(Predictor):
             probes: of the map, how many, or a list of your own; the strategy's choice if None. What
                 is behind the last whole antithetic pair is left out.
             seed: of the probes' noise, and of the search.
-            timesteps: as in ``__call__``.
+            timesteps, weights: as in ``__call__``; the map weighs the timesteps as the answer does.
             progress: show a bar.
 
         Returns:
@@ -71,9 +73,10 @@ class Explaining(Predictor):
             ModelError: a layout-to-image model, or one that fails.
             NoOtherClass: an image whose answer is b, or of which only one class was measured.
         """
-        _check_classes(self.model)
+        check_classes(self.model)
         chosen = resolve_strategy(strategy, None, {})
-        probe_list = self.probe_list(chosen, probes, seed, timesteps)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps, weights)
+        placed = {"timesteps": timesteps, "weights": weights}
         with torch.inference_mode(False):
             x0, pictures = self._with_pictures(images, latents)
             n, vocabulary = len(x0), self.model.vocabulary
@@ -83,7 +86,7 @@ class Explaining(Predictor):
                     check_pair(*pair, vocabulary)
             asked = [i for i in range(n) if None in (first[i], second[i])]
             if asked:
-                answers = self(latents=x0[asked], strategy=chosen, seed=seed, timesteps=timesteps)
+                answers = self(latents=x0[asked], strategy=chosen, seed=seed, **placed)
                 for i, found in zip(asked, answers, strict=True):
                     first[i], second[i] = completed(found, first[i], second[i], vocabulary)
             groups = groups_of(probe_list)
@@ -104,6 +107,38 @@ class Explaining(Predictor):
                 )
         return out
 
+    def losses(
+        self,
+        images: Any = None,
+        classes: Sequence[int] | None = None,
+        probes: int | ProbeList | None = None,
+        *,
+        latents: torch.Tensor | None = None,
+        seed: int = 0,
+        loss: str = "l2",
+        progress: bool = False,
+    ) -> torch.Tensor:
+        """The raw loss matrix, for people who write their own rule; learned weights take no part.
+
+        Args:
+            images, latents: as in ``__call__``.
+            classes: which classes, all if None.
+            probes: how many (100 if None), or a list of your own.
+            loss: "l2", "l1" or "huber".
+
+        Returns:
+            float32 [B, C, K]: loss of image b under class c on probe k.
+        """
+        x0 = self._latents(images, latents)
+        n_classes = len(self.model.vocabulary)
+        picked = torch.arange(n_classes) if classes is None else as_rows(classes, n_classes)
+        probes = self._even_probes(probes, seed)
+        out = torch.empty(len(x0), len(picked), len(probes))
+        jobs = (self._job(i, x, _measure(picked, len(probes))) for i, x in enumerate(x0))
+        for finished in self._run(jobs, probes, loss, len(x0) if progress else None):
+            out[finished.key] = finished.answer.trace["losses"]
+        return out
+
     def error_maps(
         self,
         images: Any = None,
@@ -117,6 +152,8 @@ class Explaining(Predictor):
     ) -> torch.Tensor:
         """The loss of each class before its mean over the pixels, for maps of your own.
 
+        All timesteps count alike, also where the model has learned weights.
+
         Args:
             images, classes, probes, latents, seed, loss: as in ``losses``.
 
@@ -124,7 +161,7 @@ class Explaining(Predictor):
             float32 [B, C, h, w] in the model's own space, the mean over the probes; its mean over
             h and w is the mean of ``losses`` over K.
         """
-        _check_classes(self.model)
+        check_classes(self.model)
         x0 = self._latents(images, latents)
         n_classes = len(self.model.vocabulary)
         picked = torch.arange(n_classes) if classes is None else as_rows(classes, n_classes)
@@ -234,7 +271,12 @@ def runner_up(found: Classification, vocabulary: Vocabulary, a: int | None = Non
     raise NoOtherClass("only one class was measured, and there is none to compare it with.")
 
 
-def _check_classes(model: Model) -> None:
+def check_classes(model: Model) -> None:
+    """That its answers are classes.
+
+    Raises:
+        ModelError: they are layouts.
+    """
     if optional(model, "layout_format") is not None:
         raise ModelError(
             f"expected a model of classes, got the layout-to-image model {model.name}: "
@@ -247,3 +289,9 @@ def _answered(search: Search) -> Search:
     maps = yield from search
     nothing = torch.empty(0)
     return Answer(0, nothing, nothing, {"maps": maps})
+
+
+def _measure(classes: torch.Tensor, k: int) -> Search:
+    losses = yield Losses(classes, torch.arange(k))
+    means, count = losses.mean(dim=1), torch.full((len(classes),), k)
+    return Answer(int(means.argmin()), means, count, {"losses": losses})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class DetectorFitting(Predictor):
         images = {image.id: image for image in data.images}
         losses, labels, answers = [], [], []
         total = len(images) if progress else None
-        for finished, size in self._search(_readable(data), progress=total, **search):
+        for finished, size in self._search(readable(data.images), progress=total, **search):
             answer: LayoutAnswer = finished.answer
             found = _labels(answer, self.boxes(answer, size), images[finished.key], renamed)
             known = found >= 0
@@ -102,8 +102,9 @@ def _labels(
     return torch.cat([of_truth, torch.tensor([nothing])])[found]  # -1 is the last one
 
 
-def _readable(data: CocoDataset) -> Iterator[tuple[Id, Image.Image]]:
-    for image in data.images:
+def readable(images: Iterable[CocoImage]) -> Iterator[tuple[Id, Image.Image]]:
+    """Ids and pictures in RGB; what cannot be read is left out with a warning."""
+    for image in images:
         try:
             yield image.id, to_mode(image.read(), 3)
         except ImageError as error:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from dive_fast.core.probes import ProbeList, low_discrepancy_probes
+from dive_fast.core.loss_weights import LossWeights, digest_of
+from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.core.shortlist import Check, Shortlist, Survey, digest, estimate_shortlist
 from dive_fast.core.vocabulary import Vocabulary
-from dive_fast.models.protocol import optional
 from dive_fast.predict.checking import Measured, checks
 from dive_fast.predict.predictor import Predictor
+from dive_fast.strategies import Auto
 from dive_fast.strategies.base import DEFAULT_PROBES
 from dive_fast.strategies.evidence import by_unit
 
@@ -26,26 +27,28 @@ log = logging.getLogger(__name__)
 
 
 def surveyed_shortlist(
-    classifier: Predictor, x0: torch.Tensor, k: int, seed: int, progress: bool
+    classifier: Predictor,
+    x0: torch.Tensor,
+    k: int,
+    seed: int,
+    progress: bool,
+    weights: str | LossWeights | None = None,
 ) -> tuple[Shortlist, bool]:
     """A shortlist with its checks, and whether ``auto`` does better with it than without.
 
     Args:
         x0: float32 [B, C, h, w], B >= 2.
         k: probes that every class is measured on.
+        weights: of the losses, as in ``Predictor.learned_weights``.
     """
     model = classifier.model
-    shape, learned = model.latent_shape, optional(model, "timesteps")
     most = max(k, DEFAULT_PROBES)
-    probes = (
-        low_discrepancy_probes(most, len(model.schedule), shape, seed)
-        if learned is None
-        else learned.probes(most, shape, seed)
-    )
+    counts = classifier.learned_weights(Auto(), most, weights)
+    probes = classifier.probe_list(Auto(), most, seed, weights=weights)
     found = measured(classifier, x0, probes, k // probes.unit * probes.unit, progress)
     shortlist, without = estimate_shortlist(survey_of(found), digest(model.vocabulary.names))
     with_it = checks(found, without, probes)
-    shortlist = replace(shortlist, checks=with_it)
+    shortlist = replace(shortlist, checks=with_it, weights=digest_of(counts))
     plain = checks(found, [None] * len(found), probes)
     better = _cost(with_it) < _cost(plain)
     if not better:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from dive_fast.core.bound import (
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.data.images import as_images
+from dive_fast.engine import Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError, shown
 from dive_fast.predict.arguments import as_rows
 from dive_fast.predict.predictor import Predictor
@@ -62,6 +63,21 @@ class Likelihood:
     draws: torch.Tensor = field(repr=False)
     probes: ProbeList = field(repr=False)
 
+    def of(self, *classes: int | None) -> Likelihood:
+        """The part of some of the conditions, in the order given.
+
+        Raises:
+            DiveFastError: one of them is not among ``classes``.
+        """
+        if any(c not in self.classes for c in classes):
+            raise DiveFastError(
+                f"expected conditions among {list(self.classes)}, got {shown(list(classes))}."
+            )
+        at = [self.classes.index(c) for c in classes]
+        columns = {name: getattr(self, name)[:, at]
+                   for name in ("values", "standard_errors", "diffusion", "draws")}  # fmt: skip
+        return replace(self, classes=tuple(classes), **columns)
+
     def score(self, other: Likelihood) -> tuple[torch.Tensor, torch.Tensor]:
         """How much likelier images are here than there: log p(x | c) - log p(x) and the like.
 
@@ -98,6 +114,16 @@ class Likelihood:
         return difference, standard_error(self.draws - other.draws)
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """What all images share: -log p is the loss times ``factor`` plus ``constant``, a dimension."""
+
+    unit: str
+    probes: ProbeList
+    factor: torch.Tensor
+    constant: float
+
+
 class Likelihoods(Predictor):
     """The part of ``DiffusionClassifier`` that bounds likelihoods."""
 
@@ -130,39 +156,114 @@ class Likelihoods(Predictor):
             DiveFastError: bad input, or a unit that has no meaning for these images.
             ModelError: the model has no condition "no class", or its schedule gives no bound.
         """
+        bound = self._bound(unit, probes, seed)
+        chosen = self._conditions_of(classes)
+        with torch.inference_mode(False):
+            x0, reconstruction = self._x0(images, latents, unit)
+            if len(x0) == 0:
+                raise ImageError("expected at least one image, got none.")
+            losses = self._pair_losses(x0, chosen, bound.probes, len(x0) if progress else None)
+        return self._likelihood(bound, x0, chosen, reconstruction, losses)
+
+    def stream_log_likelihood(
+        self,
+        items: Iterable[tuple[Any, Any, str | int | Sequence[str | int | None] | None]],
+        *,
+        unit: str = "nats",
+        probes: int = 200,
+        seed: int = 0,
+        progress: int | None = None,
+    ) -> Iterator[tuple[Any, Likelihood]]:
+        """The same of images as they come, each under conditions of its own.
+
+        Args:
+            items: triples of a key, one image and its ``classes``; read lazily.
+            unit, probes, seed: as in ``log_likelihood``.
+            progress: the number of images if a bar shall be shown.
+
+        Yields:
+            The key and a ``Likelihood`` of one image, as they are found: the same values in any
+            order and company, but for rounding.
+
+        Raises:
+            DiveFastError, ModelError: as ``log_likelihood``.
+        """
+        bound = self._bound(unit, probes, seed)
+        under_way: dict[Any, tuple[torch.Tensor, tuple[int | None, ...], torch.Tensor]] = {}
+
+        def jobs() -> Iterator[Job]:
+            for key, image, classes in items:
+                chosen = self._conditions_of(classes)
+                with torch.inference_mode(False):
+                    x0, reconstruction = self._x0(image, None, unit)
+                    job = self._job(key, x0[0], self._search(chosen, len(bound.probes)))
+                if len(x0) != 1:
+                    raise DiveFastError(f"expected one image for each key, got {len(x0)}.")
+                under_way[key] = (x0, chosen, reconstruction)
+                yield job
+
+        for finished in self._run(jobs(), bound.probes, progress=progress):
+            x0, chosen, reconstruction = under_way.pop(finished.key)
+            losses = _of_conditions(finished.answer, chosen)[None]
+            yield finished.key, self._likelihood(bound, x0, chosen, reconstruction, losses)
+
+    def likelihood_identity(self, *, unit: str, probes: int, seed: int) -> dict[str, Any]:
+        """What decides the values, for JSON."""
+        found = {
+            "model": self._model_identity(),
+            "likelihood": {"unit": unit, "probes": probes, "seed": seed},
+        }
+        if engine := self.options.identity():
+            found["engine"] = engine
+        return found
+
+    def _bound(self, unit: Any, probes: int, seed: int) -> _Bound:
         if not isinstance(unit, str) or unit not in UNITS:
             raise DiveFastError(f"expected a unit of {', '.join(UNITS)}, got {shown(unit)}.")
         schedule, shape = self.model.schedule, tuple(self.model.latent_shape)
-        chosen = self._conditions_of(classes)
         constant, _ = step_terms(schedule)
         probe_list, factor = bound_probes(schedule, probes, shape, seed)
-        dim = math.prod(shape)
-        with torch.inference_mode(False):
-            if unit == "bits/dim":
-                x0, reconstruction = self._pixels(images, latents)
-            else:
-                x0 = self._latents(images, latents)
-                per_dim = density_reconstruction(schedule)
-                reconstruction = torch.full((len(x0),), dim * per_dim, dtype=torch.float64)
-            if len(x0) == 0:
-                raise ImageError("expected at least one image, got none.")
-            losses = self._pair_losses(x0, chosen, probe_list, len(x0) if progress else None)
+        return _Bound(unit, probe_list, factor, float(constant.sum()))
+
+    def _x0(self, images: Any, latents: Any, unit: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """x0 [B, C, h, w], and the reconstruction part, float64 [B], nats."""
+        if unit == "bits/dim":
+            return self._pixels(images, latents)
+        x0 = self._latents(images, latents)
+        part = math.prod(self.model.latent_shape) * density_reconstruction(self.model.schedule)
+        return x0, torch.full((len(x0),), part, dtype=torch.float64)
+
+    def _likelihood(
+        self,
+        bound: _Bound,
+        x0: torch.Tensor,
+        chosen: tuple[int | None, ...],
+        reconstruction: torch.Tensor,
+        losses: torch.Tensor,
+    ) -> Likelihood:
+        """Of x0 [B, C, h, w] and the losses of every pair of probes, [B, C, K / 2]."""
+        if not losses.isfinite().all():
+            raise ModelError(
+                f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN or "
+                f"infinity: its weights, its schedule or this precision cannot be right."
+            )
+        dim = math.prod(self.model.latent_shape)
         # Nats of -log p in all parts; bits are fewer and count each dimension.
-        scale = -1.0 if unit == "nats" else 1 / (dim * math.log(2))
-        draws = scale * dim * (losses * factor + constant.sum())
-        prior, diffusion = scale * prior_term(schedule, x0.cpu()), draws.mean(dim=2)
-        reconstruction = scale * reconstruction
+        scale = -1.0 if bound.unit == "nats" else 1 / (dim * math.log(2))
+        draws = scale * dim * (losses * bound.factor + bound.constant)
+        prior = scale * prior_term(self.model.schedule, x0.cpu())
+        diffusion, reconstruction = draws.mean(dim=2), scale * reconstruction
         return Likelihood(
             values=(prior + reconstruction)[:, None] + diffusion,
             standard_errors=standard_error(draws),
-            unit=unit,
-            bound_of=self._bound_of(unit),
+            unit=bound.unit,
+            bound_of=self._bound_of(bound.unit),
             classes=chosen,
             prior=prior,
             diffusion=diffusion,
             reconstruction=reconstruction,
             draws=draws,
-            probes=probe_list,
+            probes=bound.probes,
         )
 
     def _bound_of(self, unit: str) -> str:
@@ -209,18 +310,15 @@ class Likelihoods(Predictor):
         progress: int | None,
     ) -> torch.Tensor:
         """The mean loss of every pair of probes, float64 [B, C, K / 2]."""
-        rows = torch.tensor([c for c in chosen if c is not None], dtype=torch.int64)
-        null = self.model.vocabulary.unconditional if None in chosen else None
-        out = torch.empty(len(x0), len(chosen), len(probes), dtype=torch.float64)
-        is_null = torch.tensor([c is None for c in chosen])
-        jobs = (self._job(i, x, _measure(rows, null, len(probes))) for i, x in enumerate(x0))
+        out = torch.empty(len(x0), len(chosen), len(probes) // 2, dtype=torch.float64)
+        jobs = (self._job(i, x, self._search(chosen, len(probes))) for i, x in enumerate(x0))
         for finished in self._run(jobs, probes, progress=progress):
-            found = finished.answer.trace
-            if "classes" in found:
-                out[finished.key, ~is_null] = found["classes"].double()
-            if "null" in found:
-                out[finished.key, is_null] = found["null"].double()
-        return out.unflatten(2, (-1, 2)).mean(dim=3)
+            out[finished.key] = _of_conditions(finished.answer, chosen)
+        return out
+
+    def _search(self, chosen: tuple[int | None, ...], k: int) -> Search:
+        rows = torch.tensor([c for c in chosen if c is not None], dtype=torch.int64)
+        return _measure(rows, self.model.vocabulary.unconditional if None in chosen else None, k)
 
     def _pixels(self, images: Any, latents: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """x0 [B, C, h, w] of images in 8 bits, and the reconstruction part, float64 [B], nats.
@@ -253,6 +351,19 @@ class Likelihoods(Predictor):
             within, end = pixel_reconstruction(self.model.schedule, scale * 2 / (LEVELS - 1))
             total += (count - at_end[:, c]) * within + at_end[:, c] * end
         return x0, total
+
+
+def _of_conditions(answer: Answer, chosen: tuple[int | None, ...]) -> torch.Tensor:
+    """The mean loss of every pair of probes, float64 [C, K / 2]."""
+    found = answer.trace
+    k = next(iter(found.values())).shape[-1]
+    is_null = torch.tensor([c is None for c in chosen])
+    out = torch.empty(len(chosen), k, dtype=torch.float64)
+    if "classes" in found:
+        out[~is_null] = found["classes"].double()
+    if "null" in found:
+        out[is_null] = found["null"].double()
+    return out.unflatten(1, (-1, 2)).mean(dim=2)
 
 
 def _measure(rows: torch.Tensor, null: torch.Tensor | None, k: int) -> Search:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dive_fast.core.numbers import whole_seed
+from dive_fast.core.loss_weights import LossWeights, digest_of
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Search
+from dive_fast.core.shortlist import Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.data.images import as_images
@@ -32,18 +33,11 @@ from dive_fast.models.files.sidecar import (
     write_fitted,
 )
 from dive_fast.models.protocol import Model, optional
-from dive_fast.predict.arguments import as_probes
-from dive_fast.strategies import DefaultProbes
+from dive_fast.predict.placing import Placing
 from dive_fast.strategies.averaged import averaged
-from dive_fast.strategies.base import DEFAULT_PROBES
-from dive_fast.strategies.layout.board import DEFAULT_PROBES as LAYOUT_PROBES
-from dive_fast.strategies.layout.board import LayoutProbes
-
-# The lists of probes that are ours to place, and how many probes they have unless told.
-_OURS = {DefaultProbes.probes: DEFAULT_PROBES, LayoutProbes.probes: LAYOUT_PROBES}
 
 
-class Predictor:
+class Predictor(Placing):
     """A frozen model that answers by searches: base of ``DiffusionClassifier`` and its siblings.
 
     Args:
@@ -77,74 +71,14 @@ class Predictor:
         """Batches, rows, evaluations, fill rate and cache of the last call."""
         return self._engine.record
 
-    def probe_list(
-        self,
-        strategy: Any,
-        probes: int | ProbeList | None = None,
-        seed: int = 0,
-        timesteps: str | TimestepWeights | None = None,
-    ) -> ProbeList:
-        """The probes that ``strategy`` would run on: given, counted, or its own choice.
+    def _beta(self, weights: LossWeights | None) -> float:
+        """The inverse temperature of losses under these weights."""
+        return self.model.inverse_temperature if weights is None else weights.beta
 
-        Raises:
-            DiveFastError: a list that does not suit the model; or as ``learned_timesteps``.
-        """
-        probes, seed = as_probes(probes), whole_seed(seed)
-        shape, n_timesteps = tuple(self.model.latent_shape), len(self.model.schedule)
-        weights = self.learned_timesteps(strategy, probes, timesteps)
-        if weights is not None:
-            count = _OURS[type(strategy).probes] if probes is None else probes
-            probes = weights.probes(count, shape, seed)
-        elif not isinstance(probes, ProbeList):
-            probes = strategy.probes(probes, n_timesteps, shape, seed)
-            if not isinstance(probes, ProbeList):
-                raise DiveFastError(
-                    f"expected the strategy {strategy.name} to choose a ProbeList, got "
-                    f"{shown(probes)}."
-                )
-        probes.check(shape, n_timesteps)
-        return probes
-
-    def learned_timesteps(
-        self,
-        strategy: Any,
-        probes: int | ProbeList | None = None,
-        timesteps: str | TimestepWeights | None = None,
-    ) -> TimestepWeights | None:
-        """The learned timesteps that a run follows, or None for the strategy's own list.
-
-        Args:
-            timesteps: "learned" takes the model's, "uniform" none, a ``TimestepWeights`` that one;
-                None the model's where it has them and the list of probes is ours to place.
-
-        Raises:
-            DiveFastError: something else, or learned timesteps asked for where the probes are given
-                or published.
-            ModelError: the model has none, or such as are not for its schedule.
-        """
-        _check_strategy(strategy)
-        asked = isinstance(timesteps, TimestepWeights)
-        named = isinstance(timesteps, str | None) and timesteps in (None, "learned", "uniform")
-        if not (asked or named):
-            raise DiveFastError(
-                "expected timesteps 'learned', 'uniform' or a TimestepWeights, got "
-                f"{shown(timesteps)}."
-            )
-        ours = getattr(type(strategy), "probes", None) in _OURS
-        ours = ours and not isinstance(probes, ProbeList)
-        if timesteps == "uniform" or (timesteps is None and not ours):
-            return None
-        if not ours:
-            raise DiveFastError(
-                "learned timesteps need a list of probes that is ours to choose: "
-                "this one is given or published."
-            )
-        weights = timesteps if asked else optional(self.model, "timesteps")
-        if weights is None and timesteps == "learned":
-            raise ModelError(f"{self.model.name} has no learned timesteps; see fit_timesteps.")
-        if weights is not None:
-            self._check_timesteps(weights)
-        return weights
+    def _shortlist(self, weights: LossWeights | None) -> Shortlist | None:
+        """The model's shortlist, if it was learned for its classes and from losses like these."""
+        found = fitted_shortlist(self.model)
+        return found if found is not None and found.weights == digest_of(weights) else None
 
     def save_fitted(self, directory: str | Path | None = None) -> Path:
         """Writes what was fitted into ``dive_fast.json``, keeping its other entries.
@@ -166,7 +100,9 @@ class Predictor:
             )
         timesteps = optional(self.model, "timesteps")
         shortlist = fitted_shortlist(self.model)
-        return write_fitted(target, Fitted(self.model.inverse_temperature, timesteps, shortlist))
+        weights = optional(self.model, "loss_weights")
+        beta = self.model.inverse_temperature
+        return write_fitted(target, Fitted(beta, timesteps, shortlist, weights))
 
     def load_fitted(self, directory: str | Path) -> None:
         """Takes over what ``save_fitted`` wrote.
@@ -175,8 +111,9 @@ class Predictor:
             ModelError: there is no ``dive_fast.json``, or it is damaged.
         """
         fitted = read_fitted(_path(directory), required=True)
-        if fitted.timesteps is not None:
-            self._check_timesteps(fitted.timesteps)
+        for found in (fitted.timesteps, fitted.loss_weights):
+            if found is not None:
+                self._check_timesteps(found)
         apply_fitted(self.model, fitted)
 
     def _identity(
@@ -185,21 +122,24 @@ class Predictor:
         probes: int | ProbeList | None,
         seed: int,
         timesteps: str | TimestepWeights | None,
+        weights: str | LossWeights | None = None,
     ) -> dict[str, Any]:
         """What decides the answers of a run, for JSON: model, strategy, probes and seed."""
-        weights = self.learned_timesteps(strategy, probes, timesteps)
-        probe_list = self.probe_list(strategy, probes, seed, timesteps)
+        placed = self._placed(strategy, probes, timesteps, weights)
+        learned = self.learned_weights(strategy, probes, weights)
+        probe_list = self.probe_list(strategy, probes, seed, timesteps, weights)
         found = {
             "model": self._model_identity(),
             "strategy": {"name": strategy.name, **_settings(strategy)},
             "probes": len(probe_list),
-            "beta": self.model.inverse_temperature,
+            **({} if learned is None else {"loss_weights": list(learned.weights)}),
+            "beta": self._beta(learned),
             "seed": seed,
         }
         if probe_list.unit > 1:
             found["noise"] = "antithetic pairs"
-        if weights is not None:
-            found["timesteps"] = weights.to_dict()
+        if placed is not None:
+            found["timesteps"] = placed.to_dict()
         # Only what changes answers: a run may go on under another cache, but not another precision.
         if engine := self.options.identity():
             found["engine"] = engine
@@ -266,31 +206,20 @@ class Predictor:
         loss: str,
         on_batch: Callable[[int], None],
         vocabulary: Vocabulary | None = None,
+        record: EngineRecord | None = None,
     ) -> Iterator[Finished]:
-        """The same without a bar, for who has one; over another vocabulary than the model's."""
+        """The same without a bar, for who has one.
+
+        Args:
+            vocabulary: whose rows the jobs name; the model's if None.
+            record: of the call's earlier parts.
+        """
         engine = self._engine = Engine(self.model, self.batch_size, on_batch, self.options)
         try:
-            yield from engine.run(jobs, probes, Objective(loss), vocabulary)
+            yield from engine.run(jobs, probes, Objective(loss), vocabulary, record)
         finally:
             # Memory that ran out once would run out again.
             self.batch_size = engine.batch_size
-
-    def _check_timesteps(self, weights: TimestepWeights) -> None:
-        if weights.n_timesteps != len(self.model.schedule):
-            raise ModelError(
-                f"{self.model.name} has {len(self.model.schedule)} timesteps, "
-                f"but these were learned for {weights.n_timesteps}."
-            )
-
-
-def _check_strategy(strategy: Any) -> None:
-    """That it has what a strategy has; a class is not yet one."""
-    lacks = [name for name in ("name", "loss", "probes", "search") if not hasattr(strategy, name)]
-    if lacks or isinstance(strategy, type):
-        raise DiveFastError(
-            "expected a strategy by name or as an object with name, loss, probes and search, got "
-            f"{shown(strategy)}."
-        )
 
 
 def _path(directory: Any) -> Path:

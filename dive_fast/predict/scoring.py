@@ -11,8 +11,8 @@ import torch
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.core.timesteps import TimestepWeights
-from dive_fast.data.images import as_whole_images
-from dive_fast.engine import EngineOptions, Finished, Job
+from dive_fast.data.images import as_image, single_images
+from dive_fast.engine import EngineOptions, EngineRecord, Finished, Job
 from dive_fast.errors import DiveFastError, ImageError, ModelError, shown
 from dive_fast.models import Source, check_place, load_model, resolve
 from dive_fast.models.protocol import Model, optional
@@ -234,15 +234,15 @@ class ImageTextScorer(Choosing):
     def _pictures(
         self, images: Any, pixel_weights: Any
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """x0 of each image, and what its places count."""
-        pictures = as_whole_images(images, self.model.image_shape[0])
-        weights = _one_each(pixel_weights, len(pictures))
+        """x0 of each image, and what its places count; one whole image at a time is held."""
+        singles = single_images(images, self.model.image_shape[0])
+        weights = _one_each(pixel_weights, len(singles))
         found = []
-        for number, (picture, given) in enumerate(zip(pictures, weights, strict=True)):
+        for number, (image, given) in enumerate(zip(singles, weights, strict=True)):
             try:
-                found.append(self._prepared(picture, given))
+                found.append(self._prepared(as_image(image), given))
             except ImageError as error:
-                if len(pictures) == 1:
+                if len(singles) == 1:
                     raise
                 raise ImageError(f"image {number}: {error}") from error
         return found
@@ -267,7 +267,7 @@ class ImageTextScorer(Choosing):
         starts = range(0, len(texts), at_once)
         parts = [[rows[(s <= rows) & (rows < s + at_once)] - s for rows in asked] for s in starts]
         total = sum(len(rows) > 0 for part in parts for rows in part)
-        seen: set[int] = set()
+        seen, record = set(), EngineRecord()
         with Bar(total if progress else None) as (bar, on_batch):
             for start, part in zip(starts, parts, strict=True):
                 vocabulary = self.model.vocabulary_of(texts[start : start + at_once])
@@ -277,7 +277,7 @@ class ImageTextScorer(Choosing):
                         null = vocabulary.unconditional if unconditional and i not in seen else None
                         seen.add(i)
                         jobs.append(Job(i, x0, _measure(rows, null, probes), None, weights))
-                for done in self._run_part(jobs, probes, "l2", on_batch, vocabulary):
+                for done in self._run_part(jobs, probes, "l2", on_batch, vocabulary, record):
                     found.add(done)
                     bar.update()
         return found

@@ -13,6 +13,7 @@ from PIL import Image
 from dive_fast.core.numbers import is_whole
 from dive_fast.data import DataSet, open_dataset
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco
+from dive_fast.data.corruptions import corrupted_again
 from dive_fast.data.images import as_image, read_image
 from dive_fast.data.scenes import N_TEST, write_scenes
 from dive_fast.errors import DataError, DiveFastError, ImageError
@@ -121,11 +122,13 @@ class Sources:
         try:
             if (where, names) not in self._opened:
                 self._opened[where, names] = open_dataset(where, names)
+            data = self._opened[where, names]
+            if isinstance(told := run.data.get("corruption"), Mapping):
+                data = corrupted_again(data, told)
         except DiveFastError as error:
             if named is not None:
                 raise
             return Pictures(f"{run.label}: its images were not found: {error}")
-        data = self._opened[where, names]
         if data.labels is None:  # to find a few of a stream's images is to read them all
             return Pictures(f"{run.label}: its images are streamed; --data can name a copy.")
         row = {key: i for i, key in enumerate(data.ids)}

@@ -5,28 +5,45 @@ The loss is the one that classification uses: || eps - eps_theta(x_t, t, y) ||^2
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from dive_fast.logs import LogTo
-from dive_fast.training.loop import Course, train
+from dive_fast.models.autoencoder import Autoencoder
+from dive_fast.training.loop import Course, Keep, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Course):
-    """What a zoo model is made of and how long it learns."""
+class TransformerConfig(Course):
+    """A transformer and its training.
+
+    Attributes:
+        sample_size: side of x0, in pixels or latents.
+        in_channels: of x0.
+    """
 
     sample_size: int
     num_classes: int
+    in_channels: int = 1
     patch_size: int = 2
     width: int = 96
     heads: int = 4
     layers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(TransformerConfig):
+    """What a zoo model is made of and how long it learns."""
+
     steps: int = 14_000
     batch_size: int = 128
     warmup_steps: int = 500
@@ -67,19 +84,17 @@ OMNIGLOT = TrainingConfig(
 )
 
 
-def build_transformer(config: TrainingConfig):
+def build_transformer(config: TransformerConfig) -> DiTTransformer2DModel:
     """A ``DiTTransformer2DModel`` whose blocks share one timestep and label embedder.
 
     diffusers gives every block a copy of its own. Shared copies stay equal, so that the condition
     is one vector, as in the original DiT; on disk they are written out as equal copies.
     """
-    from diffusers import DiTTransformer2DModel
-
     model = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.width // config.heads,
-        in_channels=1,
-        out_channels=1,
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
         num_layers=config.layers,
         sample_size=config.sample_size,
         patch_size=config.patch_size,
@@ -128,6 +143,8 @@ def train_transformer(
     out: Path,
     progress: bool = True,
     log_to: LogTo | None = None,
+    checkpoints: Collection[int] = (),
+    keep: Callable[[int, nn.Module], None] | None = None,
 ):
     """Trains on uint8 images [N, h, w] and returns the transformer with averaged (EMA) weights.
 
@@ -135,12 +152,14 @@ def train_transformer(
 
     What is on disk meanwhile, and how a run that was cut off goes on, says ``loop.train``.
 
+    Args:
+        checkpoints: the numbers of steps after which ``keep`` is told the number, and given the
+            transformer with its weights averaged up to then.
+
     Raises:
         RunError: ``out`` holds the state of a run with another configuration, or a damaged one,
             or cannot be written.
     """
-    from diffusers import DDPMScheduler
-
     torch.manual_seed(config.seed)
     model = build_transformer(config)
     alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
@@ -162,5 +181,36 @@ def train_transformer(
             prediction = model(x_t, t, y).sample
         return F.mse_loss(prediction.float(), eps)
 
-    train(model, loss_of, config, out, log_to=log_to, progress=progress)
+    kept = None if keep is None else Keep(checkpoints, lambda step: keep(step, model))
+    train(model, loss_of, config, out, keep=kept, log_to=log_to, progress=progress)
     return model
+
+
+def write_model(
+    out: Path,
+    transformer: DiTTransformer2DModel,
+    names: tuple[str, ...],
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler | None = None,
+    vae: Autoencoder | None = None,
+) -> None:
+    """A DiT as ``DiTPipeline.save_pretrained`` would write it, in pixel space without a VAE.
+
+    Args:
+        scheduler: of the training; DDPM's with linear betas if None.
+    """
+    # Shared embedders cannot be written as safetensors: a fresh model takes equal copies.
+    copy = DiTTransformer2DModel.from_config(transformer.config)
+    copy.load_state_dict(transformer.state_dict())
+    copy.save_pretrained(out / "transformer")
+    scheduler = DDPMScheduler(beta_schedule="linear") if scheduler is None else scheduler
+    scheduler.save_pretrained(out / "scheduler")
+    if vae is not None:
+        vae.save_pretrained(out / "vae")
+    index = {
+        "_class_name": "DiTPipeline",
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
+    }
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

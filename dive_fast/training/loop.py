@@ -16,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,19 @@ class Course:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
 
+class Keep(NamedTuple):
+    """Checkpoints that a training leaves behind.
+
+    Attributes:
+        steps: after which.
+        write: is told the number of steps; the model has its averaged weights and is in eval mode
+            then.
+    """
+
+    steps: Collection[int]
+    write: Callable[[int], None]
+
+
 class Finished(NamedTuple):
     """What is known at the end: the held-out losses, and the time of all sittings together."""
 
@@ -75,6 +88,7 @@ def train(
     *,
     identity: Mapping[str, Any] | None = None,
     held_out: Callable[[], dict[str, float]] = dict,
+    keep: Keep | None = None,
     log_to: LogTo | None = None,
     log_every: int = LOG_EVERY,
     state_every: int = STATE_EVERY,
@@ -95,6 +109,7 @@ def train(
         identity: what else tells this training from others, in plain values.
         held_out: measures the model, which is in eval mode and has its averaged weights then; no
             gradients are kept. By default nothing is measured.
+        keep: checkpoints, if any. They are no part of the course: a run may go on with others.
         log_to: where these losses and the learning rate go as well, see ``logs.check_log_to``.
         progress: shows a bar with the losses and the time that is left.
 
@@ -122,6 +137,9 @@ def train(
             for step in bar:
                 state.advance(loss_of(step, state.generator), course)
                 done, stop = state.step, interrupted()
+                if keep is not None and done in keep.steps:
+                    with state.averages():  # before the state: a kill in between writes it again
+                        keep.write(done)
                 if stop or done % state_every == 0 or done == course.steps:
                     state.write(out / STATE)
                 if stop:
@@ -175,15 +193,21 @@ class _State:
         self.loss = new if self.step == 0 else 0.99 * self.loss + 0.01 * new
         self.step += 1
 
-    @torch.no_grad()
     def measure(self, held_out: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What ``held_out`` says of the averaged weights."""
+        with self.averages():
+            return held_out()
+
+    @contextlib.contextmanager
+    def averages(self) -> Iterator[None]:
+        """Inside, the model has its averaged weights, is in eval mode and keeps no gradients."""
         was_training = self.model.training
         self.ema.store(self.averaged)
         self.ema.copy_to(self.averaged)
         try:
             self.model.eval()
-            return held_out()
+            with torch.no_grad():
+                yield
         finally:
             self.ema.restore(self.averaged)
             self.model.train(was_training)
@@ -283,6 +307,15 @@ def _late_interrupt() -> Iterator[Callable[[], bool]]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def doubling_steps(count: int, steps: int) -> tuple[int, ...]:
+    """``count`` numbers of steps, each about twice the one before and the last all; less if equal.
+
+    step_k = round(steps / 2^(count - 1 - k))
+    """
+    found = (round(steps / 2 ** (count - 1 - k)) for k in range(count))
+    return tuple(sorted({step for step in found if step > 0}))
 
 
 def prepare_directory(out: Path) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiTTransformer2DModel
 from safetensors import SafetensorError
+from torch import nn
 
 from dive_fast.data import digits
 from dive_fast.data.mnist import load_mnist
@@ -29,9 +28,11 @@ from dive_fast.training.dit import (
     TrainingConfig,
     augment_images,
     train_transformer,
+    write_model,
 )
-from dive_fast.training.loop import prepare_directory
+from dive_fast.training.loop import doubling_steps, prepare_directory
 
+CHECKPOINTS = "checkpoints"  # the folder of them
 PROBES = 100
 N_FIT = 300
 MAX_FIT_EVALUATIONS = 300_000
@@ -79,6 +80,7 @@ def train_zoo_model(
     steps: int | None = None,
     seed: int = 0,
     bf16: bool = False,
+    checkpoints: int = 0,
     log_to: LogTo | None = None,
     progress: bool = True,
 ) -> dict:
@@ -89,6 +91,9 @@ def train_zoo_model(
         data: the ``.npz`` of MNIST or Omniglot; the digits come with scikit-learn.
         steps: fewer than the zoo's, for a try.
         bf16: the network computes in bfloat16; its weights stay float32.
+        checkpoints: how many model directories ``out/checkpoints/checkpoint-STEP`` it leaves, with
+            averaged weights, each after about twice the steps of the one before, the last at the
+            end.
         log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
 
     Returns:
@@ -111,11 +116,17 @@ def train_zoo_model(
     config = dataclasses.replace(
         recipe.config, steps=steps or recipe.config.steps, seed=seed, bf16=bf16
     )
-    transformer = train_transformer(train.images, train.labels, config, out, progress, log_to)
-    try:
-        write_model(out, transformer, train.names)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written ({error}).") from error
+    transformer = train_transformer(
+        train.images,
+        train.labels,
+        config,
+        out,
+        progress,
+        log_to,
+        doubling_steps(checkpoints, config.steps),
+        lambda step, model: _write(out / CHECKPOINTS / f"checkpoint-{step}", model, train.names),
+    )
+    _write(out, transformer, train.names)
 
     classifier = DiffusionClassifier.from_pretrained(out)
     fit_zoo_model(classifier, train, config, progress)
@@ -143,6 +154,13 @@ def train_zoo_model(
     return expected
 
 
+def _write(out: Path, transformer: nn.Module, names: tuple[str, ...]) -> None:
+    try:
+        write_model(out, transformer, names)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} cannot be written ({error}).") from error
+
+
 def fit_zoo_model(
     classifier: DiffusionClassifier, train: LabelledImages, config: TrainingConfig, progress: bool
 ) -> None:
@@ -167,20 +185,3 @@ def fit_zoo_model(
     n = min(affordable(SHORTLIST_PROBES * (c + 2) + PROBES * min(c, FINALISTS)), SHORTLIST_IMAGES)
     classifier.fit_shortlist(latents=x0[:n], probes=SHORTLIST_PROBES, progress=progress)
     classifier.calibrate(latents=x0, labels=labels, strategy="auto", progress=progress)
-
-
-def write_model(out: Path, transformer: DiTTransformer2DModel, names: tuple[str, ...]) -> None:
-    """A pixel-space DiT as ``DiTPipeline.save_pretrained`` would write it, without a VAE."""
-    # Shared embedders cannot be written as safetensors: a fresh model takes equal copies.
-    copy = DiTTransformer2DModel.from_config(transformer.config)
-    copy.load_state_dict(transformer.state_dict())
-    copy.save_pretrained(out / "transformer")
-    DDPMScheduler(beta_schedule="linear").save_pretrained(out / "scheduler")
-    index = {
-        "_class_name": "DiTPipeline",
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": [None, None],
-    }
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -301,9 +301,7 @@ def test_the_map_has_the_gradient_of_its_definition(target, norm):
     kinds = {
         "l2": lambda r: r.square(),
         "l1": lambda r: r.abs(),
-        "huber": lambda r: torch.nn.functional.huber_loss(
-            r, torch.zeros_like(r), reduction="none"
-        ),
+        "huber": lambda r: torch.nn.functional.huber_loss(r, torch.zeros_like(r), reduction="none"),
     }
     one, other = (prediction.clone().requires_grad_() for _ in range(2))
     found = noise_prediction_error_map(

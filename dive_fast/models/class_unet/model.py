@@ -137,7 +137,7 @@ def _vae(pipeline: Pipeline, channels: int) -> Autoencoder | None:
                 f"expected {folder} in {pipeline.directory / 'model_index.json'} to be one of "
                 f"{', '.join(AUTOENCODERS)}, got {kind!r}."
             )
-        return pipeline.vae(channels, kind, folder)
+        return pipeline.vae(channels, folder)
     return None
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from dive_fast.core.convention import Convention
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
+from dive_fast.models.autoencoder import KL_OR_TINY, Autoencoder
 from dive_fast.models.base import LatentModel, check_sizes
 from dive_fast.models.files.checkpoint import read_class_names
 from dive_fast.models.pipeline import Pipeline
@@ -68,7 +69,7 @@ class DiT(LatentModel):
     def __init__(
         self,
         transformer: DiTTransformer2DModel,
-        vae: AutoencoderKL | None,
+        vae: Autoencoder | None,
         schedule: Schedule,
         names: tuple[str, ...],
         *,
@@ -185,7 +186,7 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
     config = transformer.config
     vae = None
     if pipeline.part("vae") is not None:
-        pipeline.check_parts({"vae": "AutoencoderKL"})
+        pipeline.check_parts({"vae": KL_OR_TINY})
         vae = pipeline.vae(config.in_channels)
     check_sizes(transformer, f"transformer in {directory}")
     return DiT(

@@ -24,6 +24,9 @@ from dive_fast.models.files.weights import (
 TOP_FILES = ["model_index.json", FILE, "generation_config.json"]
 TEXTS = (".json", ".txt", ".model", ".jinja")  # sentencepiece's models; templates of a chat
 SHARD = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
+HUB_ID = r"[\w.-]+/[\w.-]+"
+# Weights that lie beside config.json, where a repository holds one component.
+STEM_FILES = [f"{stem}.safetensors" for stem in STEMS["safetensors"]]
 
 # The folders of a pipeline that are read, by its model_index.json; None for all.
 FoldersOf = Callable[[dict[str, Any]], Sequence[str] | None]
@@ -49,13 +52,47 @@ def find(
         raise
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, nobody's home
         raise ModelError(f"{shown(source)} cannot be a directory: {first_line(error)}") from error
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not re.fullmatch(HUB_ID, source):
         raise ModelError(
             f"unknown model {shown(source)}: expected a model of the zoo "
             f"({', '.join(zoo.names())}), a directory that exists, or a hub id like "
             f"facebook/DiT-XL-2-256."
         )
     return download(source, folders_of, allow_pickle, variant)
+
+
+def find_part(source: str, folder: str) -> Path:
+    """The folder of one component, by itself or within a model; fetched if it is on the hub.
+
+    Args:
+        source: a directory or a hub id, of the component or of a model that has it in ``folder``.
+
+    Raises:
+        ModelError: there is none.
+    """
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        if directory.exists() or not re.fullmatch(HUB_ID, source):
+            raise ModelError(
+                f"expected the directory or hub id of a {folder}, got {shown(source)}."
+            )
+        directory = _snapshot(source, [*patterns([folder]), "config.json", *STEM_FILES])
+    for found in (directory, directory / folder):
+        if (found / "config.json").is_file():
+            return found
+    raise ModelError(f"expected config.json in {source} or its folder {folder}, found none.")
+
+
+def _snapshot(hub_id: str, allowed: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(allowed)))
+    except Exception as error:  # the hub, the network and the disk each raise their own kinds
+        raise ModelError(
+            f"{hub_id} is no directory here and could not be fetched from the hub: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def download(

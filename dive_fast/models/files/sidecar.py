@@ -10,6 +10,7 @@ from typing import Any
 
 from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.files import replacing
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import is_number
 from dive_fast.core.shortlist import OLD_FIELDS, Shortlist
 from dive_fast.core.timesteps import TimestepWeights
@@ -18,6 +19,7 @@ from dive_fast.models.files.reading import read_json
 from dive_fast.models.protocol import Model, optional
 
 FILE = "dive_fast.json"
+_KINDS = {"timesteps": TimestepWeights, "shortlist": Shortlist, "loss_weights": LossWeights}
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +32,13 @@ class Fitted:
         inverse_temperature: beta of log p(y | x0) = -beta L + log p(y).
         timesteps: learned density and weights of the probes' timesteps.
         shortlist: learned correction of the estimates that ``auto`` ranks classes by.
+        loss_weights: what losses count at each timestep, with a beta of their own.
     """
 
     inverse_temperature: float | None = None
     timesteps: TimestepWeights | None = None
     shortlist: Shortlist | None = None
+    loss_weights: LossWeights | None = None
 
 
 def read_extra(directory: Path) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def apply_fitted(model: Model, fitted: Fitted) -> None:
     if fitted.inverse_temperature is not None:
         model.inverse_temperature = fitted.inverse_temperature
     model.timesteps = fitted.timesteps
+    model.loss_weights = fitted.loss_weights
     if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
         model.shortlist = fitted.shortlist
 
@@ -99,7 +104,7 @@ def read_fitted(directory: Path, *, required: bool = False) -> Fitted:
         log.warning("the shortlist in %s is of an earlier version: fit it again.", path)
         content = content | {"shortlist": None}
     learned = {}
-    for key, kind in (("timesteps", TimestepWeights), ("shortlist", Shortlist)):
+    for key, kind in _KINDS.items():
         try:
             learned[key] = kind.from_dict(content[key]) if content.get(key) is not None else None
         except DiveFastError as error:
@@ -116,11 +121,15 @@ def write_fitted(directory: Path, fitted: Fitted) -> Path:
     Raises:
         ModelError: the file there is damaged, or as ``write_extra``.
     """
-    content = read_extra(directory)
-    values = {
-        "beta": fitted.inverse_temperature,
-        "timesteps": None if fitted.timesteps is None else fitted.timesteps.to_dict(),
-        "shortlist": None if fitted.shortlist is None else fitted.shortlist.to_dict(),
-    }
-    content = {key: value for key, value in (content | values).items() if value is not None}
+    content = read_extra(directory) | fitted_entries(fitted)
+    content = {key: value for key, value in content.items() if value is not None}
     return write_extra(directory, content)
+
+
+def fitted_entries(fitted: Fitted) -> dict[str, Any]:
+    """The values for JSON, None where there are none."""
+    found: dict[str, Any] = {"beta": fitted.inverse_temperature}
+    for key in _KINDS:
+        value = getattr(fitted, key)
+        found[key] = None if value is None else value.to_dict()
+    return found

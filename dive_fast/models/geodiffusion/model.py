@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from dive_fast.core.layouts import Layout
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
+from dive_fast.models.autoencoder import Autoencoder, image_shape
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.models.geodiffusion.encoder import LocationPromptEncoder
 from dive_fast.models.geodiffusion.prompts import location_token, read_prompts, read_size
@@ -49,7 +50,7 @@ class GeoDiffusion(LayoutUNet):
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         schedule: Schedule,
         encoder: LocationPromptEncoder,
         *,
@@ -130,8 +131,8 @@ def load(
     return GeoDiffusion(unet, vae, schedule, encoder, image_size=size, name=pipeline.name)
 
 
-def _latent_side(vae: AutoencoderKL, image_size: int) -> int:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+def _latent_side(vae: Autoencoder, image_size: int) -> int:
+    factor = image_shape((1, 1, 1), vae)[1]
     if image_size % factor:
         raise ModelError(
             f"expected images of a multiple of {factor} pixels for this VAE, got {image_size}."

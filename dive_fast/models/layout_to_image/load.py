@@ -41,7 +41,7 @@ def load(directory: Path, **asked: Any) -> LayoutModel:
                 f"expected vae in {directory / 'model_index.json'} to be a "
                 f"{' or '.join(AUTOENCODERS)}, got {class_name!r}."
             )
-        vae = pipeline.vae(denoiser.config.in_channels, class_name)
+        vae = pipeline.vae(denoiser.config.in_channels)
     r = pipeline.index.get("space_to_depth", 1)
     return family(denoiser, encoder, scheduler, vae, space_to_depth=r, name=pipeline.name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dive_fast.core.numbers import is_whole
 from dive_fast.errors import ModelError
-from dive_fast.models.autoencoder import Autoencoder, image_shape
+from dive_fast.models.autoencoder import KL_OR_TINY, Autoencoder, image_shape
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.text.encoders import import_transformers, quiet_transformers
 from dive_fast.models.text.pipeline_text import PipelineText, load_encoders
@@ -35,7 +35,7 @@ class TextTransformer(PromptedModel):
     pipeline_class: ClassVar[str]  # of diffusers
     network_class: ClassVar[str]
     older_names: ClassVar[tuple[str, ...]] = ()  # of the network's class, in published indices
-    vae_class: ClassVar[str] = "AutoencoderKL"
+    vae_classes: ClassVar[Sequence[str]] = KL_OR_TINY
     constants: ClassVar[tuple[str, ...]] = ()  # parts of a condition that are not optimised
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that may be left out
     target: ClassVar[str] = "flow"  # of the schedule
@@ -108,7 +108,7 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
     """
     pipeline = Pipeline(directory, **asked)
     names = (family.network_class, *family.older_names)
-    pipeline.check_parts({TRANSFORMER: names, "vae": family.vae_class})
+    pipeline.check_parts({TRANSFORMER: names, "vae": family.vae_classes})
     prompts, schedule = pipeline.prompts(), pipeline.schedule()
     if schedule.target != family.target:
         raise ModelError(
@@ -118,7 +118,7 @@ def load_transformer(family: type[TextTransformer], directory: Path, **asked: An
     network = pipeline.network(getattr(diffusers, family.network_class), TRANSFORMER)
     family.check_network(network, directory)
     channels, *sides = family.latents(network)
-    vae = pipeline.vae(channels, family.vae_class)
+    vae = pipeline.vae(channels)
     shape = _resized((channels, *sides), family.sides(network), vae, pipeline)
     parts = pipeline.with_lora(_text_half(family, network, pipeline))
     folders = [part for part in pipeline.index if part.startswith(("tokenizer", "text_encoder"))]

@@ -29,7 +29,7 @@ class Sana(GemmaTransformer):
     family = "sana"
     pipeline_class = "SanaPipeline"
     network_class = "SanaTransformer2DModel"
-    vae_class = "AutoencoderDC"
+    vae_classes = ("AutoencoderDC",)
 
     @staticmethod
     def encode_prompts(
