@@ -101,6 +101,8 @@ def test_two_images_and_two_texts(sd: Path, scorer, tmp_path: Path) -> None:
             rights[name] += value
         alone = losses[0, 0] < losses[1, 0] and losses[1, 1] < losses[0, 1]
         assert read_records(tmp_path / "raw")[item.id]["right"]["image"] == alone
+    with pytest.raises(DiveFastError, match="expected the strategy enumerate or none, got race"):
+        evaluate_task(scorer, data, tmp_path / "other", strategy="race")
     assert {name: score.right for name, score in found.scores.items()} == rights
     assert set(found.categories) == {"even", "odd"}
     assert found.categories["even"]["group"].n == 2

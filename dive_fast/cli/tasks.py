@@ -90,10 +90,12 @@ def _run(options: argparse.Namespace, spec):
     from dive_fast.evaluation.tasks import DEFAULT, evaluate_task
     from dive_fast.strategies.base import with_settings
 
-    if options.strategy is None and options.preset is None:
+    if options.strategy is not None or options.preset is not None:
+        strategy = chosen_strategy(options)
+    elif options.set:
         strategy = with_settings(DEFAULT, strategy_settings(options))
     else:
-        strategy = chosen_strategy(options)
+        strategy = None
     data = open_task(spec, options.data, options.images)
     return evaluate_task(
         load_scorer(options),

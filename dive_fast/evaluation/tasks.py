@@ -34,7 +34,7 @@ from dive_fast.evaluation.task_scores import (
 from dive_fast.logs import LogTo, check_log_to
 from dive_fast.predict.scores import Choice, Scores
 from dive_fast.predict.scoring import ImageTextScorer
-from dive_fast.strategies import Auto, Strategy, resolve_strategy
+from dive_fast.strategies import Auto, Enumerate, Strategy, resolve_strategy
 
 # Of items of one image: few candidates, of which enumeration's answer shall be kept.
 DEFAULT = Auto(min_agreement=0.99)
@@ -74,7 +74,8 @@ def evaluate_task(
 
     Raises:
         RunError: ``out`` holds another run or a damaged one, or cannot be written.
-        DiveFastError: an unknown strategy or rule, or a wrong number.
+        DiveFastError: an unknown strategy or rule, one that does not suit the items, or a wrong
+            number.
     """
     if image_rule not in IMAGE_RULES:
         raise DiveFastError(
@@ -84,7 +85,7 @@ def evaluate_task(
     items = _limited(data.items, limit, seed)
     enumerated = any(len(item.images) > 1 for item in items)
     asked: dict[str, Any] = {"probes": probes, "seed": seed, "timesteps": timesteps}
-    by = resolve_strategy("enumerate" if enumerated else strategy or DEFAULT, None, {})
+    by = _strategy(strategy, enumerated)
     config = {
         **scorer.identity(strategy=by, **asked),
         "task": data.spec.to_dict(),
@@ -114,6 +115,18 @@ def evaluate_task(
         _write(run.path, summary, found, config)
         records.finish(summary.to_dict())
         return summary
+
+
+def _strategy(strategy: str | Strategy | None, enumerated: bool) -> Strategy:
+    if strategy is None:
+        strategy = "enumerate" if enumerated else DEFAULT
+    chosen = resolve_strategy(strategy, None, {})
+    if enumerated and chosen != Enumerate():
+        raise DiveFastError(
+            "items of several images are compared by all of their losses: expected the strategy "
+            f"enumerate or none, got {chosen.name}."
+        )
+    return chosen
 
 
 def _limited(items: tuple[TaskItem, ...], limit: int | None, seed: int) -> list[TaskItem]:
@@ -178,8 +191,7 @@ def _record(key: str, answer: Choice | Scores | DiveFastError, images: Any) -> M
 def _write(
     path: Path, summary: TaskSummary, records: list[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> None:
-    head = {"dataset": summary.task, "task": "image_text_matching", "config": config}
-    content = for_json({**head, **summary.to_dict(), "task": summary.task})
+    content = for_json({"dataset": summary.task, "config": config, **summary.to_dict()})
     try:
         with replacing(path / SUMMARY) as file:
             file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")

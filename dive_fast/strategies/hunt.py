@@ -153,7 +153,7 @@ class Hunt:
         return min(-(-probes // unit), self.evidence.units)
 
     def _reaches(self) -> np.ndarray:
-        """z(n) of every class, [C]; of few classes the quantile of Student's t in its place."""
+        """z(n) of every class, [C]; of ``FEW`` classes the quantile of Student's t instead."""
         n = self.evidence.measured
         reach = np.maximum(self.z * (USUAL_UNITS / np.maximum(n, 1)) ** GAMMA, self.least)
         if self.few:
