@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         score,
         segment,
+        tasks,
         train,
         train_classes,
         train_layout,
@@ -81,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     groups = (
         (classify, explain, likelihood, detect, segment, app),
-        (score, choose),
+        (score, choose, tasks),
         (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
         (train, train_classes, train_layout, train_prior),

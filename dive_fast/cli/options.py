@@ -97,8 +97,14 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     _add_search(group, "guided|invert", _SEARCHES, "48", "margin=0.05")
 
 
-def add_scorer_options(parser: argparse.ArgumentParser, *, searches: bool) -> None:
-    """What ``load_scorer`` reads and, where it searches, ``chosen_strategy``."""
+def add_scorer_options(
+    parser: argparse.ArgumentParser, *, searches: bool, default: str = "race"
+) -> None:
+    """What ``load_scorer`` reads and, where it searches, ``chosen_strategy``.
+
+    Args:
+        default: the strategy where none is named.
+    """
     group = parser.add_argument_group("model")
     _add_model(
         group,
@@ -112,7 +118,7 @@ def add_scorer_options(parser: argparse.ArgumentParser, *, searches: bool) -> No
     add_engine(parser)
     group = parser.add_argument_group("strategy" if searches else "probes")
     if searches:
-        text = f"{_STRATEGIES.replace(' (default)', '')} (default: race)"
+        text = f"{_STRATEGIES.replace(' (default)', '')} (default: {default})"
         _add_search(group, "race|auto|enumerate|invert", text, "100; dive-paper 250", "error=0.001")
         _add_strategy_extras(group, "uniform")
     else:
