@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dive_fast.cli.engine_options import add_engine
 from dive_fast.cli.loading import (
     chosen_layout_strategy,
     class_names,
@@ -17,20 +16,7 @@ from dive_fast.cli.loading import (
     load_detector,
     model_source,
 )
-from dive_fast.cli.options import (
-    _SEARCHES,
-    DETECTOR,
-    _add_average,
-    _add_lora,
-    _add_model,
-    _add_prediction_type,
-    _add_prior,
-    _add_prompts,
-    _add_search,
-    _add_timestep_embedding,
-    _add_timesteps,
-    add_images,
-)
+from dive_fast.cli.options import add_images, add_segmenter_options
 
 if TYPE_CHECKING:  # torch is not loaded for the help
     from dive_fast.predict.segmentation import Segmentation
@@ -66,43 +52,8 @@ def add_parser(commands) -> None:
         "--posterior", action="store_true", help="write the probabilities of all classes, too"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
-    _add_options(parser)
+    add_segmenter_options(parser)
     parser.set_defaults(run=run)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """What a classifier or a detector that segments is loaded with, and asked."""
-    group = parser.add_argument_group("model")
-    _add_model(
-        group,
-        DETECTOR,
-        "scenes|digits|DIR|HUB_ID",
-        "the built-in model of scenes of digits (default), or a directory or hub id of a "
-        "layout-to-image model or of a model of classes",
-    )
-    _add_prompts(parser, "Stable Diffusion; GLIGEN, GeoDiffusion", "the family's own")
-    add_engine(parser)
-    group = parser.add_argument_group("maps")
-    _add_search(
-        group,
-        "guided|invert",
-        "of a layout-to-image model: " + _SEARCHES,
-        "64 of classes; 48 of a search, of whose first 8 maps are made",
-        "margin=0.05",
-    )
-    classifiers = parser.add_argument_group("only for a model of classes")
-    _add_timesteps(classifiers)
-    classifiers.add_argument(
-        "--background",
-        action="store_true",
-        default=None,
-        help="let the condition 'no class' compete, where the model has learned it",
-    )
-    _add_lora(classifiers)
-    _add_timestep_embedding(classifiers)
-    _add_prediction_type(classifiers)
-    _add_average(classifiers)
-    _add_prior(parser.add_argument_group("only for a layout-to-image model"))
 
 
 def run(options: argparse.Namespace) -> int:
