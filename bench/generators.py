@@ -199,7 +199,8 @@ def plot(options: argparse.Namespace) -> None:
             values = [c["samples"][space][name] for c in checkpoints]
             panel.plot(steps, values, marker="o", markersize=3, label=name)
         panel.set_title(f"samples: {space}", fontsize=9)
-        panel.legend(fontsize=7)
+    names = panels[-1].get_legend_handles_labels()
+    figure.legend(*names, fontsize=8, loc="outside right center")
     for panel in panels:
         panel.set_xscale("log")
         panel.set_xlabel("steps of the training")
