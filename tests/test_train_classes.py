@@ -96,8 +96,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def test_end_to_end_in_pixels(folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "model"
-    sizes = ["--size", 8, "--width", 16, "--heads", 2, "--layers", 1, "--batch-size", 6]
-    arguments = ["--data", folder, "--out", out, *sizes, "--held-out", 0.5]
+    sizes = ["--size", 8, "--patch-size", 4, "--width", 16, "--heads", 2, "--layers", 1]
+    arguments = ["--data", folder, "--out", out, *sizes, "--held-out", 0.5, "--batch-size", 6]
     said = call(
         capsys, "train-classes", *arguments, "--steps", 4, "--samples-every", 2, "--no-flip",
         "--readers", 0, "--bf16",
@@ -301,9 +301,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--size", 30], "a side that the patches of 4 divide, got 30 pixels"),
+            (["--size", 30], "a side that the patches of 8 divide, got 30 pixels"),
             (["--width", 30], "a width that 4 heads divide, got 30"),
             (["--held-out", 1], "expected a share above 0 and below 1"),
+            (["--learning-rate", 0], "expected a learning_rate above 0, got 0.0"),
             (["--crop", 1], "expected crop from 0 to below 1, got 1.0"),
             (["--steps", 0], "--steps: expected a whole number"),
             (["--classes", "a,b"], "does not know the classes"),

@@ -73,7 +73,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     for name, default, text in (
         ("size", 32, "side of the pictures, in pixels"),
-        ("patch-size", 4, "side of the transformer's patches, in pixels or latents"),
+        ("patch-size", 8, "side of the transformer's patches, in pixels or latents"),
         ("width", 192, "of the transformer"),
         ("layers", 6, "of the transformer"),
         ("heads", 4, "of its attention"),

@@ -10,6 +10,7 @@ that the model also knows pictures of any class.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ class ClassTrainingConfig(TransformerConfig):
     in_channels: int = 0
     image_size: int = 32
     grey: bool = False
-    patch_size: int = 4
+    patch_size: int = 8
     width: int = 192
     heads: int = 4
     layers: int = 6
@@ -91,6 +92,7 @@ class ClassTrainingConfig(TransformerConfig):
     copies: int = 7
     steps: int = 4000
     batch_size: int = 64
+    warmup_steps: int = 100
     samples_every: int = 500
 
 
@@ -218,6 +220,8 @@ def completed(
     for name in ("image_size", "patch_size", "width", "heads", "layers", "copies"):
         if getattr(config, name) < (name != "copies"):
             raise DiveFastError(f"expected {name} of 1 or more, got {getattr(config, name)}.")
+    if not 0 < config.learning_rate < math.inf:
+        raise DiveFastError(f"expected a learning_rate above 0, got {config.learning_rate}.")
     if config.objective not in SCHEDULERS:
         raise DiveFastError(
             f"expected an objective of {', '.join(SCHEDULERS)}, got {shown(config.objective)}."
