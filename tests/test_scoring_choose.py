@@ -22,6 +22,7 @@ from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError, ImageError, ModelError
 
 PICTURES = [colour_picture((16, 16), seed) for seed in range(5)]
+TEXTS = ("a cat", "two dogs", "of")
 CANDIDATES = [
     ("a cat", "two dogs"),
     ("a dog eats a cat", "a cat", "of", "a red cat", "photo"),
@@ -333,3 +334,31 @@ def test_the_record_is_of_all_chunks(sd, monkeypatch):
     # Each text is projected once a chunk, each picture's prefix once a probe.
     texts = [{t for _, _, c in ITEMS[i : i + 2] for t in c} for i in (0, 2, 4)]
     assert record.cache_misses == sum(map(len, texts)) + 5 * 4
+
+
+def test_learned_weights(sd):
+    """w(t) of two bins, as asked for, with a beta of their own; not unless asked for."""
+    from dive_fast.core.loss_weights import LossWeights
+
+    weights = LossWeights(1000, (1.5, 0.5), beta=3.0)
+    scorer = ImageTextScorer.from_pretrained(sd, device="cpu")
+    scorer.model.loss_weights = weights
+    plain = scorer.score(PICTURES, TEXTS, probes=6)
+    assert plain.beta == 128
+    for asked in ("learned", weights):
+        found = scorer.score(PICTURES, TEXTS, probes=6, weights=asked)
+        assert found.beta == 3.0 and not torch.allclose(found.losses, plain.losses)
+        expected = (-3.0 * found.losses.double()).log_softmax(dim=1).float()
+        torch.testing.assert_close(found.log_posterior, expected)
+        items = [(i, picture, TEXTS) for i, picture in enumerate(PICTURES)]
+        chosen = dict(scorer.choose(items, strategy="enumerate", probes=6, weights=asked))
+        for i in range(len(PICTURES)):
+            torch.testing.assert_close(chosen[i].losses, found.losses[i], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(chosen[i].log_posterior, expected[i], rtol=1e-3, atol=1e-3)
+    classes = {text: text for text in TEXTS}
+    clf = DiffusionClassifier.from_pretrained(sd, classes=classes, device="cpu")
+    (answer,) = clf(PICTURES[0], strategy="enumerate", probes=6, weights=weights)
+    torch.testing.assert_close(found.losses[0], answer.losses, rtol=1e-4, atol=1e-5)
+    assert scorer.identity(weights="learned") != scorer.identity()
+    with pytest.raises(DiveFastError, match="expected weights 'learned'"):
+        scorer.score(PICTURES, TEXTS, weights="own")

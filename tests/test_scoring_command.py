@@ -157,6 +157,12 @@ def test_choose_and_resume(sd, folder, tmp_path, capsys):
     assert_refused(said, "another configuration: items")
     with pytest.raises(RunError, match="a run of a classifier, got one of 'choose'"):
         RunTable.read(tmp_path / "run")
+    for command in (
+        ["compare-runs", tmp_path / "run"],
+        ["report", "--out", tmp_path / "page.html"],
+    ):
+        said = call(capsys, *command, tmp_path / "run")
+        assert_refused(said, "a run of a classifier, got one of 'choose'")
 
 
 def test_the_default_is_a_race(sd, folder, tmp_path, capsys):

@@ -17,6 +17,7 @@ from PIL import Image
 from dive_fast import DiffusionClassifier
 from dive_fast.data.images import as_images
 from dive_fast.errors import DataError, DiveFastError, ModelError, RunError
+from dive_fast.evaluation.checkpoints import find_checkpoints
 from dive_fast.training import classes as training
 from dive_fast.training.augmentation import Augmentation
 from dive_fast.training.classes import (
@@ -117,6 +118,18 @@ def test_end_to_end_in_pixels(folder: Path, tmp_path: Path, capsys) -> None:
     assert said.code == 0 and said.out.split()[1] in NAMES
     said = call(capsys, "train-classes", *arguments)
     assert_refused(said, "holds a model already; choose another --out")
+
+
+def test_checkpoints(folder: Path, tmp_path: Path) -> None:
+    """With averages of then: the last is the model, and all of them can be compared."""
+    train(folder, tmp_path, checkpoints=3)
+    found = find_checkpoints(tmp_path)
+    assert [checkpoint.step for checkpoint in found] == [1, 2, 4]
+    of_all = [weights(checkpoint.path) for checkpoint in found]
+    name = "proj_out_2.weight"
+    assert torch.equal(of_all[-1][name], weights(tmp_path)[name])
+    assert not torch.equal(of_all[0][name], of_all[1][name])
+    assert DiffusionClassifier.from_pretrained(found[0].path).names == NAMES
 
 
 def test_colours_are_learned(folder: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
             probes=options.probes,
             seed=options.seed,
             timesteps=options.timesteps,
+            weights=options.weights,
             progress=sys.stderr.isatty(),
         )
     except KeyboardInterrupt:

@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
         probes=options.probes,
         seed=options.seed,
         timesteps=options.timesteps,
+        weights=options.weights,
         unconditional=options.lift,
         progress=sys.stderr.isatty(),
     )

@@ -55,6 +55,7 @@ def choose_over(
     probes: int | None = None,
     seed: int = 0,
     timesteps: str | None = None,
+    weights: str | None = None,
     progress: bool = False,
 ) -> ChoiceSummary:
     """Chooses for every line of a file of items, and appends one line each to the run's records.
@@ -66,7 +67,7 @@ def choose_over(
         items: a file of JSON objects, one a line: ``id``, ``image``, ``candidates`` and, if wanted,
             ``mask``; see ``read_item_lines``.
         out: the run directory: ``run.json`` and ``results.jsonl``.
-        strategy, probes, seed, timesteps: as in ``ImageTextScorer.choose``.
+        strategy, probes, seed, timesteps, weights: as in ``ImageTextScorer.choose``.
         progress: show a bar.
 
     Raises:
@@ -76,7 +77,7 @@ def choose_over(
     """
     lines = read_item_lines(items)
     asked = {"strategy": resolve_strategy(strategy, None, {}), "probes": probes, "seed": seed}
-    asked["timesteps"] = timesteps
+    asked |= {"timesteps": timesteps, "weights": weights}
     config = {**scorer.identity(**asked), "items": digest(line.line for line in lines)}
     facts = {"data": os.fspath(items)}
     channels, size, _ = scorer.model.image_shape

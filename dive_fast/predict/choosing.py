@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.core.vocabulary import Vocabulary
@@ -38,6 +39,7 @@ class Choosing(Predictor):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         keep_going: bool = False,
         progress: int | None = None,
         **settings: Any,
@@ -51,6 +53,7 @@ class Choosing(Predictor):
             items: (key, image, texts) or (key, image, texts, pixel_weights) each; read lazily.
                 Texts are two or more that differ to the model; pixel weights as in ``score``.
             strategy, probes, seed, timesteps, settings: as in ``DiffusionClassifier``.
+            weights: as in ``score``.
             keep_going: an item that cannot be used comes as its error, (key, DiveFastError), and
                 the rest go on; otherwise it ends the stream.
             progress: the number of items if a bar shall be shown.
@@ -61,7 +64,8 @@ class Choosing(Predictor):
         """
         progress = as_progress(progress)
         chosen = resolve_strategy(strategy, None, settings)
-        probe_list = self.probe_list(chosen, probes, seed, timesteps)
+        probe_list = self.probe_list(chosen, probes, seed, timesteps, weights)
+        beta = self._beta(self.learned_weights(chosen, probes, weights))
         record = EngineRecord()
         with Bar(progress) as (bar, on_batch):
             for chunk in in_chunks(as_items(items), self.model.text.dim):
@@ -80,7 +84,7 @@ class Choosing(Predictor):
                         yield failed.popleft()
                     bar.update()
                     item = chunk[finished.key]
-                    yield item.key, self._choice(item, finished)
+                    yield item.key, self._choice(item, finished, beta)
                 for entry in failed:
                     bar.update()
                     yield entry
@@ -92,11 +96,12 @@ class Choosing(Predictor):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """What decides the answers of ``choose`` beside the items, for JSON."""
         chosen = resolve_strategy(strategy, None, settings)
-        found = self._identity(chosen, probes, seed, timesteps)
+        found = self._identity(chosen, probes, seed, timesteps, weights)
         # Of the model's own classes, which are not asked about.
         own = self.model.classes.to_dict()
         return {**found, "model": {k: v for k, v in found["model"].items() if k not in own}}
@@ -146,9 +151,9 @@ class Choosing(Predictor):
             )
         return Vocabulary(table, item.candidates, vocabulary.unconditional, shape=vocabulary.shape)
 
-    def _choice(self, item: Item, finished: Finished) -> Choice:
+    def _choice(self, item: Item, finished: Finished, beta: float) -> Choice:
         answer = finished.answer
-        posterior = log_posterior(answer, self.model.inverse_temperature)
+        posterior = log_posterior(answer, beta)
         if posterior.isnan().any():
             raise ModelError(
                 f"expected finite losses from {self.model.name} in {self.model.dtype}, got NaN or "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.core.timesteps import TimestepWeights
@@ -31,7 +32,7 @@ class ImageTextScorer(Choosing):
 
     Texts are prompts as they stand: no template is put around them, and the model's own classes
     are neither used nor changed. What was fitted to the model counts as far as it does not belong
-    to its classes: beta and the timesteps, not a shortlist or a head.
+    to its classes: beta and the timesteps; weights if asked for; not a shortlist or a head.
 
     Args:
         model, batch_size, options: see ``Predictor``.
@@ -106,6 +107,7 @@ class ImageTextScorer(Choosing):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         unconditional: bool = False,
         progress: bool = False,
     ) -> Scores:
@@ -121,6 +123,8 @@ class ImageTextScorer(Choosing):
             probes: how many (100 if None), or a list of your own.
             seed: of the probes' noise.
             timesteps: as in ``DiffusionClassifier``.
+            weights: "learned" lets losses count as the model's fitted weights say, a
+                ``LossWeights`` as it says; all alike if None, as they were learned on classes.
             unconditional: measure the loss under no condition, too: one text more.
             progress: show a bar.
 
@@ -131,13 +135,12 @@ class ImageTextScorer(Choosing):
         texts = as_texts(texts)
         every = torch.arange(len(texts))
         with torch.inference_mode(False):
-            probe_list = self._probes_of_scores(probes, seed, timesteps)
+            probe_list, beta = self._probes_of_scores(probes, seed, timesteps, weights)
             pictures = self._pictures(images, pixel_weights)
             asked = [every] * len(pictures)
             found = self._draws(pictures, texts, asked, probe_list, unconditional, progress)
         draws = torch.stack(found.draws)
         losses = draws.double().mean(dim=2)
-        beta = self.model.inverse_temperature
         return Scores(
             losses=losses.float(),
             standard_errors=standard_error(draws),
@@ -160,6 +163,7 @@ class ImageTextScorer(Choosing):
         probes: int | ProbeList | None = None,
         seed: int = 0,
         timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
         unconditional: bool = False,
         progress: bool = False,
     ) -> PairScores:
@@ -173,7 +177,7 @@ class ImageTextScorer(Choosing):
         texts = as_texts(texts)
         number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         with torch.inference_mode(False):
-            probe_list = self._probes_of_scores(probes, seed, timesteps)
+            probe_list, beta = self._probes_of_scores(probes, seed, timesteps, weights)
             pictures = self._pictures(images, pixel_weights)
             if len(pictures) != len(texts):
                 raise DiveFastError(
@@ -186,7 +190,7 @@ class ImageTextScorer(Choosing):
             losses=draws.double().mean(dim=1).float(),
             standard_errors=standard_error(draws),
             texts=texts,
-            beta=self.model.inverse_temperature,
+            beta=beta,
             unconditional=found.unconditional,
             n_probes=len(probe_list),
             evaluations=found.evaluations,
@@ -227,9 +231,16 @@ class ImageTextScorer(Choosing):
         return Retrieval(scores, (scores.beta * above).float(), baseline)
 
     def _probes_of_scores(
-        self, probes: Any, seed: int, timesteps: str | TimestepWeights | None
-    ) -> ProbeList:
-        return self.probe_list(resolve_strategy("enumerate", None, {}), probes, seed, timesteps)
+        self,
+        probes: Any,
+        seed: int,
+        timesteps: str | TimestepWeights | None,
+        weights: str | LossWeights | None,
+    ) -> tuple[ProbeList, float]:
+        """What every text is measured on, and the inverse temperature of such losses."""
+        every = resolve_strategy("enumerate", None, {})
+        beta = self._beta(self.learned_weights(every, probes, weights))
+        return self.probe_list(every, probes, seed, timesteps, weights), beta
 
     def _pictures(
         self, images: Any, pixel_weights: Any

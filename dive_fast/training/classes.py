@@ -40,7 +40,14 @@ from dive_fast.training.classes_fitting import Expected, fit_and_measure
 from dive_fast.training.classes_latents import CPU, encode_copies, latent_side, load_autoencoder
 from dive_fast.training.classes_samples import draw_samples
 from dive_fast.training.dit import TransformerConfig, build_transformer, write_model
-from dive_fast.training.loop import check_unfinished, prepare_directory, train
+from dive_fast.training.loop import (
+    Keep,
+    check_unfinished,
+    checkpoint_folder,
+    doubling_steps,
+    prepare_directory,
+    train,
+)
 
 SCHEDULERS = {
     "ddpm": lambda: DDPMScheduler(beta_schedule="linear"),
@@ -116,6 +123,7 @@ def train_classes(
     classes: Sequence[str] | None = None,
     held_out: float = 0.15,
     readers: int | None = None,
+    checkpoints: int = 0,
     log_to: LogTo | None = None,
     progress: bool = True,
     tell: Callable[[str], object] = print,
@@ -134,6 +142,8 @@ def train_classes(
         classes: the names of the classes; those of the data if None.
         held_out: share of every class, at least 2 pictures.
         readers: processes that read pictures; None decides by itself.
+        checkpoints: how many model directories it leaves in ``out``, as for
+            ``zoo.train_zoo_model``; an autoencoder lies in each of them.
         log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
         tell: takes one sentence on pictures that were left out.
 
@@ -160,6 +170,14 @@ def train_classes(
         "vae": None if autoencoder is None else fingerprint(autoencoder),
     }
     learner = _learner(pictures, parts, config, autoencoder, progress)
+
+    def write(directory: Path) -> None:
+        scheduler = SCHEDULERS[config.objective]()
+        try:
+            write_model(directory, learner.transformer, names, scheduler, autoencoder)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{directory} cannot be written ({error}).") from error
+
     finished = train(
         learner.transformer,
         learner.loss_of,
@@ -167,15 +185,15 @@ def train_classes(
         out,
         identity=identity,
         held_out=lambda: learner.measured(out),
+        keep=Keep(
+            doubling_steps(checkpoints, config.steps),
+            lambda step: write(checkpoint_folder(out, step)),
+        ),
         log_to=log_to,
         log_every=LOG_EVERY,
         progress=progress,
     )
-    scheduler = SCHEDULERS[config.objective]()
-    try:
-        write_model(out, learner.transformer, names, scheduler, autoencoder)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written ({error}).") from error
+    write(out)
     facts = {
         "timestep_embedding": "diffusers",
         "command": "dive-fast train-classes",
