@@ -34,9 +34,9 @@ from dive_fast.data import open_dataset, select
 from dive_fast.data.mnist import load_mnist
 from dive_fast.data.npz import LabelledImages
 from dive_fast.evaluation import compare_generators
-from dive_fast.evaluation.checkpoints import FOLDER, find_checkpoints
+from dive_fast.evaluation.checkpoints import find_checkpoints
 from dive_fast.training.dit import MNIST, train_transformer
-from dive_fast.training.loop import doubling_steps, prepare_directory
+from dive_fast.training.loop import checkpoint_folder, doubling_steps, prepare_directory
 from dive_fast.training.zoo import write_model
 
 # Smaller than the zoo's, for half an hour of one busy core.
@@ -57,9 +57,7 @@ def train(options: argparse.Namespace) -> None:
         SMALL,
         out,
         checkpoints=doubling_steps(KEPT, SMALL.steps),
-        keep=lambda step, model: write_model(
-            out / FOLDER / f"checkpoint-{step}", model, data.names
-        ),
+        keep=lambda step, model: write_model(checkpoint_folder(out, step), model, data.names),
     )
 
 

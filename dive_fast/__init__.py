@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dive_fast.core.loss_weights import LossWeights
     from dive_fast.core.probes import ProbeList
     from dive_fast.core.schedule import Schedule
+    from dive_fast.core.segmentation import SegmentationRule
     from dive_fast.core.threads import choose_threads
     from dive_fast.core.timesteps import TimestepWeights
     from dive_fast.engine.options import EngineOptions
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
     from dive_fast.predict.classifier import DiffusionClassifier
     from dive_fast.predict.detections import Detections
     from dive_fast.predict.detector import LayoutDetector
+    from dive_fast.predict.diagnosis import Diagnosis
     from dive_fast.predict.explanation import Explanation
     from dive_fast.predict.fitting_weights import WeightFit
     from dive_fast.predict.likelihood import Likelihood
     from dive_fast.predict.sampling import sample
     from dive_fast.predict.scores import Choice, PairScores, Retrieval, Scores
     from dive_fast.predict.scoring import ImageTextScorer
+    from dive_fast.predict.segmentation import Segmentation
     from dive_fast.strategies import register_preset, register_strategy
     from dive_fast.strategies.layout import register_layout_strategy
 
@@ -47,6 +50,7 @@ _HOMES = {
     "Classification": "dive_fast.predict.classification",
     "DataError": "dive_fast.errors",
     "Detections": "dive_fast.predict.detections",
+    "Diagnosis": "dive_fast.predict.diagnosis",
     "DiffusionClassifier": "dive_fast.predict.classifier",
     "DiveFastError": "dive_fast.errors",
     "EngineOptions": "dive_fast.engine.options",
@@ -68,6 +72,8 @@ _HOMES = {
     "accelerate": "dive_fast.accelerator",
     "choose_threads": "dive_fast.core.threads",
     "Schedule": "dive_fast.core.schedule",
+    "Segmentation": "dive_fast.predict.segmentation",
+    "SegmentationRule": "dive_fast.core.segmentation",
     "Scores": "dive_fast.predict.scores",
     "TimestepWeights": "dive_fast.core.timesteps",
     "WeightFit": "dive_fast.predict.fitting_weights",
@@ -97,6 +103,7 @@ __all__ = [
     "Classification",
     "DataError",
     "Detections",
+    "Diagnosis",
     "DiffusionClassifier",
     "DiveFastError",
     "EngineOptions",
@@ -116,6 +123,8 @@ __all__ = [
     "Retrieval",
     "RunError",
     "Schedule",
+    "Segmentation",
+    "SegmentationRule",
     "Scores",
     "TimestepWeights",
     "WeightFit",

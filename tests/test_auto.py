@@ -53,6 +53,29 @@ def test_answers_are_enumerations_as_often_as_promised(p, c, gradient):
     assert cost < 0.3 * n * c * 100
 
 
+def test_of_two_candidates_three_units_tell_little_of_their_variance():
+    """The first three differences 1.0, 1.2, 0.8 lie 8.9 standard errors from 0, the mean below 0.
+
+    Of a normal variable that would be far beyond z(3) = 2.83; of Student's t with two degrees of
+    freedom it is not: the same tail lies behind 14.6.
+    """
+    by_unit = torch.tensor([1.0, 1.2, 0.8, *[-0.2] * 47])
+    losses = torch.stack([torch.zeros(100), by_unit.repeat_interleave(2)])
+    problem = Problem(losses, torch.zeros(50, 2), torch.zeros(100))
+    answer, cost, _ = drive(Auto(min_agreement=0.99), problem)
+    assert problem.best == answer.index == 1
+    assert cost > 12
+    # What is clear still stops early.
+    clear = Problem(losses[:, :6].repeat(1, 10) + 0.1 * torch.eye(2)[:, :1], *problem_rest(30))
+    answer, cost, _ = drive(Auto(min_agreement=0.99), clear)
+    assert clear.best == answer.index == 0 and cost < 40
+
+
+def problem_rest(units: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gradient of two classes that says nothing."""
+    return torch.zeros(units, 2), torch.zeros(2 * units)
+
+
 def test_a_budget_is_kept_and_more_of_it_agrees_more_often():
     generator = torch.Generator().manual_seed(3)
     problems = [random_problem(20, 60, generator) for _ in range(60)]

@@ -94,7 +94,7 @@ def test_what_is_found_is_right(detector, data) -> None:
     found = detector.diagnose(data, diagnosis_probes=PROBES)
     assert found.found.all() and found.found_named.all()
     assert found.counts.tolist() == [[1, 1], [2, 2]]
-    assert (found.search_gap, found.model_gap) == (0, 0)
+    assert not found.differs.any() and (found.search_gap, found.model_gap) == (0, 0)
     rows = found.by_class()
     assert [(row.name, row.n, row.found_named) for row in rows] == [(n, 1, 1.0) for n in NAMES]
     assert found.price is None and found.margin == 0.05
@@ -105,7 +105,7 @@ def test_a_search_that_finds_nothing_is_the_gap(detector, data) -> None:
     found = detector.diagnose(data, diagnosis_probes=PROBES, rounds=0, strategy=Blind())
     assert found.counts[:, 1].tolist() == [0, 0] and not found.found.any()
     assert found.search_gap == 1 and "the search is a gap" in " ".join(found.advice())
-    assert "annotated layout explains the image better" in str(found)
+    assert "and the annotated layout explains the image better: 100%" in str(found)
 
 
 def test_a_prior_that_asks_for_more_than_objects_explain(data) -> None:
@@ -118,13 +118,16 @@ def test_a_prior_that_asks_for_more_than_objects_explain(data) -> None:
     assert "The prior takes more for 100%" in " ".join(found.advice())
 
 
-def made(gain, error, *, side=12.0, share=0.2, gap=(0.0,), margin=0.05, price=None) -> Diagnosis:
+def made(
+    gain, error, *, side=12.0, share=0.2, gap=(0.0,), margin=0.05, price=None, differs=True
+) -> Diagnosis:
     """A diagnosis of such figures, all objects of one class."""
     n = len(gain)
     measured = Measured(torch.tensor(gain).double(), torch.tensor(error).double())
     return Diagnosis(
         names=("cell",), n_probes=48, evaluations=1,
         gap=Measured(torch.tensor(gap).double(), torch.full((len(gap),), 0.1).double()),
+        differs=torch.full((len(gap),), differs),
         counts=torch.ones(len(gap), 2).long(),
         class_id=torch.zeros(n).long(),
         side=torch.full((n,), side).double(),
@@ -168,6 +171,9 @@ def test_advice_follows_the_figures() -> None:
     assert model.startswith("In 50% of the images the model prefers")
     (search,) = made(*clear, gap=(1.0, 0.0)).advice()
     assert search.startswith("In 50% of the images the annotated layout")
+    # Boxes that fit a little better are no other layout.
+    (same,) = made(*clear, gap=(-1.0, 0.0), differs=False).advice()
+    assert same.startswith("Nothing stands out")
 
 
 def test_sizes_are_in_pixels_of_the_model() -> None:

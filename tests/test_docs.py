@@ -14,6 +14,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from networks import PatchTransformer
 from pictures import noise_picture
 from PIL import Image
+from task_inputs import write_pair_task
 from tiny_geodiffusion import write_geodiffusion
 from tiny_gligen import write_gligen
 from tiny_lora import write_lora
@@ -43,10 +44,14 @@ PAGES = (
     "docs/features.md",
     "docs/explain.md",
     "docs/likelihood.md",
+    "docs/corruptions.md",
+    "docs/segmentation.md",
     "docs/scores.md",
+    "docs/tasks.md",
     "docs/compare.md",
     "docs/train_classes.md",
     "docs/detection.md",
+    "docs/diagnose.md",
     "docs/layouts.md",
     "docs/records.md",
     "docs/ray.md",
@@ -138,6 +143,8 @@ def test_code_runs(code, tmp_path, monkeypatch, hub):
         pytest.importorskip("peft", reason="LoRA weights need peft")
         (model,) = hub.glob("models--stable-diffusion-v1-5*/snapshots/*")
         write_lora(StableDiffusionPipeline.from_pretrained(model), Path(), "unet")
+    if "open_task(" in code:
+        write_pair_task(Path("my-files"), 2, category="swap").rename("my-task.json")
     held_out = load_digits("test")
     Image.fromarray(held_out.images[0]).save("three.png")
     noise_picture((30, 20), 80).save("photo.png")

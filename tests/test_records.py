@@ -169,7 +169,7 @@ def test_records_of_the_other_kind(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "a" / "run.json").read_text()) | {"records": "poem"}
     (tmp_path / "a" / "run.json").write_text(json.dumps(content))
     with pytest.raises(
-        RunError, match="'records' to be classification or detection or choice, got"
+        RunError, match="'records' to be classification or detection or choice or task"
     ):
         read_records(tmp_path / "a")
 

@@ -10,7 +10,7 @@ import torch
 
 from dive_fast.core.layouts import Layout
 from dive_fast.data import scenes
-from dive_fast.data.scenes import SceneMaker, Scenes, load_scenes, write_scenes
+from dive_fast.data.scenes import SceneMaker, Scenes, load_masks, load_scenes, write_scenes
 from dive_fast.errors import DataError
 from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
 
@@ -50,6 +50,29 @@ def test_boxes_are_tight_and_hold_all_ink(test_part: Scenes) -> None:
             lines = (inside[0], inside[-1], inside[:, 0], inside[:, -1])
             assert min(line.max() for line in lines) > 20
         assert (image[outside] == 0).all()
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_masks_are_the_ink_within_the_boxes(part: str) -> None:
+    made, masks = load_scenes(part, 60), load_masks(part, 60)
+    assert masks.shape == (60, 32, 32) and masks.dtype == np.int64
+    for image, boxes, ids, mask in zip(made.images, made.boxes, made.class_ids, masks, strict=True):
+        outside = np.ones(image.shape, dtype=bool)
+        for (left, top, right, bottom), c in zip(boxes, ids, strict=True):
+            if c >= 0:
+                outside[top:bottom, left:right] = False
+                inside = mask[top:bottom, left:right]
+                assert 0.15 < (inside == c).mean() <= 1
+        assert (mask[outside] == len(scenes.NAMES)).all()
+        assert set(np.unique(mask)) == {*ids[ids >= 0], len(scenes.NAMES)}
+        # Lights are 0.75 to 1, so a fifth of a digit's ink is 0.15 to 0.2 of white.
+        assert image[mask < len(scenes.NAMES)].min(initial=255) >= 0.1 * 255
+        assert image[mask == len(scenes.NAMES)].max() <= 0.2 * 255 + 1
+
+
+def test_masks_need_a_scene() -> None:
+    with pytest.raises(DataError, match="at least 1 scene, got 0"):
+        load_masks("test", 0)
 
 
 def test_only_training_scenes_may_be_empty(test_part: Scenes, train_part: Scenes) -> None:

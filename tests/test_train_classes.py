@@ -17,6 +17,7 @@ from PIL import Image
 from dive_fast import DiffusionClassifier
 from dive_fast.data.images import as_images
 from dive_fast.errors import DataError, DiveFastError, ModelError, RunError
+from dive_fast.evaluation.checkpoints import find_checkpoints
 from dive_fast.training import classes as training
 from dive_fast.training.augmentation import Augmentation
 from dive_fast.training.classes import (
@@ -95,8 +96,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def test_end_to_end_in_pixels(folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "model"
-    sizes = ["--size", 8, "--width", 16, "--heads", 2, "--layers", 1, "--batch-size", 6]
-    arguments = ["--data", folder, "--out", out, *sizes, "--held-out", 0.5]
+    sizes = ["--size", 8, "--patch-size", 4, "--width", 16, "--heads", 2, "--layers", 1]
+    arguments = ["--data", folder, "--out", out, *sizes, "--held-out", 0.5, "--batch-size", 6]
     said = call(
         capsys, "train-classes", *arguments, "--steps", 4, "--samples-every", 2, "--no-flip",
         "--readers", 0, "--bf16",
@@ -117,6 +118,18 @@ def test_end_to_end_in_pixels(folder: Path, tmp_path: Path, capsys) -> None:
     assert said.code == 0 and said.out.split()[1] in NAMES
     said = call(capsys, "train-classes", *arguments)
     assert_refused(said, "holds a model already; choose another --out")
+
+
+def test_checkpoints(folder: Path, tmp_path: Path) -> None:
+    """With averages of then: the last is the model, and all of them can be compared."""
+    train(folder, tmp_path, checkpoints=3)
+    found = find_checkpoints(tmp_path)
+    assert [checkpoint.step for checkpoint in found] == [1, 2, 4]
+    of_all = [weights(checkpoint.path) for checkpoint in found]
+    name = "proj_out_2.weight"
+    assert torch.equal(of_all[-1][name], weights(tmp_path)[name])
+    assert not torch.equal(of_all[0][name], of_all[1][name])
+    assert DiffusionClassifier.from_pretrained(found[0].path).names == NAMES
 
 
 def test_colours_are_learned(folder: Path, tmp_path: Path) -> None:
@@ -288,9 +301,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--size", 30], "a side that the patches of 4 divide, got 30 pixels"),
+            (["--size", 30], "a side that the patches of 8 divide, got 30 pixels"),
             (["--width", 30], "a width that 4 heads divide, got 30"),
             (["--held-out", 1], "expected a share above 0 and below 1"),
+            (["--learning-rate", 0], "expected a learning_rate above 0, got 0.0"),
             (["--crop", 1], "expected crop from 0 to below 1, got 1.0"),
             (["--steps", 0], "--steps: expected a whole number"),
             (["--classes", "a,b"], "does not know the classes"),

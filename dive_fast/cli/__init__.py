@@ -62,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
         probe,
         report,
         score,
+        segment,
+        tasks,
         train,
         train_classes,
         train_layout,
@@ -79,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
     groups = (
-        (classify, explain, likelihood, detect, app),
-        (score, choose),
+        (classify, explain, likelihood, detect, segment, app),
+        (score, choose, tasks),
         (evaluate, merge, compare_runs, compare, report),
         (fit, diagnose, probe),
         (train, train_classes, train_layout, train_prior),

@@ -160,6 +160,11 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     return detector
 
 
+def model_source(options: argparse.Namespace) -> Source:
+    """The model that ``--model`` names, before it is loaded: it says what kind it is."""
+    return _found(options, getattr(options, "prediction_type", None))
+
+
 def load_scorer(options: argparse.Namespace):
     """The scorer of images and texts that the options name.
 

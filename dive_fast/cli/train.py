@@ -26,15 +26,21 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--steps", type=count, metavar="N", help="fewer steps than the zoo's, for a try"
     )
+    add_checkpoints(parser)
+    add_course_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that train what classifies."""
     parser.add_argument(
         "--checkpoints",
         type=count,
+        default=0,
         metavar="N",
         help="also keep N model directories in DIR/checkpoints, each after twice the steps of the "
-        "one before, for 'dive-fast compare --checkpoints'; not of scenes",
+        "one before, for 'dive-fast compare --checkpoints'",
     )
-    add_course_options(parser)
-    parser.set_defaults(run=run)
 
 
 def add_course_options(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         bf16=options.bf16,
-        checkpoints=options.checkpoints or 0,
+        checkpoints=options.checkpoints,
         log_to=options.log_to,
     )
     print(
@@ -78,7 +84,7 @@ def run_scenes(options: argparse.Namespace) -> int:
         raise DataError(
             f"the scenes are made of scikit-learn's digits: expected no --data, got {options.data}."
         )
-    if options.checkpoints is not None:
+    if options.checkpoints:
         raise DiveFastError("--checkpoints is for models that classify: expected none for scenes.")
     losses = train_scenes(
         options.out,

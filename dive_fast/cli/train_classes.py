@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dive_fast.cli.options import DATA, OTHER_DATA, add_readers
-from dive_fast.cli.train import add_course_options
+from dive_fast.cli.train import add_checkpoints, add_course_options
 from dive_fast.cli.values import count, share, weight
 
 if TYPE_CHECKING:  # torch is not loaded for the help
@@ -64,6 +64,7 @@ def add_parser(commands) -> None:
         "--learning-rate", type=weight, default=1e-3, metavar="X", help="(default: 0.001)"
     )
     add_readers(parser)
+    add_checkpoints(parser)
     add_course_options(parser)
     parser.set_defaults(run=run)
 
@@ -72,7 +73,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     for name, default, text in (
         ("size", 32, "side of the pictures, in pixels"),
-        ("patch-size", 4, "side of the transformer's patches, in pixels or latents"),
+        ("patch-size", 8, "side of the transformer's patches, in pixels or latents"),
         ("width", 192, "of the transformer"),
         ("layers", 6, "of the transformer"),
         ("heads", 4, "of its attention"),
@@ -136,6 +137,7 @@ def run(options: argparse.Namespace) -> int:
         classes=None if options.classes is None else list(class_names(options.classes)),
         held_out=options.held_out,
         readers=options.readers,
+        checkpoints=options.checkpoints,
         log_to=options.log_to,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )

@@ -24,23 +24,45 @@ YAML_HINT = "; YAML reads no, on, null and 1 as something else unless they stand
 
 def read_json_classes(text: str, where: str) -> Classes:
     """JSON; see ``class_lists.read_classes``."""
-    try:
-        tree = json.loads(text, object_pairs_hook=_distinct_keys)
-    except RecursionError as error:
-        raise DataError(f"{where} cannot be read as JSON: it is nested too deeply.") from error
-    except ValueError as error:
-        raise DataError(f"{where} cannot be read as JSON: {str(error).rstrip('.')}.") from error
-    return _classes(tree, where, "")
+    return _classes(read_tree(text, where, "JSON"), where, "")
 
 
 def read_yaml_classes(text: str, where: str) -> Classes:
     """YAML; see ``class_lists.read_classes``. Only plain values are made of it."""
+    return _classes(read_tree(text, where, "YAML"), where, YAML_HINT)
+
+
+def read_tree(text: str, where: str, kind: str) -> Any:
+    """The plain values of a text.
+
+    Args:
+        where: what a sentence calls it.
+        kind: "JSON" or "YAML".
+
+    Raises:
+        DataError: it cannot be read as such, or a key stands twice.
+    """
+    read = _json if kind == "JSON" else _yaml
+    try:
+        return read(text, where)
+    except RecursionError as error:
+        raise DataError(f"{where} cannot be read as {kind}: it is nested too deeply.") from error
+    except ValueError as error:  # also a date that is none, a key that stands twice
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where} cannot be read as {kind}: {str(error).rstrip('.')}.") from error
+
+
+def _json(text: str, where: str) -> Any:
+    return json.loads(text, object_pairs_hook=_distinct_keys)
+
+
+def _yaml(text: str, where: str) -> Any:
     try:
         import yaml
     except ImportError as error:
         raise DataError(
-            f"{where}: lists of classes in YAML need PyYAML, which is not installed: pip install "
-            "pyyaml."
+            f"{where}: YAML needs PyYAML, which is not installed: pip install pyyaml."
         ) from error
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -53,17 +75,12 @@ def read_yaml_classes(text: str, where: str) -> Classes:
             return super().construct_mapping(node, deep)
 
     try:
-        tree = yaml.load(text, Loader)
-    except RecursionError as error:
-        raise DataError(f"{where} cannot be read as YAML: it is nested too deeply.") from error
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f" in line {mark.line + 1}"
         reason = getattr(error, "problem", None) or type(error).__name__
         raise DataError(f"{where} cannot be read as YAML: {reason}{place}.") from error
-    except ValueError as error:  # a date that is none, a key that stands twice
-        raise DataError(f"{where} cannot be read as YAML: {str(error).rstrip('.')}.") from error
-    return _classes(tree, where, YAML_HINT)
 
 
 def _distinct_keys(pairs: Sequence[tuple[Any, Any]]) -> dict:

@@ -39,6 +39,7 @@ __all__ = [
     "NAMES",
     "SceneMaker",
     "Scenes",
+    "load_masks",
     "load_scenes",
     "scenes_dataset",
     "write_scenes",
@@ -114,7 +115,19 @@ class SceneMaker:
             DataError: ``n`` is below 1.
         """
         boxes, class_ids, chosen, rng = self._place(n, seed)
-        return Scenes(self._paint(boxes, class_ids, chosen, rng), boxes, class_ids)
+        canvas, _ = self._paint(boxes, class_ids, chosen, rng)
+        return Scenes(canvas.mul(255).round_().byte().numpy(), boxes, class_ids)
+
+    def masks(self, n: int, seed: int | tuple[int, ...]) -> np.ndarray:
+        """The class of every pixel of the same scenes, int64 [n, 32, 32]; 10 for the background.
+
+        A pixel shows a digit where that one's ink has more than a fifth of its strongest (``INK``),
+        and of several digits the one that is lighter there.
+        """
+        boxes, class_ids, chosen, rng = self._place(n, seed)
+        _, shows = self._paint(boxes, class_ids, chosen, rng)
+        names = np.concatenate([class_ids[class_ids >= 0], [len(NAMES)]])
+        return names[shows.numpy()]
 
     def layouts(self, n: int, seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """The boxes and class_ids of the same scenes, without painting them.
@@ -165,16 +178,22 @@ class SceneMaker:
         class_ids: np.ndarray,
         chosen: np.ndarray,
         rng: np.random.Generator,
-    ) -> np.ndarray:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Grey levels float32 [n, 32, 32], and whose ink is seen, int64; -1 for nobody's.
+
+        Objects are counted through all scenes.
+        """
         scenes, slots = np.nonzero(class_ids >= 0)
         if len(scenes) == 0:
-            return np.zeros((len(boxes), CANVAS, CANVAS), dtype=np.uint8)
+            empty = torch.zeros(len(boxes), CANVAS, CANVAS)
+            return empty, torch.full_like(empty, -1, dtype=torch.int64)
         inside = torch.from_numpy(boxes[scenes, slots])
         digits = self._digits[torch.from_numpy(chosen[scenes, slots])]
         if self._training:
             digits = _tilt(digits, rng)
         light = torch.from_numpy(rng.uniform(0.75, 1.0, len(scenes))).float()
-        painted = _cut_out(digits, inside) * light[:, None, None]
+        ink = _cut_out(digits, inside)
+        painted = ink * light[:, None, None]
         # A margin, so that the square around a box never ends outside.
         side = CANVAS + LARGEST
         canvas = torch.zeros(len(boxes) * side * side)
@@ -182,8 +201,13 @@ class SceneMaker:
         row = torch.from_numpy(scenes)[:, None] * side + inside[:, 1:2] + square
         index = row[:, :, None] * side + (inside[:, 0:1] + square)[:, None]
         canvas.scatter_reduce_(0, index.flatten(), painted.flatten(), "amax")
-        images = canvas.view(-1, side, side)[:, :CANVAS, :CANVAS]
-        return images.mul(255).round_().byte().numpy()
+        seen = ink > INK * ink.amax(dim=(1, 2), keepdim=True)
+        seen &= painted == canvas[index]
+        whose = torch.full_like(canvas, -1, dtype=torch.int64)
+        number = torch.arange(len(scenes))[:, None, None].expand_as(index)
+        whose[index[seen]] = number[seen]
+        canvas, whose = (each.view(-1, side, side) for each in (canvas, whose))
+        return canvas[:, :CANVAS, :CANVAS], whose[:, :CANVAS, :CANVAS]
 
 
 def load_scenes(part: str, n: int = N_TEST) -> Scenes:
@@ -194,11 +218,22 @@ def load_scenes(part: str, n: int = N_TEST) -> Scenes:
     Raises:
         DataError: another part is asked for, ``n`` is below 1, or scikit-learn is not installed.
     """
-    make, seed = SceneMaker(part), TEST_SEED if part == "test" else TEST_SEED + 1
+    make = SceneMaker(part)
+    single = [make(1, seed) for seed in _seeds(part, n)]
+    return Scenes(*(np.concatenate(arrays) for arrays in zip(*single, strict=True)))
+
+
+def load_masks(part: str, n: int = N_TEST) -> np.ndarray:
+    """The class of every pixel of ``load_scenes``'s, int64 [N, 32, 32]; 10 for the background."""
+    make = SceneMaker(part)
+    return np.concatenate([make.masks(1, seed) for seed in _seeds(part, n)])
+
+
+def _seeds(part: str, n: int) -> list[tuple[int, int]]:
+    """Of each scene of the fixed list."""
     if n < 1:
         raise DataError(f"expected at least 1 scene, got {n}.")
-    single = [make(1, (seed, index)) for index in range(n)]
-    return Scenes(*(np.concatenate(arrays) for arrays in zip(*single, strict=True)))
+    return [(TEST_SEED + (part == "train"), index) for index in range(n)]
 
 
 def write_scenes(

@@ -13,6 +13,8 @@ from dive_fast.evaluation.generators import GeneratorComparison, compare_generat
 from dive_fast.evaluation.on_ray import RayOptions
 from dive_fast.evaluation.rundir import RunDirectory, read_records
 from dive_fast.evaluation.summary import Summary, summarise
+from dive_fast.evaluation.task_scores import TaskSummary
+from dive_fast.evaluation.tasks import evaluate_task
 
 __all__ = [
     "CorruptionTable",
@@ -21,10 +23,12 @@ __all__ = [
     "RayOptions",
     "RunDirectory",
     "Summary",
+    "TaskSummary",
     "compare_generators",
     "evaluate",
     "evaluate_corruptions",
     "evaluate_detections",
+    "evaluate_task",
     "read_records",
     "summarise",
     "summarise_detections",

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.errors import RunError, shown
 
-Kind = Literal["classification", "detection", "choice"]
+Kind = Literal["classification", "detection", "choice", "task"]
 Record = Mapping[str, Any]
 
 # Sums of many float32 probabilities are a little off.
@@ -30,9 +30,8 @@ class Form:
     """What the records of one run must be.
 
     Attributes:
-        kind: "classification", "detection" or "choice"; None where nothing says it: then each
-            record is what its fields say, and one without fields of any of them is somebody's own
-            and not looked at.
+        kind: of the run; None where nothing says it: then each record is what its fields say, and
+            one that says nothing is somebody's own and not looked at.
         names: the model's classes, where they are known.
         truths: the right class by id, where it is known: then it must be there, and the same.
         whole: whether a classification needs the lists, too, that no figure is made of:
@@ -51,6 +50,8 @@ class Form:
             return _wrong(_require_classification, record, self.names, self.truths, self.whole)
         if kind == "choice":
             return _wrong(_require_choice, record)
+        if kind == "task":
+            return _wrong(_require_task, record)
         return None if kind is None else _wrong(_require_detection, record, self.names)
 
 
@@ -121,6 +122,21 @@ def _require_choice(record: Record) -> None:
     what = "of whole numbers of at least 0"
     _require_each(record, "candidate_probes", _is_row, what, _rows)
     _require_length(record, "candidate_probes", n)
+    _require_cost(record)
+
+
+def _require_task(record: Record) -> None:
+    if "category" in record:
+        _require_text(record, "category")
+    if "error" in record:
+        _require_text(record, "error")
+        return
+    what = "an object of text, image and group, true or false"
+    _require(record, "right", lambda value: isinstance(value, dict), what)
+    for name, value in record["right"].items():
+        if name not in ("text", "image", "group") or not isinstance(value, bool):
+            _fail(f"'right' to be {what}", record["right"])
+    _require_each(record, "losses", _are_numbers_or_null, "of lists of numbers or null")
     _require_cost(record)
 
 
@@ -286,6 +302,10 @@ def _are_shares(value: object) -> bool:
 
 def _is_number_or_null(value: object) -> bool:
     return value is None or is_number(value)
+
+
+def _are_numbers_or_null(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number_or_null, value))
 
 
 def _floats_or_null(values: list) -> bool:

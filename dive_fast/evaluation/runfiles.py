@@ -18,7 +18,7 @@ SCHEMA = 1
 
 RUN, RESULTS = "run.json", "results.jsonl"
 
-_KINDS = ("classification", "detection", "choice")
+_KINDS = ("classification", "detection", "choice", "task")
 
 
 def is_finished(records: Mapping[str, Mapping], record_id: str) -> bool:

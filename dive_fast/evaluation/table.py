@@ -19,6 +19,7 @@ from dive_fast.evaluation.records import NOT_IN_FIGURES, Form, check_figures
 from dive_fast.evaluation.runfiles import RESULTS, cannot, each_result, read_run
 
 TOP = 5
+_OTHERS = {"detection": "a detector", "choice": "'choose'", "task": "a task"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +107,8 @@ class RunTable:
         path = Path(path)
         content = read_run(path)
         kind = content.get("records")
-        if kind == "detection":
-            raise RunError(f"{path}: expected a run of a classifier, got one of a detector.")
-        if kind == "choice":
-            raise RunError(f"{path}: expected a run of a classifier, got one of 'choose'.")
+        if kind in _OTHERS:
+            raise RunError(f"{path}: expected a run of a classifier, got one of {_OTHERS[kind]}.")
         columns = _Columns()
         try:
             form = Form(kind, whole=False)

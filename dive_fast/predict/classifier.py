@@ -36,10 +36,11 @@ from dive_fast.predict.explaining import Explaining
 from dive_fast.predict.fitting import Fitting
 from dive_fast.predict.likelihood import Likelihoods
 from dive_fast.predict.probing import Probing
+from dive_fast.predict.segmenting import Segmenting
 from dive_fast.strategies import Strategy, Task, resolve_strategy
 
 
-class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing):
+class DiffusionClassifier(Explaining, Fitting, Likelihoods, Probing, Segmenting):
     """A frozen conditional diffusion model as classifier.
 
     Args:

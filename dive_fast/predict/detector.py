@@ -21,6 +21,7 @@ from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.arguments import as_pairs, as_progress, is_finite
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.diagnosing import Diagnosing
+from dive_fast.predict.segmenting_layouts import LayoutSegmenting
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
 
@@ -29,7 +30,7 @@ PRIOR_WEIGHT = 0.5
 PRIOR_PROBES = 8
 
 
-class LayoutDetector(Diagnosing):
+class LayoutDetector(Diagnosing, LayoutSegmenting):
     """A frozen layout-to-image diffusion model as object detector.
 
     Args:

@@ -227,6 +227,12 @@ def _diagnosis(
         n_probes=gap.shape[1],
         evaluations=evaluations,
         gap=_over_probes(gap),
+        differs=torch.tensor(
+            [
+                not named.all() or len(case.found) != len(case.truth)
+                for case, (_, named) in zip(cases, matched, strict=True)
+            ]
+        ),
         counts=torch.tensor([[len(case.truth), len(case.found)] for case in cases]),
         class_id=torch.tensor([item.class_id for item in items]),
         side=areas.sqrt() * side / (grid - 1),

@@ -67,6 +67,8 @@ class Diagnosis:
         evaluations: of searches and measurements.
         gap: of every image, L(found) - L(annotated): above 0 the search missed a better layout,
             below 0 the model prefers another one.
+        differs: whether the two layouts differ in more than how boxes fit: an object that is
+            missed, misnamed or too many; bool [n].
         counts: annotated and found objects of every image, int64 [n, 2].
         class_id: of every annotated object, int64 [m]; the following have its order.
         side: sqrt(width x height) in pixels of the model's picture, float64 [m].
@@ -84,6 +86,7 @@ class Diagnosis:
     n_probes: int
     evaluations: int
     gap: Measured
+    differs: Tensor
     counts: Tensor
     class_id: Tensor
     side: Tensor
@@ -98,13 +101,15 @@ class Diagnosis:
 
     @property
     def search_gap(self) -> float:
-        """The share of images whose annotated layout is better than what was found."""
-        return float((self.gap.mean > APART * self.gap.error).double().mean())
+        """The share of images whose annotated layout is another one, and better."""
+        better = self.gap.mean > APART * self.gap.error
+        return float((self.differs & better).double().mean())
 
     @property
     def model_gap(self) -> float:
-        """The share of images of which the model prefers what was found to what is annotated."""
-        return float((self.gap.mean < -APART * self.gap.error).double().mean())
+        """The share of images of which the model prefers another layout to the annotated one."""
+        worse = self.gap.mean < -APART * self.gap.error
+        return float((self.differs & worse).double().mean())
 
     def by_class(self) -> tuple[Row, ...]:
         """One row for each class that is annotated."""
@@ -147,6 +152,7 @@ class Diagnosis:
             "objects": len(self.side),
             "probes": self.n_probes,
             "evaluations": self.evaluations,
+            "found_as_annotated": float((~self.differs).double().mean()),
             "search_gap": self.search_gap,
             "model_gap": self.model_gap,
             "annotated_per_image": float(self.counts[:, 0].double().mean()),
@@ -158,12 +164,13 @@ class Diagnosis:
 
     def __str__(self) -> str:
         annotated, found = self.counts.double().mean(dim=0).tolist()
-        undecided = 1 - self.search_gap - self.model_gap
+        same = float((~self.differs).double().mean())
+        undecided = 1 - same - self.search_gap - self.model_gap
         head = (
             f"{len(self.counts)} images, {annotated:.1f} objects annotated and {found:.1f} found "
             f"in each; {self.n_probes} probes\n"
-            f"the annotated layout explains the image better than what was found: "
-            f"{self.search_gap:.0%} of the images; worse: {self.model_gap:.0%}; "
+            f"found as annotated: {same:.0%} of the images; otherwise, and the annotated layout "
+            f"explains the image better: {self.search_gap:.0%}; worse: {self.model_gap:.0%}; "
             f"neither by {APART:g} standard errors: {undecided:.0%}"
         )
         lines = [_HEADER, *map(_line, self.by_class()), "", *map(_line, self.by_size())]

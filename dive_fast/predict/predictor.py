@@ -101,8 +101,9 @@ class Predictor(Placing):
         timesteps = optional(self.model, "timesteps")
         shortlist = fitted_shortlist(self.model)
         weights = optional(self.model, "loss_weights")
+        rule = optional(self.model, "segmentation")
         beta = self.model.inverse_temperature
-        return write_fitted(target, Fitted(beta, timesteps, shortlist, weights))
+        return write_fitted(target, Fitted(beta, timesteps, shortlist, weights, rule))
 
     def load_fitted(self, directory: str | Path) -> None:
         """Takes over what ``save_fitted`` wrote.

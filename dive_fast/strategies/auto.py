@@ -33,7 +33,8 @@ class Auto(DefaultProbes):
 
     standard errors: near ties, which cost most and say least, are settled earlier than clear cases
     (but not earlier than a tenth of all images may be, ``hunt.NEAR_TIES``).
-    z comes from ``min_agreement``, see ``hunt.reach``.
+    z comes from ``min_agreement``, see ``hunt.reach``. Of up to three classes the quantile of
+    Student's t at the same tail stands in its place.
 
     With a head (``dive-fast probe``) its first classes are measured first, as many as held
     (1 + min_agreement) / 2 of the answers when it was tried; where those are at most 8 there is no

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 from dive_fast.core.requests import Answer, Gradients, Losses, Search
 from dive_fast.errors import DiveFastError
@@ -67,7 +67,8 @@ class Hunt:
             )
         self.left = math.inf if budget is None else budget / parts
         self.most_looked = self._units(settings.gradient_probes)
-        if int(self.possible.sum()) <= FEW:
+        self.few = int(self.possible.sum()) <= FEW
+        if self.few:
             self.most_looked = 0
         self.named = np.empty(0, dtype=np.int64)  # by the head
         self.rounds: list[list[int]] = []
@@ -152,9 +153,12 @@ class Hunt:
         return min(-(-probes // unit), self.evidence.units)
 
     def _reaches(self) -> np.ndarray:
-        """z(n) of every class, [C]."""
+        """z(n) of every class, [C]; of ``FEW`` classes the quantile of Student's t instead."""
         n = self.evidence.measured
         reach = np.maximum(self.z * (USUAL_UNITS / np.maximum(n, 1)) ** GAMMA, self.least)
+        if self.few:
+            # No other rivals tell the variance: its n - 1 degrees of freedom are all there are.
+            reach = stdtrit(np.maximum(n - 1, 1), ndtr(reach))
         return np.where(n > 0, reach, self.z * ENTRY[self.evidence.fitted is not None])
 
     def _in_question(self, standing: Standing) -> np.ndarray:

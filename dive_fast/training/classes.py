@@ -10,6 +10,7 @@ that the model also knows pictures of any class.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,14 @@ from dive_fast.training.classes_fitting import Expected, fit_and_measure
 from dive_fast.training.classes_latents import CPU, encode_copies, latent_side, load_autoencoder
 from dive_fast.training.classes_samples import draw_samples
 from dive_fast.training.dit import TransformerConfig, build_transformer, write_model
-from dive_fast.training.loop import check_unfinished, prepare_directory, train
+from dive_fast.training.loop import (
+    Keep,
+    check_unfinished,
+    checkpoint_folder,
+    doubling_steps,
+    prepare_directory,
+    train,
+)
 
 SCHEDULERS = {
     "ddpm": lambda: DDPMScheduler(beta_schedule="linear"),
@@ -72,7 +80,7 @@ class ClassTrainingConfig(TransformerConfig):
     in_channels: int = 0
     image_size: int = 32
     grey: bool = False
-    patch_size: int = 4
+    patch_size: int = 8
     width: int = 192
     heads: int = 4
     layers: int = 6
@@ -84,6 +92,7 @@ class ClassTrainingConfig(TransformerConfig):
     copies: int = 7
     steps: int = 4000
     batch_size: int = 64
+    warmup_steps: int = 100
     samples_every: int = 500
 
 
@@ -114,6 +123,7 @@ def train_classes(
     classes: Sequence[str] | None = None,
     held_out: float = 0.15,
     readers: int | None = None,
+    checkpoints: int = 0,
     log_to: LogTo | None = None,
     progress: bool = True,
     tell: Callable[[str], object] = print,
@@ -132,6 +142,8 @@ def train_classes(
         classes: the names of the classes; those of the data if None.
         held_out: share of every class, at least 2 pictures.
         readers: processes that read pictures; None decides by itself.
+        checkpoints: how many model directories it leaves in ``out``, as for
+            ``zoo.train_zoo_model``; an autoencoder lies in each of them.
         log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
         tell: takes one sentence on pictures that were left out.
 
@@ -158,6 +170,14 @@ def train_classes(
         "vae": None if autoencoder is None else fingerprint(autoencoder),
     }
     learner = _learner(pictures, parts, config, autoencoder, progress)
+
+    def write(directory: Path) -> None:
+        scheduler = SCHEDULERS[config.objective]()
+        try:
+            write_model(directory, learner.transformer, names, scheduler, autoencoder)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{directory} cannot be written ({error}).") from error
+
     finished = train(
         learner.transformer,
         learner.loss_of,
@@ -165,15 +185,15 @@ def train_classes(
         out,
         identity=identity,
         held_out=lambda: learner.measured(out),
+        keep=Keep(
+            doubling_steps(checkpoints, config.steps),
+            lambda step: write(checkpoint_folder(out, step)),
+        ),
         log_to=log_to,
         log_every=LOG_EVERY,
         progress=progress,
     )
-    scheduler = SCHEDULERS[config.objective]()
-    try:
-        write_model(out, learner.transformer, names, scheduler, autoencoder)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written ({error}).") from error
+    write(out)
     facts = {
         "timestep_embedding": "diffusers",
         "command": "dive-fast train-classes",
@@ -200,6 +220,8 @@ def completed(
     for name in ("image_size", "patch_size", "width", "heads", "layers", "copies"):
         if getattr(config, name) < (name != "copies"):
             raise DiveFastError(f"expected {name} of 1 or more, got {getattr(config, name)}.")
+    if not 0 < config.learning_rate < math.inf:
+        raise DiveFastError(f"expected a learning_rate above 0, got {config.learning_rate}.")
     if config.objective not in SCHEDULERS:
         raise DiveFastError(
             f"expected an objective of {', '.join(SCHEDULERS)}, got {shown(config.objective)}."

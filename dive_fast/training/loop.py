@@ -318,6 +318,11 @@ def doubling_steps(count: int, steps: int) -> tuple[int, ...]:
     return tuple(sorted({step for step in found if step > 0}))
 
 
+def checkpoint_folder(out: Path, step: int) -> Path:
+    """Where a checkpoint of a training into ``out`` lies: ``evaluation.checkpoints`` finds it."""
+    return out / "checkpoints" / f"checkpoint-{step}"
+
+
 def prepare_directory(out: Path) -> None:
     """Makes the directory of a model that is to be trained.
 

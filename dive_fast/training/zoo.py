@@ -30,9 +30,8 @@ from dive_fast.training.dit import (
     train_transformer,
     write_model,
 )
-from dive_fast.training.loop import doubling_steps, prepare_directory
+from dive_fast.training.loop import checkpoint_folder, doubling_steps, prepare_directory
 
-CHECKPOINTS = "checkpoints"  # the folder of them
 PROBES = 100
 N_FIT = 300
 MAX_FIT_EVALUATIONS = 300_000
@@ -124,7 +123,7 @@ def train_zoo_model(
         progress,
         log_to,
         doubling_steps(checkpoints, config.steps),
-        lambda step, model: _write(out / CHECKPOINTS / f"checkpoint-{step}", model, train.names),
+        lambda step, model: _write(checkpoint_folder(out, step), model, train.names),
     )
     _write(out, transformer, train.names)
 

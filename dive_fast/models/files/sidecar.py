@@ -12,6 +12,7 @@ from dive_fast.core.config import LARGEST_FLOAT
 from dive_fast.core.files import replacing
 from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import is_number
+from dive_fast.core.segmentation import SegmentationRule
 from dive_fast.core.shortlist import OLD_FIELDS, Shortlist
 from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.errors import DiveFastError, ModelError, shown
@@ -19,7 +20,12 @@ from dive_fast.models.files.reading import read_json
 from dive_fast.models.protocol import Model, optional
 
 FILE = "dive_fast.json"
-_KINDS = {"timesteps": TimestepWeights, "shortlist": Shortlist, "loss_weights": LossWeights}
+_KINDS = {
+    "timesteps": TimestepWeights,
+    "shortlist": Shortlist,
+    "loss_weights": LossWeights,
+    "segmentation": SegmentationRule,
+}
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +39,14 @@ class Fitted:
         timesteps: learned density and weights of the probes' timesteps.
         shortlist: learned correction of the estimates that ``auto`` ranks classes by.
         loss_weights: what losses count at each timestep, with a beta of their own.
+        segmentation: how error maps count at a place.
     """
 
     inverse_temperature: float | None = None
     timesteps: TimestepWeights | None = None
     shortlist: Shortlist | None = None
     loss_weights: LossWeights | None = None
+    segmentation: SegmentationRule | None = None
 
 
 def read_extra(directory: Path) -> dict[str, Any]:
@@ -76,6 +84,7 @@ def apply_fitted(model: Model, fitted: Fitted) -> None:
         model.inverse_temperature = fitted.inverse_temperature
     model.timesteps = fitted.timesteps
     model.loss_weights = fitted.loss_weights
+    model.segmentation = fitted.segmentation
     if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
         model.shortlist = fitted.shortlist
 
