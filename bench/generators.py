@@ -28,13 +28,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.records import RESULTS, append
+from bench.records import RESULTS, append_line
 from dive_fast import DiffusionClassifier, sample
 from dive_fast.data import open_dataset, select
 from dive_fast.data.mnist import load_mnist
 from dive_fast.data.npz import LabelledImages
 from dive_fast.evaluation import compare_generators
 from dive_fast.evaluation.checkpoints import find_checkpoints
+from dive_fast.evaluation.machine import environment
 from dive_fast.training.dit import MNIST, train_transformer
 from dive_fast.training.loop import checkpoint_folder, doubling_steps, prepare_directory
 from dive_fast.training.zoo import write_model
@@ -108,7 +109,9 @@ def compare(options: argparse.Namespace) -> None:
         f"the last {KEPT // 2}": _correlations(row["checkpoints"][-KEPT // 2 :]),
     }
     print(json.dumps(row, indent=1))
-    append("generators", row, classifier)
+    # Without the place where the checkpoints lie.
+    here = {**environment(classifier), "model": list(found)[-1]}
+    append_line(RESULTS / "generators.jsonl", row, here)
 
 
 def _drawn(path: Path, options: argparse.Namespace, step: int) -> np.ndarray:
@@ -199,7 +202,8 @@ def plot(options: argparse.Namespace) -> None:
             values = [c["samples"][space][name] for c in checkpoints]
             panel.plot(steps, values, marker="o", markersize=3, label=name)
         panel.set_title(f"samples: {space}", fontsize=9)
-        panel.legend(fontsize=7)
+    names = panels[-1].get_legend_handles_labels()
+    figure.legend(*names, fontsize=8, loc="outside right center")
     for panel in panels:
         panel.set_xscale("log")
         panel.set_xlabel("steps of the training")

@@ -181,7 +181,8 @@ def score_model(model: str, crops: Path) -> dict[str, Any]:
         "cpu_minutes": extra["cpu_seconds"] / 60,
         "config": extra["config"],
         "stated": extra["expected"],
-        "environment": environment(classifier),
+        # Not where it lies.
+        "environment": {**environment(classifier), "model": "train-classes"},
     }
 
 

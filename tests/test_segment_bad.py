@@ -220,3 +220,20 @@ def test_a_text_model_needs_its_classes(sd, pictures, tmp_path, capsys) -> None:
     assert said.code == 0
     (record,) = read_records(tmp_path / "run").values()
     assert record["classes"] == ["cat", "dog", "background"]
+
+
+def test_the_configuration_says_how_many_probes(dit_dir, pictures, tmp_path, capsys) -> None:
+    common = (
+        pictures[0],
+        "--model",
+        dit_dir,
+        "--classes",
+        "star,circle",
+        "--out",
+        tmp_path / "run",
+    )
+    assert call(capsys, "segment", *common).code == 0
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    (record,) = read_records(tmp_path / "run").values()
+    assert config["probes"] == 64 and record["evaluations"] == 2 * 64
+    assert config["classes"] == ["star", "circle"] and config["background"] is False

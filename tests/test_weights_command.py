@@ -44,6 +44,14 @@ def test_an_untrained_model_keeps_uniform_weights(own_dit: Path, data: Path, cap
     assert "loss_weights" not in read_json(own_dit / "dive_fast.json")
 
 
+def test_what_is_fitted_after_refused_weights(own_dit: Path, data: Path, capsys) -> None:
+    """Weights "learned" are then none: what was measured is not lost over it."""
+    options = ("--what", "weights,beta", "--weights", "learned", "--probes", 64, "--limit", 20)
+    said = call(capsys, "fit", "--data", data, "--model", own_dit, *options)
+    assert (said.code, said.err) == (0, "") and "the weights stay uniform" in said.out
+    assert "beta" in read_json(own_dit / "dive_fast.json")
+
+
 def test_they_are_not_fitted_unless_named(own_dit: Path, data: Path, capsys) -> None:
     said = call(capsys, "fit", "--data", data, "--model", own_dit, "--probes", 64)
     assert said.code == 0 and "weights:" not in said.out

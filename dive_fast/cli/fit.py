@@ -141,6 +141,8 @@ def _fit_classifier(options: argparse.Namespace):
     source = _unlabelled(options, images, labels)
     if "weights" in what:
         print(_fitted_weights(classifier, images, labels, options, common))
+        # Whether there are any was for the fit to say, and what follows takes what it said.
+        options.weights = None if options.weights == "learned" else options.weights
     if "timesteps" in what:
         print(as_text(classifier.fit_timesteps(**source, **common)))
     if "shortlist" in what:

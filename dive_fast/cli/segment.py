@@ -97,6 +97,9 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     Raises:
         DiveFastError: an option of the other kind of model, or as the predictor.
     """
+    from dive_fast.predict.segmenting import PROBES
+    from dive_fast.predict.segmenting_layouts import MAP_PROBES
+
     source = model_source(options)
     _refuse_others(options, source.finds_objects)
     common = {"probes": options.probes, "seed": options.seed}
@@ -104,15 +107,15 @@ def _prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         asked = {**common, "strategy": chosen_layout_strategy(options)}
         detector = load_detector(options)
         stream = partial(detector.segment_stream, **asked)
-        return detector, stream, _config(detector, detector.identity(**asked))
+        config = _config(detector, detector.identity(**asked))
+        return detector, stream, {**config, "map_probes": MAP_PROBES}
     classes = None
     if options.classes is not None and not source.family.text:
         # Of a model that has its classes, --classes names those that compete.
         classes, options.classes = list(class_names(options.classes)), None
     classifier = load_classifier(options)
     asked = {name: getattr(options, name) for name in ("timesteps", "weights", "seed")}
-    if options.probes is not None:
-        asked["probes"] = options.probes
+    asked["probes"] = PROBES if options.probes is None else options.probes
     more = {"classes": classes, "background": bool(options.background)}
     stream = partial(classifier.segment_stream, **asked, **more)
     return classifier, stream, {**_config(classifier, classifier.identity(**asked)), **more}
