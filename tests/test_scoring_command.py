@@ -125,6 +125,8 @@ def test_choose_and_resume(sd, folder, tmp_path, capsys):
     assert said.code == 0 and "items                  3" in said.out, said
     assert "candidates per item    2.3" in said.out and "evaluations per item   14" in said.out
     records = read_records(tmp_path / "run")
+    for record in records.values():
+        assert f"{record['id']}: {record['text']} (margin {record['margin']:.2f})" in said.out
     scorer = ImageTextScorer.from_pretrained(sd, device="cpu")
     stream = [
         (line["id"], folder / line["image"], line["candidates"],

@@ -6,11 +6,14 @@ import argparse
 import json
 import logging
 import sys
+from pathlib import Path
 
 from dive_fast.cli.loading import chosen_strategy, load_scorer
 from dive_fast.cli.options import add_scorer_options
 
 log = logging.getLogger(__name__)
+
+MOST_SHOWN = 20  # answers on the screen
 
 DESCRIPTION = """\
 Chooses one of each image's own candidate texts by a text-to-image model. ITEMS has one JSON object
@@ -67,8 +70,23 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(summary.to_dict(), allow_nan=False))
     else:
-        print(_text(summary))
+        print("\n".join([*_answers(Path(options.out)), _text(summary)]))
     return 2 if summary.failed else 0
+
+
+def _answers(out: Path) -> list[str]:
+    """The first answers of a run, one a line, and where the others are."""
+    found: dict[str, str] = {}
+    for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "error" not in record:
+            margin = record["margin"]
+            told = "the only one measured" if margin is None else f"margin {margin:.2f}"
+            found[record["id"]] = f"{record['id']}: {record['text']} ({told})"
+    lines = list(found.values())
+    if len(lines) > MOST_SHOWN:
+        lines = [*lines[:MOST_SHOWN], f"{len(lines) - MOST_SHOWN} more in {out / 'results.jsonl'}"]
+    return [*lines, ""] if lines else []
 
 
 def _text(summary) -> str:
