@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from dive_fast.cli.loading import chosen_layout_strategy, load_detector
 from dive_fast.cli.options import add_detector_options, add_images
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Finds the objects of images: the layout that best explains each under a layout-to-image model.
@@ -71,6 +74,12 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(records, indent=2, allow_nan=False))
     good = [record for record in records if "error" not in record]
+    empty = sum(not record["labels"] for record in good)
+    if empty > len(good) / 2:
+        log.warning(
+            "nothing was found in %d of %d images: dive-fast diagnose says, on annotated ones, "
+            "whether more training, more pixels or another search would help.", empty, len(good),
+        )  # fmt: skip
     for record in good if not options.json else ():
         print(f"{record['id']}: {_line(record)}")
     return 0 if len(good) == len(records) else 2
@@ -94,4 +103,7 @@ def _line(record: dict[str, Any]) -> str:
         f"{label} {score:.2f} ({', '.join(f'{side:.0f}' for side in box)})"
         for label, score, box in zip(*fields, strict=True)
     ]
-    return "; ".join(objects) if objects else "nothing found"
+    if objects:
+        return "; ".join(objects)
+    reason = record.get("reason")
+    return "nothing found" if reason is None else f"nothing found: {reason}"

@@ -216,6 +216,15 @@ def _detector(options: argparse.Namespace):
             probes=options.probes,
             seed=options.seed,
         )
+        annotated = sum(len(image.boxes) for image in data.images) / len(data.images)
+    found = summary.objects_per_image
+    if found is not None and found < annotated / 2:
+        log.warning(
+            "%.2f objects an image were found where %.2f are annotated: dive-fast diagnose, with "
+            "the same data, says whether more training, more pixels or another search would help.",
+            found,
+            annotated,
+        )
     return summary, detector_text
 
 

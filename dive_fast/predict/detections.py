@@ -42,6 +42,7 @@ class Detections:
         evaluations: forwards plus backwards of the network that this image took.
         seconds: this image's share of the time, the packing of many images taken into account.
         trace: what the strategy saw, if asked for.
+        reason: why nothing was found, where that is so and the search says it.
 
     Raises:
         DiveFastError: shapes that do not agree, a box without area, a class that has no name, a
@@ -56,6 +57,7 @@ class Detections:
     evaluations: int = 0
     seconds: float = 0.0
     trace: dict[str, Any] | None = field(default=None, repr=False)
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         xyxy = _tensor("xyxy", self.xyxy, torch.float32)
@@ -136,7 +138,7 @@ class Detections:
 
         ``boxes`` (xyxy), ``labels``, ``indices`` and ``confidences``, one for each object;
         ``class_probabilities``, a list of C for each, where they are known; ``evaluations`` and
-        ``seconds``.
+        ``seconds``; ``reason`` where there is one.
         """
         found: dict[str, Any] = {
             "boxes": self.xyxy.tolist(),
@@ -146,6 +148,8 @@ class Detections:
         }
         if self.class_probabilities is not None:
             found["class_probabilities"] = self.class_probabilities.tolist()
+        if self.reason is not None:
+            found["reason"] = self.reason
         return {**found, "evaluations": self.evaluations, "seconds": self.seconds}
 
     def to_coco(

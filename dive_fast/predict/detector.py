@@ -296,6 +296,7 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
             finished.evaluations,
             finished.seconds,
             answer.trace if trace else None,
+            str(answer.trace["nothing"]) if "nothing" in answer.trace else None,
         )
 
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from dive_fast.errors import DiveFastError
 from dive_fast.strategies.layout.board import ANY, Board, Item, LayoutProbes, Steps
 from dive_fast.strategies.layout.boxes import Box
 from dive_fast.strategies.layout.invert import InvertLayout
+from dive_fast.strategies.layout.nothing import nothing_found
 from dive_fast.strategies.layout.residual import regions, residual
 from dive_fast.strategies.layout.settle import drop_duplicates, settle
 from dive_fast.strategies.layout.state import State
@@ -105,6 +106,9 @@ class Guided(LayoutProbes):
             yield from state.slide(i, step=1)
         answer = yield from settle(board, state.items, final, self.margin)
         answer.trace.update(begun=begun, placed=placed)
+        if not answer.items:
+            boxes = regions(unexplained, LEVELS[1] * state.peak)[:PROPOSALS]
+            answer.trace["nothing"] = yield from nothing_found(board, boxes, steps, self.margin)
         return answer
 
     def _begin(self, state: State) -> Steps:
