@@ -222,7 +222,7 @@ class TestEstimate:
             (torch.zeros(3, 1, 40), torch.arange(40) * 25, "one rival"),
             (torch.full((1, 2, 40), torch.nan), torch.arange(40) * 25, "finite losses"),
             (torch.rand(1, 2, 30), torch.arange(40) * 25, "each of 30 probes"),
-            (torch.rand(1, 2, 40), torch.arange(40), "at least 2 in each of 20 bins"),
+            (torch.rand(1, 2, 40), torch.arange(40), "at least 2 probes in each of 20 bins"),
             (torch.ones(1, 2, 40), torch.arange(40) * 25, "do not differ at any timestep"),
         ],
     )
@@ -332,7 +332,7 @@ class TestClassifier:
             ({"generate": 0}, "generate must be at least 1, got 0"),
             ({**data, "rivals": 0}, "rivals must be at least 1, got 0"),
             ({**data, "probes": 0}, "at least 1, got 0"),
-            ({**data, "probes": 10}, "at least 2 in each of 20 bins"),
+            ({**data, "probes": 10}, "at least 2 probes in each of 20 bins"),
         ]:
             with pytest.raises(DiveFastError, match=message):
                 clf.fit_timesteps(**arguments)

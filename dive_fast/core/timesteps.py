@@ -144,6 +144,33 @@ def estimate(
     Raises:
         DiveFastError: no images, rivals or too few probes, or losses that are not finite.
     """
+    bins, difference = compared_in_bins(losses, timesteps, n_timesteps)
+    variance = torch.stack([difference[:, :, bins == b].var(dim=2).mean() for b in range(BINS)])
+    sigma = _smoothed(variance).sqrt()
+    if not sigma.sum() > 0:
+        raise DiveFastError("the classes do not differ at any timestep: nothing can be learned.")
+    density = (1 - floor) * sigma / sigma.mean() + floor
+    # Six digits: what is stored is what is used, and can be read.
+    rounded = [round(q, 6) for q in density.tolist()]
+    return TimestepWeights(n_timesteps, tuple(rounded), tuple(round(1 / q, 6) for q in rounded))
+
+
+def compared_in_bins(
+    losses: torch.Tensor, timesteps: torch.Tensor, n_timesteps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bin of each probe, int64 [K], and the rivals' losses above the label's, float64.
+
+    Args:
+        losses: float [N, 1 + R, K], of the label and R rivals on common probes.
+        timesteps: int64 [K], at least 2 in every bin.
+        n_timesteps: T.
+
+    Returns:
+        The bins, and the differences [N, R, K].
+
+    Raises:
+        DiveFastError: no images, rivals or too few probes, or losses that are not finite.
+    """
     if losses.ndim != 3 or len(losses) == 0 or losses.shape[1] < 2:
         raise DiveFastError(
             f"expected losses [N, 1 + R, K] of at least one image and one rival, "
@@ -154,18 +181,10 @@ def estimate(
     bins = timesteps * BINS // n_timesteps
     if len(bins) != losses.shape[2] or int(torch.bincount(bins, minlength=BINS).min()) < 2:
         raise DiveFastError(
-            f"timesteps must name a timestep for each of {losses.shape[2]} probes, "
-            f"at least 2 in each of {BINS} bins."
+            f"expected at least 2 probes in each of {BINS} bins of the timesteps (64 in all are "
+            f"enough), got {losses.shape[2]}."
         )
-    difference = losses[:, 1:].double() - losses[:, :1].double()
-    variance = torch.stack([difference[:, :, bins == b].var(dim=2).mean() for b in range(BINS)])
-    sigma = _smoothed(variance).sqrt()
-    if not sigma.sum() > 0:
-        raise DiveFastError("the classes do not differ at any timestep: nothing can be learned.")
-    density = (1 - floor) * sigma / sigma.mean() + floor
-    # Six digits: what is stored is what is used, and can be read.
-    rounded = [round(q, 6) for q in density.tolist()]
-    return TimestepWeights(n_timesteps, tuple(rounded), tuple(round(1 / q, 6) for q in rounded))
+    return bins, losses[:, 1:].double() - losses[:, :1].double()
 
 
 def _smoothed(values: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,7 @@ import torch
 from scipy.optimize import minimize, minimize_scalar
 
 from dive_fast.core.loss_weights import LossWeights
-from dive_fast.core.timesteps import BINS
-from dive_fast.errors import DiveFastError
+from dive_fast.core.timesteps import BINS, compared_in_bins
 
 DEGREES = (1, 2, 3, 4)
 PENALTIES = (0.1, 0.01, 0.001)
@@ -108,20 +107,7 @@ def differences(losses: torch.Tensor, timesteps: torch.Tensor, n_timesteps: int)
     Raises:
         DiveFastError: no images, rivals or too few probes, or losses that are not finite.
     """
-    if losses.ndim != 3 or len(losses) == 0 or losses.shape[1] < 2:
-        raise DiveFastError(
-            f"expected losses [N, 1 + R, K] of at least one image and one rival, "
-            f"got {list(losses.shape)}."
-        )
-    if not torch.isfinite(losses).all():
-        raise DiveFastError("expected finite losses, got NaN or infinity.")
-    bins = timesteps * BINS // n_timesteps
-    if len(bins) != losses.shape[2] or int(torch.bincount(bins, minlength=BINS).min()) < 2:
-        raise DiveFastError(
-            f"weights need at least 2 probes in each of {BINS} bins of the timesteps (64 in all "
-            f"are enough), got {losses.shape[2]}."
-        )
-    apart = losses[:, 1:].double() - losses[:, :1].double()
+    bins, apart = compared_in_bins(losses, timesteps, n_timesteps)
     found = torch.zeros(*apart.shape[:2], BINS, dtype=torch.float64)
     return (found.index_add_(2, bins, apart) / losses.shape[2]).numpy()
 
