@@ -221,7 +221,7 @@ class TestEstimate:
             (torch.zeros(0, 2, 40), torch.arange(40) * 25, "at least one image"),
             (torch.zeros(3, 1, 40), torch.arange(40) * 25, "one rival"),
             (torch.full((1, 2, 40), torch.nan), torch.arange(40) * 25, "finite losses"),
-            (torch.rand(1, 2, 30), torch.arange(40) * 25, "each of 30 probes"),
+            (torch.rand(1, 2, 30), torch.arange(40) * 25, "20 bins of the timesteps .*, got 30"),
             (torch.rand(1, 2, 40), torch.arange(40), "at least 2 probes in each of 20 bins"),
             (torch.ones(1, 2, 40), torch.arange(40) * 25, "do not differ at any timestep"),
         ],
