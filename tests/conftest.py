@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+# Shells start what runs in the background with Ctrl-C ignored, and tests ask what it does.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -104,8 +104,9 @@ def test_the_page_lists_every_field() -> None:
     listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
     c = torch.zeros(2)
     found = Classification("a", 0, c, c, c + 1, c > 0, c, ("a", "b"), 1, 0.5).to_dict()
-    found |= Detections([], [], [], ("a", "b"), []).to_dict()
-    assert listed == {"id", "truth", "groups", "error", "drawn", *found}
+    found |= Detections([], [], [], ("a", "b"), [], reason="because").to_dict()
+    of_runs = {"id", "truth", "groups", "error", "drawn", "log_likelihood", "log_likelihood_error"}
+    assert listed == {*of_runs, *found}
 
 
 @pytest.mark.parametrize("missing", ["run.json", "results.jsonl"])
