@@ -1,10 +1,12 @@
 """Trains a small text-to-image model of coloured shapes, in Stable Diffusion's layout.
 
     python -m bench.text_model --out DIR --minutes 35
+    python -m bench.text_model --out MORE --minutes 35 --begin DIR --seed 2
 
 UNet and text encoder learn together, of pictures and captions that ``bench.shapes`` draws; the VAE
 has weights by hand: it puts 2 x 2 pixels of three colours into 12 channels. Every 100 steps the
-loss is printed and appended to DIR/log.jsonl, and every 5 minutes the model is saved.
+loss is printed and appended to DIR/log.jsonl, and every 5 minutes the model is saved. With
+``--begin`` it learns on from a saved one, by other draws.
 """
 
 from __future__ import annotations
@@ -188,7 +190,7 @@ def batches(seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
         yield pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, captions
 
 
-def train(pipeline: StableDiffusionPipeline, directory: Path, minutes: float) -> None:
+def train(pipeline: StableDiffusionPipeline, directory: Path, minutes: float, seed: int) -> None:
     """Minimises || eps - eps_theta(x_t, t, text) ||^2 for so long; saves the averaged weights."""
     unet, text = pipeline.unet.train(), pipeline.text_encoder.train()
     learned = nn.ModuleList([unet, text])
@@ -196,8 +198,8 @@ def train(pipeline: StableDiffusionPipeline, directory: Path, minutes: float) ->
     optimiser = torch.optim.AdamW(learned.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
     alphas = pipeline.scheduler.alphas_cumprod
     begun, losses, step, saved = time.monotonic(), [], 0, 0.0
-    generator = torch.Generator().manual_seed(1)
-    for pixels, captions in batches(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for pixels, captions in batches(seed):
         spent = (time.monotonic() - begun) / 60
         if spent >= minutes:
             break
@@ -245,14 +247,20 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=35)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--begin", metavar="DIR", type=Path, help="a model to learn on from")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipeline = make_pipeline(options.out, options.width)
+    if options.begin is not None:
+        for name in ("unet", "text_encoder"):
+            part = getattr(pipeline, name)
+            part.load_state_dict(type(part).from_pretrained(options.begin / name).state_dict())
     pixels, _ = next(batches(seed=0))
     with torch.no_grad():
         found = pipeline.vae.encode(pixels).latent_dist.mean
     torch.testing.assert_close(found, F.pixel_unshuffle(pixels, 2), rtol=0, atol=1e-3)
-    train(pipeline, options.out, options.minutes)
+    train(pipeline, options.out, options.minutes, options.seed)
 
 
 if __name__ == "__main__":
