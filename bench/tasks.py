@@ -52,7 +52,9 @@ def main() -> None:
         row = {"items": options.items, "seed": options.seed, "strategy": name}
         row |= figures(found) | agreement(out, options.runs / "enumerate")
         print(json.dumps(row, indent=1), flush=True)
-        append_line(RESULTS / "tasks.jsonl", row, environment(scorer))
+        # The name alone: where a model lies says nothing to others.
+        machine = environment(scorer) | {"model": Path(options.model).name}
+        append_line(RESULTS / "tasks.jsonl", row, machine)
 
 
 def write_task(folder: Path, n: int, seed: int) -> TaskData:
