@@ -178,5 +178,6 @@ def add_prior(group: argparse._ArgumentGroup) -> None:
         "--prior-weight",
         type=weight,
         metavar="X",
-        help="what log p(layout) counts beside -beta times the loss (default: 0.5)",
+        help="what log p(layout) counts beside -beta times the loss (default: 0.5, and 0 until "
+        "beta is fitted)",
     )

@@ -9,7 +9,7 @@ import torch
 from dive_fast.errors import ModelError, shown
 from dive_fast.evaluation.generator_runs import Settings
 from dive_fast.predict.classifier import DiffusionClassifier
-from dive_fast.predict.measuring import Bound
+from dive_fast.predict.measuring import bound_in_nats
 
 _ALIKE = {"rtol": 1e-3, "atol": 1e-3}  # x0 of the same picture in one space
 
@@ -48,7 +48,7 @@ class Facts:
             )
         if settings.likelihood_probes is not None:
             try:
-                Bound(classifier, settings.likelihood_probes, settings.seed)
+                bound_in_nats(classifier, settings.likelihood_probes, settings.seed)
             except ModelError as error:
                 no_bound = str(error)
         generator = torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ from dive_fast.evaluation.records import Form
 from dive_fast.evaluation.run import Source, run_over
 from dive_fast.evaluation.rundir import RunDirectory
 from dive_fast.predict.classifier import DiffusionClassifier
-from dive_fast.predict.measuring import Bound, Item, Measured, measure
+from dive_fast.predict.measuring import Item, Measured, bound_in_nats, measure
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def run_generator(
     probes = low_discrepancy_probes(settings.probes, n_timesteps, shape, settings.seed)
     bound = None
     if has_bound and settings.likelihood_probes is not None:
-        bound = Bound(classifier, settings.likelihood_probes, settings.seed)
+        bound = bound_in_nats(classifier, settings.likelihood_probes, settings.seed)
     labels = data.labels
     truths = None if labels is None else dict(zip(data.ids, labels.tolist(), strict=True))
     form = Form("classification", classifier.names, truths)

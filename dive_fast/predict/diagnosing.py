@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dive_fast.core.bound import standard_error
 from dive_fast.core.numbers import whole
 from dive_fast.core.probes import MOST_PROBES
 from dive_fast.core.requests import Answer, Losses, Search
@@ -249,11 +250,8 @@ def _diagnosis(
 
 def _over_probes(differences: Tensor) -> Measured:
     """[n, K], probes in the order of t, to means and their standard errors."""
-    k = differences.shape[1]
-    pairs = differences[:, : k // 2 * 2].unflatten(1, (-1, 2))
-    # Of an odd K the last one is as uncertain as the others.
-    squares = (pairs[..., 0] - pairs[..., 1]).square().mean(dim=1) * (k / 2)
-    return Measured(differences.mean(dim=1), squares.sqrt() / k)
+    in_pairs = differences.shape[1] // 2 * 2
+    return Measured(differences.mean(dim=1), standard_error(differences[:, :in_pairs]))
 
 
 def _matched(case: _Case, side: int, grid: int) -> tuple[Tensor, Tensor]:

@@ -115,8 +115,15 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class _Bound:
-    """What all images share: -log p is the loss times ``factor`` plus ``constant``, a dimension."""
+class Bound:
+    """What all images share: -log p is the loss times ``factor`` plus ``constant``, a dimension.
+
+    Attributes:
+        unit: "nats" or "bits/dim".
+        probes: K, in antithetic pairs.
+        factor: float64 [K / 2], of the loss of each pair.
+        constant: of every dimension, in nats.
+    """
 
     unit: str
     probes: ProbeList
@@ -217,13 +224,13 @@ class Likelihoods(Predictor):
             found["engine"] = engine
         return found
 
-    def _bound(self, unit: Any, probes: int, seed: int) -> _Bound:
+    def _bound(self, unit: Any, probes: int, seed: int) -> Bound:
         if not isinstance(unit, str) or unit not in UNITS:
             raise DiveFastError(f"expected a unit of {', '.join(UNITS)}, got {shown(unit)}.")
         schedule, shape = self.model.schedule, tuple(self.model.latent_shape)
         constant, _ = step_terms(schedule)
         probe_list, factor = bound_probes(schedule, probes, shape, seed)
-        return _Bound(unit, probe_list, factor, float(constant.sum()))
+        return Bound(unit, probe_list, factor, float(constant.sum()))
 
     def _x0(self, images: Any, latents: Any, unit: str) -> tuple[torch.Tensor, torch.Tensor]:
         """x0 [B, C, h, w], and the reconstruction part, float64 [B], nats."""
@@ -235,7 +242,7 @@ class Likelihoods(Predictor):
 
     def _likelihood(
         self,
-        bound: _Bound,
+        bound: Bound,
         x0: torch.Tensor,
         chosen: tuple[int | None, ...],
         reconstruction: torch.Tensor,

@@ -8,24 +8,17 @@ Both in one search, so that an image is finished when its answer comes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from dive_fast.core.bound import (
-    bound_probes,
-    density_reconstruction,
-    prior_term,
-    standard_error,
-    step_terms,
-)
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Losses, Search
 from dive_fast.predict.arguments import as_latents
 from dive_fast.predict.classification import Classification
 from dive_fast.predict.classifier import DiffusionClassifier
+from dive_fast.predict.likelihood import Bound
 from dive_fast.strategies.base import Ledger
 
 
@@ -68,11 +61,10 @@ class Measured(NamedTuple):
         return found
 
 
-class Bound:
-    """The bound on log p(x0 | y), measured on probes of its own.
+def bound_in_nats(classifier: DiffusionClassifier, probes: int, seed: int) -> Bound:
+    """The bound on log p(x0 | y) of ``DiffusionClassifier.log_likelihood``, for ``measure``.
 
     Args:
-        classifier: whose schedule it is.
         probes: how many, divisible by 4, at least 8.
         seed: of timesteps and noises.
 
@@ -80,19 +72,7 @@ class Bound:
         DiveFastError: the number of probes.
         ModelError: the schedule gives no bound.
     """
-
-    def __init__(self, classifier: DiffusionClassifier, probes: int, seed: int) -> None:
-        self.schedule, shape = classifier.model.schedule, tuple(classifier.model.latent_shape)
-        self.constant = step_terms(self.schedule)[0].sum()
-        self.probes, self.factor = bound_probes(self.schedule, probes, shape, seed)
-        self.dim = math.prod(shape)
-
-    def of(self, x0: torch.Tensor, losses: torch.Tensor) -> tuple[float, float]:
-        """The bound in nats and its standard error, of x0 [C, h, w] and its losses [K]."""
-        draws = self.dim * (losses.double().view(-1, 2).mean(dim=1) * self.factor + self.constant)
-        fixed = prior_term(self.schedule, x0[None].cpu())[0]
-        fixed = fixed + self.dim * density_reconstruction(self.schedule)
-        return -float(fixed + draws.mean()), float(standard_error(draws))
+    return classifier._bound("nats", probes, seed)
 
 
 def measure(
@@ -116,13 +96,13 @@ def measure(
     k = len(probes)
     every = probes if bound is None else _joined(probes, bound.probes)
     shape, n_classes = classifier.model.latent_shape, len(classifier.names)
-    under_way: dict[Hashable, torch.Tensor] = {}
+    under_way: dict[Hashable, tuple[torch.Tensor, int]] = {}
 
     def jobs() -> Iterator[Any]:
         for item in items:
             x0 = as_latents(item.x0, shape, batch=False)
             if bound is not None:
-                under_way[item.key] = x0
+                under_way[item.key] = x0[None], item.of
             search = _search(item.classes, item.of, n_classes, k, len(every))
             yield classifier._job(item.key, x0, search)
 
@@ -131,8 +111,11 @@ def measure(
         if bound is None:
             yield finished.key, Measured(answer)
         else:
-            found = bound.of(under_way.pop(finished.key), finished.answer.trace["of_bound"])
-            yield finished.key, Measured(answer, *found)
+            x0, of = under_way.pop(finished.key)
+            losses = finished.answer.trace["of_bound"].double().view(1, 1, -1, 2).mean(dim=3)
+            rest = classifier._x0(None, x0, bound.unit)[1]
+            found = classifier._likelihood(bound, x0, (of,), rest, losses)
+            yield finished.key, Measured(answer, found.values.item(), found.standard_errors.item())
 
 
 def _joined(probes: ProbeList, bound: ProbeList) -> ProbeList:

@@ -18,6 +18,9 @@ from dive_fast.strategies.layout.board import LayoutProbes
 
 # The lists of probes that are ours to place, and how many probes they have unless told.
 _OURS = {DefaultProbes.probes: DEFAULT_PROBES, LayoutProbes.probes: LAYOUT_PROBES}
+_NAMED = (None, "learned", "uniform")
+_ATTRIBUTES = {TimestepWeights: "timesteps", LossWeights: "loss_weights"}  # of a model
+_ARTICLES = {TimestepWeights: "a TimestepWeights", LossWeights: "LossWeights"}
 
 
 class Placing:
@@ -75,26 +78,7 @@ class Placing:
             ModelError: the model has none, or such as are not for its schedule.
         """
         ours = _is_ours(strategy, probes)
-        asked = isinstance(timesteps, TimestepWeights)
-        named = isinstance(timesteps, str | None) and timesteps in (None, "learned", "uniform")
-        if not (asked or named):
-            raise DiveFastError(
-                "expected timesteps 'learned', 'uniform' or a TimestepWeights, got "
-                f"{shown(timesteps)}."
-            )
-        if timesteps == "uniform" or (timesteps is None and not ours):
-            return None
-        if not ours:
-            raise DiveFastError(
-                "learned timesteps need a list of probes that is ours to choose: "
-                "this one is given or published."
-            )
-        weights = timesteps if asked else optional(self.model, "timesteps")
-        if weights is None and timesteps == "learned":
-            raise ModelError(f"{self.model.name} has no learned timesteps; see fit_timesteps.")
-        if weights is not None:
-            self._check_timesteps(weights)
-        return weights
+        return self._chosen("timesteps", timesteps, TimestepWeights, ours, ours)
 
     def learned_weights(
         self,
@@ -115,22 +99,32 @@ class Placing:
             ModelError: the model has none, or such as are not for its schedule.
         """
         ours = _is_ours(strategy, probes)
-        asked = isinstance(weights, LossWeights)
-        named = isinstance(weights, str | None) and weights in (None, "learned", "uniform")
-        if not (asked or named):
+        return self._chosen("weights", weights, LossWeights, ours, ours and self._weighted)
+
+    def _chosen(self, what: str, given: Any, kind: type, ours: bool, default: bool) -> Any:
+        """What was given, or the model's own; None for none.
+
+        Args:
+            what: "timesteps" or "weights".
+            kind: the class that may be given.
+            ours: whether the list of probes is ours to place.
+            default: whether None means the model's own.
+        """
+        asked = isinstance(given, kind)
+        if not asked and not (isinstance(given, str | None) and given in _NAMED):
             raise DiveFastError(
-                f"expected weights 'learned', 'uniform' or LossWeights, got {shown(weights)}."
+                f"expected {what} 'learned', 'uniform' or {_ARTICLES[kind]}, got {shown(given)}."
             )
-        if weights == "uniform" or (weights is None and not (ours and self._weighted)):
+        if given == "uniform" or (given is None and not default):
             return None
         if not ours:
             raise DiveFastError(
-                "learned weights need a list of probes that is ours to choose: "
+                f"learned {what} need a list of probes that is ours to choose: "
                 "this one is given or published."
             )
-        found = weights if asked else optional(self.model, "loss_weights")
-        if found is None and weights == "learned":
-            raise ModelError(f"{self.model.name} has no learned weights; see fit_weights.")
+        found = given if asked else optional(self.model, _ATTRIBUTES[kind])
+        if found is None and given == "learned":
+            raise ModelError(f"{self.model.name} has no learned {what}; see fit_{what}.")
         if found is not None:
             self._check_timesteps(found)
         return found

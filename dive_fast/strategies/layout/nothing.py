@@ -38,7 +38,13 @@ class Nothing:
 
 
 def nothing_found(board: Board, boxes: Sequence[Box], probe_ids: Tensor, margin: float) -> Steps:
-    """Measures an object of any class at each of some places, and returns a ``Nothing``."""
+    """Measures an object of any class at each of some places, and returns a ``Nothing``.
+
+    Args:
+        boxes: the places, on the grid.
+        probe_ids: int64 [k], rows of the board's probe list.
+        margin: share of the loss that an object has to explain.
+    """
     if not boxes:
         return Nothing(0, 0.0, None, margin)
     alone = replace(board, penalty=None)
