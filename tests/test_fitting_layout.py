@@ -14,9 +14,16 @@ from tiny_prior import make_prior_against_objects
 from toy_layout import PictureModel
 
 from dive_fast import LayoutDetector
+from dive_fast.core.detection import DetectionRule
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
 from dive_fast.errors import DataError, DiveFastError, ModelError
-from dive_fast.strategies.layout import Box, Item
+from dive_fast.predict.fitting_search import (
+    LEAST_MARGIN,
+    Observed,
+    choose_margin,
+    choose_weight,
+)
+from dive_fast.strategies.layout import Box, Guided, Item
 
 SCENES = (
     (Item(0, Box(0, 1, 2, 4)),),
@@ -117,6 +124,66 @@ def test_an_image_that_cannot_be_read(detector, data, caplog) -> None:
     assert len(caplog.messages) == 1
 
 
+class TestSearch:
+    """Margin, weight of the prior and beta together."""
+
+    def test_all_is_found(self, detector, data) -> None:
+        """Every object explains all of the loss, and nothing else is found."""
+        fit = detector.fit_search(data, **SEARCH)
+        assert (fit.precision, fit.recall, fit.annotated, fit.images) == (1.0, 1.0, 6, 3)
+        assert fit.prior_weight is None and fit.margin == pytest.approx(math.sqrt(LEAST_MARGIN))
+        assert detector.model.detection == DetectionRule(fit.margin)
+        assert detector.model.inverse_temperature == fit.calibration.beta_after
+        assert detector.identity()["strategy"]["margin"] == fit.margin
+        assert detector.identity(strategy=Guided(margin=0.3))["strategy"]["margin"] == 0.3
+        assert "so 100% of the 6 annotated objects of 3 images are found" in str(fit)
+        asked = detector.layout_strategy("guided", {"margin": 0.2})
+        assert asked.margin == 0.2
+
+    def test_a_prior_that_speaks_against_what_is_there_gets_no_weight(self, detector, data) -> None:
+        model = PictureModel()
+        against = LayoutDetector(model, make_prior_against_objects(model))
+        fit = against.fit_search(data, **SEARCH)
+        assert fit.prior_weight == 0.0 == against.prior_weight
+        found = against([image.path for image in data.images])
+        assert [len(one.class_id) for one in found] == [1, 2, 3]
+
+    def test_is_kept(self, detector, data, tmp_path: Path) -> None:
+        (tmp_path / "dive_fast.json").write_text('{"mine": 1}')
+        fit = detector.fit_search(data, **SEARCH)
+        detector.save_fitted(tmp_path)
+        content = json.loads((tmp_path / "dive_fast.json").read_text())
+        assert content["mine"] == 1
+        assert content["detection"] == {"margin": fit.margin, "prior_weight": None}
+        other = LayoutDetector(PictureModel())
+        other.load_fitted(tmp_path)
+        assert other.identity() == detector.identity()
+
+    def test_damaged(self, detector, tmp_path: Path) -> None:
+        for wrong in ({"margin": 1.0, "prior_weight": None}, {"margin": 0.1}, {"margin": "a"}, 3):
+            (tmp_path / "dive_fast.json").write_text(json.dumps({"detection": wrong}))
+            with pytest.raises(ModelError, match="detection in .* cannot be used"):
+                detector.load_fitted(tmp_path)
+
+    def test_margin_and_weight_by_hand(self) -> None:
+        """Five objects of one class; the two least certain are wrong, one is never found."""
+        shares = torch.tensor([0.5, 0.4, 0.1, 0.02, 0.01], dtype=torch.float64)
+        losses = torch.stack([1 - shares, torch.ones(5)], dim=1).double()
+        labels = torch.tensor([0, 0, 0, 1, 1])
+        observed = Observed(losses, labels, torch.zeros(5).long(), None, 4, 2)
+        margin, precision, recall = choose_margin(observed, 10.0, None)
+        assert margin == pytest.approx(math.sqrt(0.1 * 0.02))
+        assert (precision, recall) == (1.0, 0.75)
+        assert choose_weight(observed, 10.0, 0.05) is None
+        # A prior that knows which are there, and one that says the contrary.
+        knows = torch.where(labels[:, None] == torch.arange(2), 0.0, 5.0).double()
+        assert choose_weight(observed._replace(prices=knows), 10.0, 0.05) == 1.0
+        assert choose_weight(observed._replace(prices=-knows), 10.0, 0.05) == 0.0
+        # With its part, the fourth is no better than nothing.
+        margin, _, _ = choose_margin(observed._replace(prices=knows), 10.0, 1.0)
+        assert margin == pytest.approx(math.sqrt((1 - 0.9 / 1.5) * LEAST_MARGIN))
+
+
 def test_refused(detector, data, tmp_path: Path) -> None:
     other = CocoDataset(("cat", "dog", "cow"), (1, 2, 3), data.images, "x")
     with pytest.raises(DataError, match="expected classes that the model knows"):
@@ -166,7 +233,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--what", "timesteps"), "of a detector beta can be fitted, got timesteps"),
+            (
+                ("--what", "timesteps"),
+                "of a detector search or beta alone can be fitted, got timesteps",
+            ),
+            (("--what", "beta,search"), "search or beta alone can be fitted, got beta,search"),
+            (("--set", "margin=0.1"), "margin is what is fitted: leave it out of --set"),
             (("--generate", "3"), "--generate is for classifiers"),
             (("--strategy", "race"), "strategy for layouts of guided, invert, got 'race'"),
             (("--model", "digits"), "expected a layout-to-image model, got digits"),

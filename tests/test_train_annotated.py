@@ -20,7 +20,10 @@ from dive_fast.models import load_model
 from dive_fast.training.annotated import (
     ANNOTATED,
     LEFT_RIGHT,
+    MOST_OFTEN,
     UP_DOWN,
+    chances,
+    config_of_size,
     draw_flipped,
     flip,
     train_annotated,
@@ -132,8 +135,39 @@ def test_end_to_end(tmp_path: Path, capsys) -> None:
     identity = detector.identity()
     assert identity["timesteps"] == facts["timesteps"]
     t = TimestepWeights.from_dict(facts["timesteps"]).probes(40, (3, 16, 16)).timesteps
-    assert 200 <= t.min() and t.max() < 750
+    low, high = (1000 * share for share in config_of_size(16).t_range)
+    assert low - 25 <= t.min() and t.max() < high + 25  # whole bins
+    assert model.schedule.target == "sample"
+    assert facts["held_out"] in ([0], [2], [3], [4])
+    assert "nothing was fitted (expected two held-out images" in said.err
     assert_stopped(call(capsys, "train-layout", *arguments), "holds a model already")
+
+
+def test_rare_classes_come_more_often() -> None:
+    """By hand: cats in 4 of 5 images, dogs in 1, so sqrt(4 / 1) = 2 times as often."""
+    cat, dog = torch.tensor([[0.0, 0.0, 0.5, 0.5]]), torch.tensor([[0.5, 0.5, 1.0, 1.0]])
+    with_cat = FORM.encode(Layout(cat, torch.tensor([0])))
+    both = FORM.encode(Layout(torch.cat([dog, cat]), torch.tensor([1, 0])))
+    nothing = FORM.encode(Layout(cat[:0], torch.tensor([]).long()))
+    tokens = torch.stack([with_cat, with_cat, both, with_cat, nothing])
+    assert torch.allclose(chances(tokens, FORM), torch.tensor([1, 1, 2, 1, 1]).double() / 6)
+    rarest = torch.stack([with_cat] * 99 + [both])
+    assert chances(rarest, FORM)[-1] * (99 + MOST_OFTEN) == pytest.approx(MOST_OFTEN)
+    assert torch.allclose(
+        chances(torch.stack([nothing] * 4), FORM), torch.full((4,), 0.25).double()
+    )
+
+
+def test_timesteps_follow_the_size() -> None:
+    """Twice the side: four times the area, a quarter of the SNR."""
+    assert config_of_size(32) == ANNOTATED
+    larger = config_of_size(64)
+    assert larger.sample_size == 64 and larger.max_weight == 4 * ANNOTATED.max_weight
+    alpha_bar = ANNOTATED.scheduler().alphas_cumprod
+    snr = alpha_bar / (1 - alpha_bar)
+    for before, after in zip(ANNOTATED.t_range, larger.t_range, strict=True):
+        ratio = snr[round(1000 * before)] / snr[round(1000 * after)]
+        assert float(ratio) == pytest.approx(4.0, rel=0.02)
 
 
 def test_too_few_pictures(tmp_path: Path) -> None:

@@ -61,9 +61,7 @@ def train(
 
     torch.manual_seed(config.seed)
     model = build(SCENES_FORMAT, config)
-    losses = train_layout_model(
-        model, draw, draw(10**6), SCENES_FORMAT.none, config, out, False, data
-    )
+    losses = train_layout_model(model, draw, draw(10**6), SCENES_FORMAT, config, out, False, data)
     return model.state_dict(), losses
 
 
@@ -201,7 +199,8 @@ def test_weights_are_one_over_snr_and_bounded() -> None:
 
     def loss(rows: list[int], max_weight: float | None) -> float:
         parts = (x0[rows], t[rows], eps[rows])
-        return float(noise_loss(Zero(), *parts, torch.zeros(len(rows), 3), alpha_bar, max_weight))
+        config = LayoutTrainingConfig(in_channels=1, max_weight=max_weight)
+        return float(noise_loss(Zero(), *parts, torch.zeros(len(rows), 3), alpha_bar, config))
 
     for row, weight in enumerate((1 / 9, 1.0, 9.0, 50.0)):
         assert loss([row], 50.0) == pytest.approx(weight * loss([row], None), rel=1e-5)
@@ -211,3 +210,29 @@ def test_weights_are_one_over_snr_and_bounded() -> None:
     assert loss([0, 1, 2, 3], 50.0) == pytest.approx(
         sum(loss([row], 50.0) for row in range(4)) / 4, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("max_weight", [None, 50.0])
+def test_what_predicts_x0_has_the_loss_of_the_noise_that_follows_from_it(max_weight) -> None:
+    """eps = (x_t - a x0) / s, and w_t || eps - eps_theta ||^2 of it."""
+    alpha_bar = torch.tensor([0.9, 0.5, 0.1, 0.001], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, x0_hat = torch.randn(3, 4, 2, 3, 3, generator=generator, dtype=torch.float64)
+    t = torch.arange(4)
+    a, s = (each.sqrt().view(-1, 1, 1, 1) for each in (alpha_bar, 1 - alpha_bar))
+    eps_hat = (a * x0 + s * eps - a * x0_hat) / s
+    losses = [
+        float(
+            noise_loss(
+                lambda *_, given=given: given,
+                x0,
+                t,
+                eps,
+                torch.zeros(4, 3),
+                alpha_bar,
+                LayoutTrainingConfig(in_channels=2, max_weight=max_weight, predicts=predicts),
+            )
+        )
+        for predicts, given in (("sample", x0_hat), ("epsilon", eps_hat))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)

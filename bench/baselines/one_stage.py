@@ -66,13 +66,19 @@ class OneStageDetector(nn.Module):
         channels: of the stages with stride 2, 4, 8 ...
         blocks: residual blocks of each stage.
         width: channels of the feature map that the heads see.
+        in_channels: of the images, 1 for grey ones.
     """
 
     def __init__(
-        self, n_classes: int, channels: Sequence[int], blocks: Sequence[int], width: int
+        self,
+        n_classes: int,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        width: int,
+        in_channels: int = 1,
     ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv(1, channels[0], 6, STRIDE), nn.ReLU())
+        self.stem = nn.Sequential(_conv(in_channels, channels[0], 6, STRIDE), nn.ReLU())
         before = (channels[0], *channels)
         self.stages = nn.ModuleList(
             nn.Sequential(
@@ -90,7 +96,7 @@ class OneStageDetector(nn.Module):
         nn.init.constant_(self.edges[-1].bias, 3.0)  # about six pixels
 
     def forward(self, images: Tensor) -> Dense:
-        """Images, float32 [B, 1, h, w] in [-1, 1]; the last stage's stride divides h and w."""
+        """Images, float32 [B, c, h, w] in [-1, 1]; the last stage's stride divides h and w."""
         x, levels = self.stem(images), []
         for stage in self.stages:
             x = stage(x)

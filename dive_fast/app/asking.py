@@ -29,7 +29,7 @@ from dive_fast.predict.detector import LayoutDetector
 from dive_fast.predict.explaining import runner_up
 from dive_fast.predict.explanation import Explanation
 from dive_fast.strategies import resolve_strategy
-from dive_fast.strategies.layout import ANY, Items, LayoutAnswer, resolve_layout_strategy
+from dive_fast.strategies.layout import ANY, Items, LayoutAnswer
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def ask(entry: Entry, question: Question, watch: Watch) -> Iterator[Look]:
     predictor = entry.ready()
     image = to_mode(read_image(question.path), 3)
     if entry.detects:
-        chosen = resolve_layout_strategy(question.strategy, question.settings)
+        chosen = predictor.layout_strategy(question.strategy, question.settings)
     else:
         chosen = resolve_strategy(question.strategy, None, question.settings)
     # Where the probes lie is the strategy's to say, which the watched one only stands for.

@@ -14,6 +14,7 @@ from dive_fast.cli.loading import (
     chosen_strategy,
     load_classifier,
     load_detector,
+    strategy_settings,
 )
 from dive_fast.cli.options import DATA, OTHER_DATA, add_options_of_both
 from dive_fast.cli.values import count
@@ -41,9 +42,12 @@ were not in the model's training, or it will be too sure. The data say what is f
     classified. With --generate N the model makes its own, which are easier than real ones.
 
   detector    --data scenes, or a COCO annotation file with --images
-    beta        the temperature of the confidences, fitted to what --strategy (default: guided)
-                finds without a prior; of the scenes in the first 100 (--limit takes up to 1,000)"""
+    search      when an object counts as found: the margin, the weight of the prior (if the model
+                has one) and beta, fitted to what --strategy (default: guided) finds with a low
+                margin and no prior; of the scenes in the first 100 (--limit takes up to 1,000)
+    beta        only the temperature of the confidences, for the margin that is in use"""
 
+OF_DETECTORS = ("search", "beta")
 USUAL = ("timesteps", "shortlist", "beta")
 # In this order: a shortlist and beta belong to the weights. They change answers, so must be named.
 PARTS = ("weights", *USUAL)
@@ -72,7 +76,7 @@ def add_parser(commands) -> None:
         type=_parts,
         metavar="timesteps,shortlist,beta,weights",
         help="what to fit (default: timesteps, shortlist and beta; without --data timesteps and "
-        "shortlist; of a detector beta)",
+        "shortlist; of a detector search, and beta alone if named)",
     )
     parser.add_argument(
         "--out",
@@ -102,10 +106,10 @@ def add_parser(commands) -> None:
 
 
 def _parts(text: str) -> tuple[str, ...]:
-    asked = text.split(",")
-    if not set(asked) <= set(PARTS):
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PARTS)}, got {text!r}")
-    return tuple(part for part in PARTS if part in asked)
+    asked, known = text.split(","), dict.fromkeys((*PARTS, *OF_DETECTORS))
+    if not set(asked) <= set(known):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {text!r}")
+    return tuple(part for part in known if part in asked)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -122,6 +126,8 @@ def _fit_classifier(options: argparse.Namespace):
     options.strategy = options.strategy or "enumerate"
     strategy = chosen_strategy(options)
     what = options.what or (USUAL if options.data else USUAL[:-1])
+    if "search" in what:
+        raise DiveFastError("search is fitted to a detector, got a classifier's data.")
     given = [x for x in (options.data, options.generate, options.unlabelled) if x is not None]
     if {"beta", "weights"} & set(what) and options.data is None:
         raise DiveFastError(f"fitting {' and '.join(what)} needs --data.")
@@ -226,15 +232,22 @@ def shortlist_text(shortlist) -> str:
 def _fit_detector(options: argparse.Namespace):
     from dive_fast.errors import DiveFastError
 
-    if options.what not in (None, ("beta",)):
-        raise DiveFastError(f"of a detector beta can be fitted, got {','.join(options.what)}.")
-    options.prior, options.prior_weight = "none", None
+    what = options.what or ("search",)
+    if what not in (("beta",), ("search",)):
+        raise DiveFastError(
+            f"of a detector search or beta alone can be fitted, got {','.join(what)}."
+        )
+    only_beta = what == ("beta",)
+    options.prior, options.prior_weight = "none" if only_beta else None, None
     strategy = chosen_layout_strategy(options)
+    if not only_beta and "margin" in strategy_settings(options):
+        raise DiveFastError("margin is what is fitted: leave it out of --set, or fit --what beta.")
     with annotated_images(options, "train", SCENES_TO_FIT) as data:
-        detector = load_detector(options, data.names)
+        detector = load_detector(options, data.names, to_fit=True)
         _check_out(options, detector)
         data.tell_problems(log.warning)
-        record = detector.calibrate(
+        fit = detector.calibrate if only_beta else detector.fit_search
+        record = fit(
             data,
             strategy=strategy,
             probes=options.probes,

@@ -70,6 +70,10 @@ def fitted_text(directory: str) -> str:
     parts.append(f"weights: {found.loss_weights or 'uniform'}")
     parts.append(as_text(found.timesteps) if found.timesteps else "probes at even timesteps")
     parts.append(shortlist_text(found.shortlist) if found.shortlist else "no shortlist")
+    if found.detection is not None:
+        weight = found.detection.prior_weight
+        prior = "" if weight is None else f", weight of the prior {weight:g}"
+        parts.append(f"margin of a search for objects: {found.detection.margin:.2%}{prior}")
     return "\n\n".join(parts)
 
 

@@ -126,11 +126,14 @@ def load_classifier(options: argparse.Namespace, classes: Sequence[str] | None =
     return classifier
 
 
-def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = None):
+def load_detector(
+    options: argparse.Namespace, classes: Sequence[str] | None = None, to_fit: bool = False
+):
     """The detector that the options name; a warning where its prior has no proper weight.
 
     Args:
         classes: as in ``load_classifier``.
+        to_fit: it is about to get one.
     """
     from dive_fast.predict.detector import LayoutDetector
 
@@ -144,6 +147,8 @@ def load_detector(options: argparse.Namespace, classes: Sequence[str] | None = N
     if options.fitted is not None:
         detector.load_fitted(options.fitted)
     name = detector.model.name
+    if to_fit:
+        return detector
     if detector.prior_is_left_out:
         log.warning(
             "the beta of %s is not fitted, so its prior is left out, which might hide every "

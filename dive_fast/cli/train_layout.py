@@ -43,11 +43,10 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from dive_fast.training.annotated import ANNOTATED, train_annotated
+    from dive_fast.training.annotated import config_of_size, train_annotated
 
     config = dataclasses.replace(
-        ANNOTATED,
-        sample_size=options.size,
+        config_of_size(options.size),
         patch_size=options.patch_size,
         channels=options.channels,
         layers=options.layers,
@@ -70,4 +69,6 @@ def run(options: argparse.Namespace) -> int:
         f"{options.out}: loss of {trained.n_held_out} held-out images {losses['layout']:.4f} "
         f"with their layout, {losses['empty']:.4f} without objects; learned from {trained.n_train}"
     )
+    if trained.detector is not None:
+        print(trained.detector)
     return 0

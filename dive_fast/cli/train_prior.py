@@ -32,13 +32,29 @@ def add_parser(commands) -> None:
         metavar="DIR",
         help="the prior's directory",
     )
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="the folder of the images: with it the weight of the prior is fitted in the end, with "
+        "margin and beta, to images that were held out, and what to expect is measured",
+    )
     parser.add_argument("--steps", type=count, metavar="N", help="of the training (default: 10000)")
     add_course_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.training.prior import train_layout_prior
+    from dive_fast.errors import DataError
+    from dive_fast.training.prior import fit_prior, train_layout_prior
+
+    if options.images is not None and not options.annotations.endswith(".json"):
+        raise DataError(
+            f"--images are those of a COCO annotation file, got {options.annotations} as "
+            "--annotations."
+        )
+
+    def tell(sentence: str) -> None:
+        print(f"dive-fast: {sentence}", file=sys.stderr)
 
     trained = train_layout_prior(
         options.annotations,
@@ -48,11 +64,22 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         bf16=options.bf16,
         log_to=options.log_to,
-        tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
+        tell=tell,
     )
     learned = "scenes made anew" if trained.n_train is None else f"{trained.n_train} layouts"
     print(
         f"{options.out}: loss {trained.held_out_loss:.4f} of {trained.n_held_out} held-out "
         f"layouts, learned from {learned}"
     )
+    if options.images is not None:
+        found = fit_prior(
+            options.annotations,
+            options.images,
+            options.model,
+            options.out,
+            seed=options.seed,
+            tell=tell,
+        )
+        if found is not None:
+            print(f"weight of the prior {found.prior_weight:g}: {found}")
     return 0

@@ -23,6 +23,7 @@ _OPTIONAL: dict[str, Any] = {
     # (layer, what it gives [M, T, D], condition [M, D]) to the image's tokens of it, [M, N, D]:
     # where a block holds the prompt's among them
     "image_tokens": None,
+    "detection": None,  # a ``DetectionRule``: when an object counts as found
     "segmentation": None,  # a ``SegmentationRule``: how error maps count at a place
     "layout_format": None,  # a ``LayoutFormat``, of a layout-to-image model
     "default_cache": "exact",  # of a ``StagedModel``: the level that measurement found best

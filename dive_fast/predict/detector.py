@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from dive_fast.predict.diagnosing import Diagnosing
 from dive_fast.predict.segmenting_layouts import LayoutSegmenting
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
+from dive_fast.strategies.layout.board import LayoutProbes
 
 # The pseudo-likelihood meets what two tokens have to do with each other twice.
 PRIOR_WEIGHT = 0.5
@@ -141,10 +143,14 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
 
     @property
     def prior_weight(self) -> float:
-        """w: what was given, else 0.5, and 0 without a prior or without a fitted beta."""
+        """w: what was given, else what was fitted, else 0.5; 0 without a prior or a fitted beta."""
         if self._prior_weight is not None:
             return self._prior_weight
-        return 0.0 if self.prior is None or not self._beta_is_fitted else PRIOR_WEIGHT
+        if self.prior is None or not self._beta_is_fitted:
+            return 0.0
+        rule = optional(self.model, "detection")
+        fitted = None if rule is None else rule.prior_weight
+        return PRIOR_WEIGHT if fitted is None else fitted
 
     @property
     def prior_is_left_out(self) -> bool:
@@ -263,7 +269,7 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
             image (width, height).
         """
         progress = as_progress(progress)
-        chosen = resolve_layout_strategy(strategy, settings)
+        chosen = self.layout_strategy(strategy, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
         model = self.model
         board = Board(model.vocabulary.table, model.layout_format, probe_list, seed, penalty)
@@ -299,6 +305,21 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
             str(answer.trace["nothing"]) if "nothing" in answer.trace else None,
         )
 
+    def layout_strategy(
+        self, strategy: str | LayoutStrategy | None, settings: dict[str, Any]
+    ) -> LayoutStrategy:
+        """The search that a caller asked for, with the margin that was fitted unless it has one.
+
+        Raises:
+            DiveFastError: an unknown name or setting.
+        """
+        chosen = resolve_layout_strategy(strategy, settings)
+        if not isinstance(chosen, LayoutProbes) or chosen.margin is not None:
+            return chosen
+        rule = optional(self.model, "detection")
+        margin = chosen.least_share if rule is None else rule.margin
+        return dataclasses.replace(chosen, margin=margin)
+
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
         """The boxes of an answer in pixels of an image (width, height), float32 xyxy [n, 4]."""
         sides = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
@@ -315,7 +336,7 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
         timesteps: str | TimestepWeights | None = None,
     ) -> dict[str, Any]:
         """What decides the answers, for JSON: model, search, probes, seed and prior."""
-        chosen = resolve_layout_strategy(strategy, {})
+        chosen = self.layout_strategy(strategy, {})
         found = self._identity(chosen, probes, seed, timesteps)
         if (penalty := self._penalty(whole_seed(seed))) is not None:
             # Its weight there is w / beta.

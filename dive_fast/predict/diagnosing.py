@@ -28,10 +28,9 @@ from dive_fast.data.coco import CocoDataset, CocoImage, expect_fitting_images
 from dive_fast.data.images import squashed_tensor, to_mode
 from dive_fast.errors import DataError, DiveFastError, shown
 from dive_fast.predict.diagnosis import Diagnosis, Measured
-from dive_fast.predict.fitting_detector import DetectorFitting, readable
+from dive_fast.predict.fitting_detector import DetectorFitting, readable, settings_of
 from dive_fast.predict.matching import match
 from dive_fast.priors.tokens import fitting_layouts
-from dive_fast.strategies.layout import resolve_layout_strategy
 from dive_fast.strategies.layout.board import (
     ANY,
     Board,
@@ -90,7 +89,7 @@ class Diagnosing(DetectorFitting):
         count = whole("diagnosis_probes", diagnosis_probes, 2, MOST_PROBES)
         data.expect_objects("to diagnose on")
         expect_fitting_images(data)
-        strategy = resolve_layout_strategy(search.pop("strategy", None), _settings_of(search))
+        strategy = self.layout_strategy(search.pop("strategy", None), settings_of(search))
         cases, evaluations = self._cases(data, strategy, seed, progress, search)
         probes = self.probe_list(strategy, count, seed + 1, search.get("timesteps"))
         board = Board(self.model.vocabulary.table, self.model.layout_format, probes)
@@ -105,7 +104,7 @@ class Diagnosing(DetectorFitting):
             side=self.model.image_shape[1],
             grid=board.layout_format.grid,
             evaluations=evaluations + more,
-            margin=getattr(strategy, "margin", None),
+            margin=getattr(strategy, "least_share", None),
         )
 
     def _cases(
@@ -267,9 +266,3 @@ def _matched(case: _Case, side: int, grid: int) -> tuple[Tensor, Tensor]:
             found[row] = True
             named[row] = item.class_id == case.truth[row].class_id
     return found, named
-
-
-def _settings_of(search: dict[str, Any]) -> dict[str, Any]:
-    """Takes the settings of the strategy out of what was given for the search."""
-    names = [name for name in search if name not in ("probes", "timesteps")]
-    return {name: search.pop(name) for name in names}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dive_fast.core.detection import DetectionRule
 from dive_fast.data.coco import (
     CocoDataset,
     CocoImage,
@@ -21,9 +22,18 @@ from dive_fast.data.coco import (
 from dive_fast.data.images import to_mode
 from dive_fast.errors import DiveFastError, ImageError, shown
 from dive_fast.predict.calibration import Calibration, calibrate
+from dive_fast.predict.fitting_search import (
+    LEAST_MARGIN,
+    Observed,
+    SearchFit,
+    choose_margin,
+    choose_weight,
+)
 from dive_fast.predict.matching import match
 from dive_fast.predict.predictor import Predictor
-from dive_fast.strategies.layout import LayoutAnswer
+from dive_fast.priors import LayoutPenalty
+from dive_fast.strategies.layout import Board, Items, LayoutAnswer
+from dive_fast.strategies.layout.board import LayoutProbes, with_class, without
 
 log = logging.getLogger(__name__)
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
@@ -61,6 +71,38 @@ class DetectorFitting(Predictor):
                 have another size than annotated.
             DiveFastError: no objects were found, or bad input as in ``LayoutDetector``.
         """
+        observed = self._observed(data, progress, search)
+        beta = self.model.inverse_temperature
+        record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
+        self.model.inverse_temperature = record.beta_after
+        return dataclasses.replace(record, counted="objects")
+
+    def fit_search(self, data: CocoDataset, *, progress: bool = False, **search: Any) -> SearchFit:
+        """Fits what counts as found to annotated images: beta, the margin and the prior's weight.
+
+        One search with a margin of 0.002 and without the prior finds more than there is; which of
+        that is right decides all three (``predict.fitting_search``). They are set on the model,
+        ``save_fitted`` keeps them, and a search that is given no margin takes the fitted one.
+
+        Args, Raises: as ``calibrate``.
+        """
+        strategy = self.layout_strategy(search.pop("strategy", None), settings_of(search))
+        if isinstance(strategy, LayoutProbes):
+            strategy = dataclasses.replace(strategy, margin=LEAST_MARGIN)
+        observed = self._observed(data, progress, {**search, "strategy": strategy})
+        beta = self.model.inverse_temperature
+        record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
+        weight = choose_weight(observed, record.beta_after, LAPSE)
+        margin, precision, recall = choose_margin(observed, record.beta_after, weight)
+        self.model.inverse_temperature = record.beta_after
+        self.model.detection = DetectionRule(margin, weight)
+        record = dataclasses.replace(record, counted="objects")
+        return SearchFit(
+            record, margin, weight, precision, recall, observed.annotated, observed.images
+        )
+
+    def _observed(self, data: CocoDataset, progress: bool, search: dict[str, Any]) -> Observed:
+        """What a search without a prior finds in annotated images, and what it is."""
         if not isinstance(data, CocoDataset):
             raise DiveFastError(f"expected a CocoDataset to calibrate on, got {shown(data)}.")
         data.expect_objects("to fit beta to")
@@ -71,23 +113,55 @@ class DetectorFitting(Predictor):
         class_of = {number: c for c, number in enumerate(categories) if number is not None}
         renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
         images = {image.id: image for image in data.images}
-        losses, labels, answers = [], [], []
+        table, form = self.model.vocabulary.table, self.model.layout_format
+        prices = None if self.prior is None else Board(table, form, None, 0, self._price_of_prior())
+        losses, labels, answers, costs, annotated, searched = [], [], [], [], 0, 0
         total = len(images) if progress else None
         for finished, size in self._search(readable(data.images), progress=total, **search):
             answer: LayoutAnswer = finished.answer
-            found = _labels(answer, self.boxes(answer, size), images[finished.key], renamed)
+            image = images[finished.key]
+            found = _labels(answer, self.boxes(answer, size), image, renamed)
             known = found >= 0
             losses.append(answer.losses[known])
             labels.append(found[known])
             answers.append(torch.tensor([i.class_id for i in answer.items]).long()[known])
+            if prices is not None:
+                costs.append(_prices(prices, answer.items)[known])
+            annotated += int(((renamed[image.class_ids] >= 0) & ~image.crowd).sum())
+            searched += 1
         if not any(map(len, labels)):
             raise DiveFastError(
                 f"beta needs objects that the detector found, got none in {data.source}."
             )
-        beta = self.model.inverse_temperature
-        record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers), LAPSE)
-        self.model.inverse_temperature = record.beta_after
-        return dataclasses.replace(record, counted="objects")
+        return Observed(
+            torch.cat(losses),
+            torch.cat(labels),
+            torch.cat(answers),
+            torch.cat(costs) if costs else None,
+            annotated,
+            searched,
+        )
+
+    def _price_of_prior(self) -> LayoutPenalty:
+        """-log p of layouts, in nats."""
+        return LayoutPenalty(self.prior, 1.0, self.prior_probes, self.model.layout_format)
+
+
+def settings_of(search: dict[str, Any]) -> dict[str, Any]:
+    """Takes the settings of the strategy out of what was given for the search."""
+    names = [name for name in search if name not in ("probes", "timesteps", "seed")]
+    return {name: search.pop(name) for name in names}
+
+
+def _prices(board: Board, items: Items) -> torch.Tensor:
+    """What a layout costs with every class for object i, and last without it: [n, C + 1]."""
+    n = len(board.layout_format.names)
+    layouts = [
+        layout
+        for i in range(len(items))
+        for layout in (*(with_class(items, i, c) for c in range(n)), without(items, i))
+    ]
+    return board.price(layouts).view(-1, n + 1) if layouts else torch.empty(0, n + 1)
 
 
 def _labels(

@@ -102,8 +102,9 @@ class Predictor(Placing):
         shortlist = fitted_shortlist(self.model)
         weights = optional(self.model, "loss_weights")
         rule = optional(self.model, "segmentation")
+        found = optional(self.model, "detection")
         beta = self.model.inverse_temperature
-        return write_fitted(target, Fitted(beta, timesteps, shortlist, weights, rule))
+        return write_fitted(target, Fitted(beta, timesteps, shortlist, weights, rule, found))
 
     def load_fitted(self, directory: str | Path) -> None:
         """Takes over what ``save_fitted`` wrote.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from dive_fast.core.layouts import LayoutFormat
@@ -17,23 +19,52 @@ from dive_fast.data.coco import CocoDataset, held_out_split, mirrored_images, re
 from dive_fast.data.coco.problems import Problem, tell_all
 from dive_fast.errors import DataError, ImageError
 from dive_fast.logs import LogTo, check_log_to
+from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
+from dive_fast.predict.detector import LayoutDetector
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.training.layout import Batch, Draw, LayoutTrainingConfig, train_into
+from dive_fast.training.layout_fitting import ExpectedDetector, fitted_or_told
 from dive_fast.training.loop import Course, check_unfinished, prepare_directory
 
 MOST_HELD_OUT = 256
 PIXELS_PER_STEP = 2
+MOST_OFTEN = 4.0  # images with the rarest class, times those with the most frequent one
 UP_DOWN, LEFT_RIGHT = 2, 3  # axes of images [N, c, h, w]
 
-ANNOTATED = LayoutTrainingConfig(in_channels=3, t_range=(0.2, 0.75), max_weight=50.0)
+ANNOTATED = LayoutTrainingConfig(
+    in_channels=3, t_range=(0.1, 0.75), max_weight=50.0, predicts="sample", contrast=0.005
+)
+FITTING = 0.4  # of the evaluations of the training, for the fit and the figure after it
+BACKWARD = 3  # evaluations that a row of the training costs
+AT_SIZE = 32  # the side of images that these timesteps and this weight are for
+
+
+def config_of_size(size: int, config: LayoutTrainingConfig = ANNOTATED) -> LayoutTrainingConfig:
+    """A configuration for images of another size, at timesteps that hide as much of them.
+
+    An object of k times the side covers k^2 times the pixels, whose noises average out, so it is as
+    visible at a k^2 times lower SNR (Hoogeboom et al. 2023, arXiv 2301.11093):
+
+        SNR(t') = SNR(t) / k^2,  max_weight' = k^2 max_weight,  k = size / 32
+    """
+    area = (size / AT_SIZE) ** 2
+    alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+    log_snr = (alpha_bar / (1 - alpha_bar)).log()
+    low, high = (
+        int((log_snr > log_snr[int(share * len(log_snr))] - math.log(area)).sum()) / len(log_snr)
+        for share in config.t_range
+    )
+    weight = config.max_weight and config.max_weight * area
+    return dataclasses.replace(config, sample_size=size, t_range=(low, high), max_weight=weight)
 
 
 class TrainedModel(NamedTuple):
-    """What came out: the losses of held-out images, and what was learned from."""
+    """What came out: the losses of held-out images, what was learned from, and what to expect."""
 
     expected: dict[str, float]
     n_train: int
     n_held_out: int
+    detector: ExpectedDetector | None  # None where nothing could be fitted
 
 
 def train_annotated(
@@ -94,18 +125,35 @@ def train_annotated(
     shown = (pixels[held_out], tokens[held_out])
     learned = dataclasses.replace(dataset, images=tuple(chosen[i] for i in read.tolist()))
     command, data = "dive-fast train-layout", learned.identity()
-    expected = train_into(out, layout, config, draw, shown, command, progress, data, log_to)
-    return TrainedModel(expected, len(train), len(held_out))
+    budget = int(FITTING * BACKWARD * config.steps * config.batch_size * (1 + config.rivals))
+    left = dataclasses.replace(learned, images=tuple(learned.images[i] for i in held_out.tolist()))
+    measured: list[ExpectedDetector] = []
+
+    def finish(model: LayoutTransformerModel) -> dict[str, Any]:
+        kept = {"held_out": [image.id for image in left.images]}
+        found = fitted_or_told(LayoutDetector(model), left, budget, config.seed, progress, tell)
+        if found is None:
+            return kept
+        measured.append(found)
+        fitted = {"beta": found.beta, "detection": model.detection.to_dict()}
+        return {**kept, **fitted, "detector": dataclasses.asdict(found)}
+
+    expected = train_into(out, layout, config, draw, shown, command, progress, data, log_to, finish)
+    return TrainedModel(expected, len(train), len(held_out), measured[0] if measured else None)
 
 
 def draw_flipped(
     images: Tensor, tokens: Tensor, among: Tensor, layout: LayoutFormat, config: Course
 ) -> Draw:
-    """Random ones ``among`` the images with their layouts, flipped at random."""
+    """Random ones ``among`` the images with their layouts, flipped at random.
+
+    Images with a rare class come more often (``chances``).
+    """
+    often = chances(tokens[among], layout).numpy()
 
     def draw(step: int) -> Batch:
         rng = np.random.default_rng((config.seed, step))
-        rows = among[torch.from_numpy(rng.integers(len(among), size=config.batch_size))]
+        rows = among[torch.from_numpy(rng.choice(len(among), config.batch_size, p=often))]
         batch, found = images[rows], tokens[rows]
         for axis in (UP_DOWN, LEFT_RIGHT):
             flipped = torch.from_numpy(rng.random(len(rows)) < 0.5)
@@ -114,6 +162,27 @@ def draw_flipped(
         return batch, found
 
     return draw
+
+
+def chances(tokens: Tensor, layout: LayoutFormat) -> Tensor:
+    """How often each image is drawn, float64 [N] with a sum of 1.
+
+        r_i = max over the classes c of image i of sqrt(f_max / f_c), at most 4; 1 without objects
+
+    f_c is the share of images that hold class c: the repeat factors of Gupta et al. 2019 (LVIS,
+    arXiv 1908.03195) with the most frequent class as the threshold, which suits small data sets.
+    What is learned is p(x0 | layout), which does not depend on how often a layout comes.
+
+    Args:
+        tokens: int64 [N, S].
+    """
+    classes = tokens[:, ::SLOTS_PER_OBJECT]
+    start, stop = layout.class_range
+    holds = torch.stack([(classes == c).any(dim=1) for c in range(start, stop)], dim=1)
+    shares = holds.double().mean(dim=0)
+    factors = (shares.max() / shares).sqrt().clamp(max=MOST_OFTEN)  # none of a class: never used
+    repeats = torch.where(holds, factors, 1.0).amax(dim=1)
+    return repeats / repeats.sum()
 
 
 def flip(tokens: Tensor, layout: LayoutFormat, axis: int) -> Tensor:

@@ -6,6 +6,14 @@ With w_t = 1 / SNR_t this is the error of the predicted x0. eps is predicted bet
 there is, so that without weights the steep early timesteps rule, where x_t shows every large object
 by itself and the layout says nothing new.
 
+A network may predict x0 instead ("sample"), from which eps follows; its loss is the same,
+
+    loss = w_t SNR_t || x0 - x0_theta(x_t, t, layout) ||^2
+
+but the noise of a patch has as many dimensions as the patch has numbers, all of which a network
+that predicts eps must carry through: 192 of 8 x 8 pixels in colour do not fit through 128 channels.
+Pictures have few (Li and He 2025, arXiv 2511.13720).
+
 No layout is ever left out: the layout without objects is that of an image without objects, not of
 any image, because a detector compares images with and without an object in the layout.
 
@@ -18,14 +26,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.projection import SLOTS_PER_OBJECT
@@ -39,9 +49,11 @@ from dive_fast.models.layout_to_image.transformer import (
     build_layout_transformer,
     denoise,
 )
+from dive_fast.training.layout_rivals import Contrast, rival_layouts
 from dive_fast.training.loop import Course, train
 
 TOKEN_STD = 0.5
+RIVALS = 1  # tells their draws from others of a step
 
 # Images, uint8 [B, c, h, w], and their layouts as tokens, int64 [B, S].
 Batch = tuple[Tensor, Tensor]
@@ -59,6 +71,9 @@ class LayoutTrainingConfig(Course):
     Attributes:
         t_range, t_share: this share of every batch has its timesteps in this part of the schedule.
         max_weight: bound of the weights 1 / SNR_t; None for no weights.
+        predicts: "epsilon" or "sample", what the network gives.
+        contrast: lambda of loss + lambda CE, see ``layout_rivals``; 0 for denoising alone.
+        rivals: k, the layouts that the annotated one is told from.
     """
 
     sample_size: int = 32
@@ -73,7 +88,23 @@ class LayoutTrainingConfig(Course):
     t_range: tuple[float, float] = (0.05, 0.7)
     t_share: float = 0.875
     max_weight: float | None = None
+    contrast: float = 0.0
+    rivals: int = 3
+    predicts: Literal["epsilon", "sample"] = "epsilon"
     steps: int = 8_000
+
+    def scheduler(self) -> DDPMScheduler:
+        """The noise schedule, and what is predicted."""
+        return DDPMScheduler(beta_schedule="linear", prediction_type=self.predicts)
+
+    def weights(self, alpha_bar: Tensor) -> Tensor:
+        """What an error of the network's own prediction counts at each timestep, [N] like it."""
+        snr = alpha_bar / (1 - alpha_bar)
+        if self.max_weight is None:
+            of_eps = torch.ones_like(snr)
+        else:
+            of_eps = snr.reciprocal().clamp(max=self.max_weight)
+        return of_eps if self.predicts == "epsilon" else of_eps * snr
 
 
 def train_into(
@@ -86,11 +117,14 @@ def train_into(
     progress: bool,
     data: Mapping[str, Any],
     log_to: LogTo | None = None,
+    finish: Callable[[LayoutTransformerModel], dict[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Trains a new model and writes its directory; returns what is expected of it.
+    """Trains a new model and writes its directory; returns its held-out losses.
 
     Args:
         data: what tells the images and layouts that are learned from others.
+        finish: is given the trained model, whose files are there by then, and returns further
+            entries of ``dive_fast.json``, which is written last.
 
     Raises:
         RunError: the directory cannot be written, or holds another training's state.
@@ -99,15 +133,18 @@ def train_into(
     trained = build(layout, config)
     whole = {"layout": layout.to_dict(), **data}
     expected = train_layout_model(
-        trained, draw, held_out, layout.none, config, out, progress, whole, log_to
+        trained, draw, held_out, layout, config, out, progress, whole, log_to
     )
-    scheduler = DDPMScheduler(beta_schedule="linear")
-    model = LayoutTransformerModel(trained.transformer, trained.encoder, scheduler)
+    model = LayoutTransformerModel(trained.transformer, trained.encoder, config.scheduler())
     # Half precision halves the file; what is loaded again computes in float32.
     model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
     facts = {"command": command, "config": dataclasses.asdict(config), "expected": expected}
     if config.max_weight is not None:
-        facts["timesteps"] = learned_timesteps(config, model.schedule).to_dict()
+        model.timesteps = learned_timesteps(config, model.schedule)
+        facts["timesteps"] = model.timesteps.to_dict()
+    if finish is not None:
+        model.to(torch.device("cpu"), torch.float32)
+        facts |= finish(model)
     write_extra(out, facts)
     return expected
 
@@ -116,7 +153,7 @@ def train_layout_model(
     model: nn.Module,
     draw: Draw,
     held_out: Batch,
-    none: int,
+    layout: LayoutFormat,
     config: LayoutTrainingConfig,
     out: Path,
     progress: bool = True,
@@ -133,7 +170,7 @@ def train_layout_model(
         model: takes x_t [B, C, h, w], t [B] and tokens [B, S], and gives the noise.
         draw: the batch of every step.
         held_out: images and tokens that are never trained on.
-        none: the token of all slots of an absent object.
+        layout: what the tokens mean.
         data: what tells the images and layouts that are learned from others.
 
     Returns:
@@ -143,10 +180,10 @@ def train_layout_model(
         RunError: ``out`` holds the state of a run with another configuration or other data, or a
             damaged one, or cannot be written.
     """
-    alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+    alpha_bar = config.scheduler().alphas_cumprod
 
     def predict(x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        with config.autocast(x_t.device):
+        with config.autocast(x_t.device), _attention(x_t.device):
             return model(x_t, t, tokens).float()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
@@ -155,7 +192,14 @@ def train_layout_model(
         x0 = to_x0(images)
         t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
         eps = torch.randn(x0.shape, generator=generator)
-        return noise_loss(predict, x0, t, eps, tokens, alpha_bar, config.max_weight)
+        if config.contrast == 0:
+            return noise_loss(predict, x0, t, eps, tokens, alpha_bar, config)
+        rng = np.random.default_rng((config.seed, step, RIVALS))
+        rivals, same = rival_layouts(tokens, layout, config.rivals, rng)
+        rivals = shuffle_objects(rivals.flatten(0, 1), generator).view_as(rivals)
+        errors = errors_with_rivals(predict, x0, t, eps, tokens, rivals, alpha_bar, config)
+        denoised = (errors[:, 0] * config.weights(alpha_bar[t])).mean()
+        return denoised + config.contrast * model.contrast(errors, same)
 
     return train(
         model.train(),
@@ -163,10 +207,15 @@ def train_layout_model(
         config,
         out,
         identity={"data": data},
-        held_out=lambda: held_out_losses(model, held_out, none, config, alpha_bar),
+        held_out=lambda: held_out_losses(model, held_out, layout, config, alpha_bar),
         log_to=log_to,
         progress=progress,
     ).held_out
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """The plain formula on a CPU: with few tokens the fused backward takes twice as long there."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def to_x0(images: Tensor) -> Tensor:
@@ -215,43 +264,82 @@ def noise_loss(
     eps: Tensor,
     tokens: Tensor,
     alpha_bar: Tensor,
-    max_weight: float | None = None,
+    config: LayoutTrainingConfig,
 ) -> Tensor:
-    """Mean of w_t || eps - eps_theta(a_t x0 + s_t eps, t, layout) ||^2 / dim over the batch."""
+    """Mean of w_t || eps - eps_theta(a_t x0 + s_t eps, t, layout) ||^2 / dim over the batch.
+
+    A network that predicts x0 has the same loss, see the module.
+    """
+    errors = errors_of(model, x0, t, eps, tokens, alpha_bar, config)
+    return (errors * config.weights(alpha_bar[t])).mean()
+
+
+def errors_of(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    tokens: Tensor,
+    alpha_bar: Tensor,
+    config: LayoutTrainingConfig,
+) -> Tensor:
+    """The mean square of what the network errs by, of eps or of x0, [B]."""
     a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
     x_t = a[:, None, None, None] * x0 + s[:, None, None, None] * eps
-    prediction = model(x_t, t, tokens)
-    if max_weight is None:
-        return F.mse_loss(prediction, eps)
-    weight = ((1 - alpha_bar[t]) / alpha_bar[t]).clamp(max=max_weight)
-    return ((prediction - eps).square().mean(dim=(1, 2, 3)) * weight).mean()
+    target = eps if config.predicts == "epsilon" else x0
+    return (model(x_t, t, tokens) - target).square().mean(dim=(1, 2, 3))
+
+
+def errors_with_rivals(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    tokens: Tensor,
+    rivals: Tensor,
+    alpha_bar: Tensor,
+    config: LayoutTrainingConfig,
+) -> Tensor:
+    """The same of the annotated layouts and k rivals each, int64 [B, k, S]: [B, 1 + k]."""
+    n = 1 + rivals.shape[1]
+    layouts = torch.cat([tokens[:, None], rivals], dim=1).flatten(0, 1)
+    x0, t, eps = (each.repeat_interleave(n, dim=0) for each in (x0, t, eps))
+    return errors_of(model, x0, t, eps, layouts, alpha_bar, config).view(-1, n)
 
 
 def held_out_losses(
     model: nn.Module,
     held_out: Batch,
-    none: int,
+    layout: LayoutFormat,
     config: LayoutTrainingConfig,
     alpha_bar: Tensor,
 ) -> dict[str, float]:
-    """The loss with the true and with the empty layout, on the same noises."""
+    """The loss with the true and with the empty layout, on the same noises.
+
+    With ``contrast`` also ``told_apart``, the share of images whose annotated layout explains
+    them better than a rival does, at one timestep.
+    """
     images, tokens = held_out
     generator = torch.Generator().manual_seed(config.seed)
     x0 = to_x0(images)
     t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
     eps = torch.randn(x0.shape, generator=generator)
-    layouts = {"layout": tokens, "empty": empty(tokens, none)}
-    return {
-        name: noise_loss(model, x0, t, eps, layout, alpha_bar, config.max_weight).item()
-        for name, layout in layouts.items()
+    layouts = {"layout": tokens, "empty": empty(tokens, layout.none)}
+    found = {
+        name: noise_loss(model, x0, t, eps, which, alpha_bar, config).item()
+        for name, which in layouts.items()
     }
+    if config.contrast:
+        rivals, _ = rival_layouts(tokens, layout, 1, np.random.default_rng((config.seed, RIVALS)))
+        errors = errors_with_rivals(model, x0, t, eps, tokens, rivals, alpha_bar, config)
+        found["told_apart"] = (errors[:, 0] < errors[:, 1]).double().mean().item()
+    return found
 
 
 def learned_timesteps(config: LayoutTrainingConfig, schedule: Schedule) -> TimestepWeights:
     """A detector's probes lie where the training looked, and count as they did there."""
     n, (low, high) = len(schedule), config.t_range
-    of_t = (schedule.s / schedule.a).square().clamp(max=config.max_weight)
-    weights = of_t.view(BINS, n // BINS).mean(dim=1)
+    weights = config.weights(schedule.a.square()).view(BINS, n // BINS).mean(dim=1)
     inside = [low <= (b + 0.5) / BINS < high for b in range(BINS)]
     density = tuple(float(seen) for seen in inside)
     return TimestepWeights(n, density, tuple(round(w, 6) for w in weights.tolist()))
@@ -260,9 +348,10 @@ def learned_timesteps(config: LayoutTrainingConfig, schedule: Schedule) -> Times
 class Trained(nn.Module):
     """A transformer and its layout encoder, as they are trained: x_t, t and tokens to the noise."""
 
-    def __init__(self, transformer: nn.Module, encoder: LayoutEncoder) -> None:
+    def __init__(self, transformer: nn.Module, encoder: LayoutEncoder, contrasted: bool) -> None:
         super().__init__()
         self.transformer, self.encoder = transformer, encoder
+        self.contrast = Contrast() if contrasted else None
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         hidden = self.encoder(self.encoder.token_embedding(tokens))
@@ -284,7 +373,7 @@ def build(layout: LayoutFormat, config: LayoutTrainingConfig) -> Trained:
         encoder_heads=config.encoder_heads,
     )
     start_tokens(encoder, layout)
-    return Trained(transformer, encoder)
+    return Trained(transformer, encoder, config.contrast > 0)
 
 
 def start_tokens(encoder: LayoutEncoder, layout: LayoutFormat) -> None:

@@ -18,15 +18,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dive_fast.core.layouts import LayoutFormat
 from dive_fast.data.coco import CocoDataset, held_out_split, read_box_arrays, read_coco
 from dive_fast.data.scenes import SceneMaker, load_scenes
 from dive_fast.errors import ModelError, RunError
 from dive_fast.logs import LogTo, check_log_to
 from dive_fast.models import load_model
-from dive_fast.models.files.sidecar import FILE, write_extra
+from dive_fast.models.files.sidecar import FILE, read_extra, write_extra
 from dive_fast.models.protocol import optional
-from dive_fast.priors import LayoutPrior, layout_tokens
+from dive_fast.predict.detector import LayoutDetector
+from dive_fast.priors import LayoutPrior
+from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.training.layout import shuffle_objects
+from dive_fast.training.layout_fitting import EVALUATIONS, ExpectedDetector, fitted_or_told
 from dive_fast.training.loop import Course, make_directory, train
 from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
 
@@ -35,6 +39,7 @@ N_HELD_OUT_SCENES = 512
 LEGIBLE = 0.25  # share of the schedule; noise below it leaves a token legible
 HELD_OUT_ROWS = 2048  # (layout, noise) rows that the held-out loss is the mean of, at least
 ROWS_AT_ONCE = 256
+FITTED = 16  # images that the prior's weight is fitted to
 
 # From the number of a step to its layouts as tokens, int64 [B, S]; the same number always gives
 # the same ones, which makes resuming exact.
@@ -59,6 +64,14 @@ class TrainedPrior(NamedTuple):
     n_held_out: int
 
 
+class _Known(NamedTuple):
+    """The layouts of an annotation file as tokens, int64 [N, S], in two parts, and their images."""
+
+    learned: Tensor
+    held_out: Tensor
+    images: CocoDataset  # of the second part
+
+
 def train_layout_prior(
     annotations: str | Path,
     model: str | Path,
@@ -73,7 +86,8 @@ def train_layout_prior(
 ) -> TrainedPrior:
     """Trains a prior into ``out``, usually ``MODEL/prior``.
 
-    A tenth of the images, always the same, is held out.
+    Held out are the images that the model did not learn from, where its directory names them, else
+    a tenth of all, always the same.
 
     Args:
         annotations: a COCO annotation file, an ``.npz`` of ``read_box_arrays``, or "scenes": the
@@ -110,11 +124,8 @@ def train_layout_prior(
         dataset = read_annotations(annotations)
         dataset.tell_problems(tell)
         dataset.expect_objects("to learn from")
-        tokens, left_out = layout_tokens(dataset, layout)
-        for sentence in left_out:
-            tell(sentence)
-        learned, kept = held_out_split(len(tokens), dataset.source)
-        known, held_out = tokens[learned], tokens[kept]
+        parts = _parts(dataset, layout, read_extra(Path(model)), tell)
+        known, held_out = parts.learned, parts.held_out
         draw = draw_from(known, config)
     make_directory(out)
     torch.manual_seed(config.seed)
@@ -142,6 +153,64 @@ def train_layout_prior(
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written ({error}).") from error
     return trained
+
+
+def _parts(
+    dataset: CocoDataset, layout: LayoutFormat, facts: dict, tell: Callable[[str], object]
+) -> _Known:
+    """The layouts to learn from, and those of the images that the model did not see."""
+    found = fitting_layouts(dataset, layout)
+    for sentence in found.left_out:
+        tell(sentence)
+    images = [dataset.images[i] for i in found.images.tolist()]
+    unseen = set(facts.get("held_out", ()))
+    kept = torch.tensor([image.id in unseen for image in images])
+    if not kept.any() or kept.all():
+        rows, apart = held_out_split(len(images), dataset.source)
+    else:
+        rows, apart = (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
+    left = dataclasses.replace(dataset, images=tuple(images[i] for i in apart.tolist()))
+    return _Known(found.tokens[rows], found.tokens[apart], left)
+
+
+def fit_prior(
+    annotations: str | Path,
+    images: str | Path,
+    model: str | Path,
+    prior: str | Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    tell: Callable[[str], object] = print,
+) -> ExpectedDetector | None:
+    """Fits the weight of a prior, margin and beta to the images that were held out.
+
+    They are written into the model's ``dive_fast.json``.
+
+    Args:
+        annotations, images: what prior and model learned from.
+        model, prior: their directories.
+        tell: takes a sentence on everything that was left out, and on a fit that failed.
+
+    Returns:
+        What to expect now; None where nothing could be fitted.
+
+    Raises:
+        DataError, ModelError: as ``train_layout_prior``.
+    """
+    detector = LayoutDetector.from_pretrained(model, prior, device="cpu")
+    if detector.directory is None:
+        raise ModelError(f"{model} is no directory of yours to write the prior's weight to.")
+    dataset = read_coco(annotations, images)
+    facts = read_extra(detector.directory)
+    parts = _parts(dataset, detector.model.layout_format, facts, lambda _: None)
+    there = tuple(image for image in parts.images.images if image.path is not None)
+    left = dataclasses.replace(parts.images, images=there)
+    found = fitted_or_told(detector, left, FITTED * EVALUATIONS * 2, seed, progress, tell)
+    if found is not None:
+        path = detector.save_fitted()
+        write_extra(path.parent, read_extra(path.parent) | {"detector": dataclasses.asdict(found)})
+    return found
 
 
 def read_annotations(path: str | Path) -> CocoDataset:

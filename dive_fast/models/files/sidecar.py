@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dive_fast.core.config import LARGEST_FLOAT
+from dive_fast.core.detection import DetectionRule
 from dive_fast.core.files import replacing
 from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import is_number
@@ -25,6 +26,7 @@ _KINDS = {
     "shortlist": Shortlist,
     "loss_weights": LossWeights,
     "segmentation": SegmentationRule,
+    "detection": DetectionRule,
 }
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Fitted:
         shortlist: learned correction of the estimates that ``auto`` ranks classes by.
         loss_weights: what losses count at each timestep, with a beta of their own.
         segmentation: how error maps count at a place.
+        detection: when an object counts as found.
     """
 
     inverse_temperature: float | None = None
@@ -47,6 +50,7 @@ class Fitted:
     shortlist: Shortlist | None = None
     loss_weights: LossWeights | None = None
     segmentation: SegmentationRule | None = None
+    detection: DetectionRule | None = None
 
 
 def read_extra(directory: Path) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def apply_fitted(model: Model, fitted: Fitted) -> None:
     model.timesteps = fitted.timesteps
     model.loss_weights = fitted.loss_weights
     model.segmentation = fitted.segmentation
+    model.detection = fitted.detection
     if fitted.shortlist is not None and fitted.shortlist.fits(model.vocabulary):
         model.shortlist = fitted.shortlist
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.core.probes import ProbeList, low_discrepancy_probes
 from dive_fast.core.projection import SLOTS_PER_OBJECT
 from dive_fast.core.requests import Losses, Request
+from dive_fast.errors import DiveFastError
 from dive_fast.strategies.base import Strategy
 from dive_fast.strategies.layout.boxes import Box
 
@@ -54,11 +55,27 @@ class Penalty(Protocol):
 
 
 class LayoutProbes:
-    """Mixin: K probes (48 unless said), low-discrepancy in the middle of the schedule.
+    """Mixin: K probes (48 unless said), low-discrepancy in the middle of the schedule; the margin.
 
     t lies in [0.1, 0.6) T: below, the layout says little that x_t does not show; above, x_t shows
     too little.
+
+    Attributes:
+        margin: share of the loss that an object has to explain; None for the usual one.
     """
+
+    usual_margin: ClassVar[float]
+    margin: float | None
+
+    @property
+    def least_share(self) -> float:
+        """The margin, or the usual one."""
+        return self.usual_margin if self.margin is None else self.margin
+
+    def check_margin(self) -> None:
+        """Raises a DiveFastError where it is none."""
+        if self.margin is not None and not 0 <= self.margin < 1:
+            raise DiveFastError(f"margin must be in [0, 1), got {self.margin}.")
 
     def probes(
         self, k: int | None, n_timesteps: int, shape: tuple[int, ...], seed: int

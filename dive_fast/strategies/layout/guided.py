@@ -53,11 +53,13 @@ class Guided(LayoutProbes):
         rough_probes: of the maps and the measurements until step 4.
         rounds: of step 2 at most.
         step_probes, final_probes: of step 4 until the decisions, and of the decisions.
-        margin: share of the loss that an object has to explain.
+        margin: share of the loss that an object has to explain; None for what was fitted to the
+            model, else 0.05.
         loss: "l2", "l1" or "huber".
     """
 
     name: ClassVar[str] = "guided"
+    usual_margin: ClassVar[float] = 0.05
     starts: int = 0
     relaxed_steps: int = 60
     relaxed_probes: int = 8
@@ -66,7 +68,7 @@ class Guided(LayoutProbes):
     rounds: int = 2
     step_probes: int = 12
     final_probes: int = 24
-    margin: float = 0.05
+    margin: float | None = None
     loss: str = "l2"
 
     def __post_init__(self) -> None:
@@ -77,8 +79,7 @@ class Guided(LayoutProbes):
                 raise DiveFastError(f"{key} must be at least {bound}, got {getattr(self, key)}.")
         if not self.learning_rate > 0:
             raise DiveFastError(f"learning_rate must be above 0, got {self.learning_rate}.")
-        if not 0 <= self.margin < 1:
-            raise DiveFastError(f"margin must be in [0, 1), got {self.margin}.")
+        self.check_margin()
 
     def search(self, board: Board) -> Steps:
         k = len(board.probes)
@@ -88,7 +89,7 @@ class Guided(LayoutProbes):
         )
         # 1. Regions of the error map.
         unexplained = yield from residual(board, (), rough)
-        state = State(board, rough, self.margin, unexplained)
+        state = State(board, rough, self.least_share, unexplained)
         yield from self._begin(state)
         begun = state.items
         # 2. Objects that explain more.
@@ -104,11 +105,12 @@ class Guided(LayoutProbes):
         yield from self._divide(state)
         for i in range(len(state.items)):
             yield from state.slide(i, step=1)
-        answer = yield from settle(board, state.items, final, self.margin)
+        answer = yield from settle(board, state.items, final, self.least_share)
         answer.trace.update(begun=begun, placed=placed)
         if not answer.items:
             boxes = regions(unexplained, LEVELS[1] * state.peak)[:PROPOSALS]
-            answer.trace["nothing"] = yield from nothing_found(board, boxes, steps, self.margin)
+            least = self.least_share
+            answer.trace["nothing"] = yield from nothing_found(board, boxes, steps, least)
         return answer
 
     def _begin(self, state: State) -> Steps:

@@ -37,12 +37,14 @@ class InvertLayout(LayoutProbes):
         final_probes: for that comparison and the decisions at the end.
         settled: whether every object is decided once more in the end; without it the best layout
             is the answer.
-        margin: share of the loss that an object has to explain.
+        margin: share of the loss that an object has to explain; None for what was fitted to the
+            model, else 0.02.
         metric: of the projection, "l2" or "cosine".
         loss: "l2", "l1" or "huber".
     """
 
     name: ClassVar[str] = "invert"
+    usual_margin: ClassVar[float] = 0.02
     starts: int = 2
     steps: int = 60
     step_probes: int = 12
@@ -52,7 +54,7 @@ class InvertLayout(LayoutProbes):
     finalists: int = 8
     final_probes: int = 24
     settled: bool = True
-    margin: float = 0.02
+    margin: float | None = None
     metric: str = "l2"
     loss: str = "l2"
 
@@ -62,8 +64,7 @@ class InvertLayout(LayoutProbes):
                 raise DiveFastError(f"{key} must be at least 1, got {getattr(self, key)}.")
         if not self.learning_rate > 0:
             raise DiveFastError(f"learning_rate must be above 0, got {self.learning_rate}.")
-        if not 0 <= self.margin < 1:
-            raise DiveFastError(f"margin must be in [0, 1), got {self.margin}.")
+        self.check_margin()
 
     def search(self, board: Board) -> Steps:
         met, steps = yield from self.relax(board)
@@ -72,7 +73,7 @@ class InvertLayout(LayoutProbes):
         losses = yield from measure(board, candidates, final)
         best = candidates[int(losses.argmin())]
         rounds = 2 if self.settled else 0
-        answer = yield from settle(board, best, final, self.margin, rounds)
+        answer = yield from settle(board, best, final, self.least_share, rounds)
         answer.trace.update(met=len(met), steps=steps, found=best)
         return answer
 

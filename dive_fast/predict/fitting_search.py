@@ -1,0 +1,112 @@
+"""When an object counts as found: margin and prior weight, from what a generous search found.
+
+Each object that was found is right or wrong, so all that is to be chosen is where to draw the line:
+
+    share_i = 1 - (L(y) - (w / beta) log p(y)) / (the same without object i)
+
+The prior's weight w gives the labels of the objects the highest likelihood under
+
+    p(c | rest, x0) = softmax over classes and "not there" of -beta L + w log p
+
+and the margin makes F1 = 2 TP / (found + annotated) of the objects with a larger share highest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dive_fast.predict.calibration import Calibration
+
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # of a prior, that are tried
+LEAST_MARGIN = 0.002  # of the search whose objects are judged
+
+
+class Observed(NamedTuple):
+    """Objects that a search found in annotated images, and how many are annotated.
+
+    Attributes:
+        losses: float64 [n, C + 1], of every class in place of the object's, last without it.
+        labels: int64 [n], what it is; C for "not there".
+        answers: int64 [n], what it was called.
+        prices: -log p of the same layouts, nats, float64 [n, C + 1]; None without a prior.
+        annotated: objects that could be found.
+        images: that were searched.
+    """
+
+    losses: Tensor
+    labels: Tensor
+    answers: Tensor
+    prices: Tensor | None
+    annotated: int
+    images: int
+
+
+@dataclass(frozen=True)
+class SearchFit:
+    """What a fit of a detector's search found.
+
+    Attributes:
+        calibration: of beta.
+        margin: share of the loss that an object has to explain.
+        prior_weight: w; None without a prior.
+        precision, recall: of the objects beyond the margin, on the images of the fit.
+        annotated, images: how many were fitted to.
+    """
+
+    calibration: Calibration
+    margin: float
+    prior_weight: float | None
+    precision: float
+    recall: float
+    annotated: int
+    images: int
+
+    def __str__(self) -> str:
+        lines = [str(self.calibration), f"{'margin':28}{self.margin:10.2%}"]
+        if self.prior_weight is not None:
+            lines.append(f"{'weight of the prior':28}{self.prior_weight:10g}")
+        lines.append(
+            f"so {self.recall:.0%} of the {self.annotated} annotated objects of {self.images} "
+            f"images are found by name, and {self.precision:.0%} of what is found is right"
+        )
+        return "\n".join(lines)
+
+
+def choose_weight(observed: Observed, beta: float, lapse: float) -> float | None:
+    """The prior's weight of the highest likelihood; the smallest of equal ones."""
+    if observed.prices is None:
+        return None
+    n = observed.losses.shape[1]
+    likelihoods = []
+    for weight in WEIGHTS:
+        logits = -beta * observed.losses - weight * observed.prices
+        p = logits.softmax(dim=1).gather(1, observed.labels[:, None])[:, 0]
+        likelihoods.append(float((p * (1 - lapse) + lapse / n).log().sum()))
+    return WEIGHTS[likelihoods.index(max(likelihoods))]
+
+
+def choose_margin(
+    observed: Observed, beta: float, weight: float | None
+) -> tuple[float, float, float]:
+    """The margin of the highest F1, and the precision and recall there.
+
+    It is the geometric mean of the share of the last object that is kept and of the first that is
+    not, or 0.002: where nothing is wrong it stays low.
+    """
+    losses = observed.losses
+    if weight:
+        losses = losses + weight / beta * observed.prices
+    with_it = losses.gather(1, observed.answers[:, None])[:, 0]
+    shares, order = (1 - with_it / losses[:, -1]).sort(descending=True)
+    right = (observed.labels == observed.answers)[order].double().cumsum(0)
+    kept = torch.arange(1, len(shares) + 1)
+    f1 = 2 * right / (kept + observed.annotated)
+    best = int(f1.argmax())
+    first_out = float(shares[best + 1]) if best + 1 < len(shares) else 0.0
+    margin = math.sqrt(max(LEAST_MARGIN, float(shares[best])) * max(LEAST_MARGIN, first_out))
+    return margin, float(right[best] / kept[best]), float(right[best] / observed.annotated)
