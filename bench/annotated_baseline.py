@@ -57,7 +57,7 @@ from dive_fast.training.annotated import (
     config_of_size,
     draw_flipped,
 )
-from dive_fast.training.layout import to_x0
+from dive_fast.training.layout_losses import to_x0
 from dive_fast.training.loop import STATE, Course, prepare_directory, write_tensors
 
 DETECTOR = "detector.pt"

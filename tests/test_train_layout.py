@@ -15,18 +15,17 @@ from cut_off import cut_off
 from dive_fast.data.scenes import SceneMaker
 from dive_fast.errors import RunError
 from dive_fast.models import load_model
+from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
 from dive_fast.training import scenes as train_layout
-from dive_fast.training.layout import (
-    Batch,
+from dive_fast.training.layout import Batch, train_layout_model
+from dive_fast.training.layout_losses import (
     LayoutTrainingConfig,
-    build,
     draw_timesteps,
-    empty,
     noise_loss,
-    shuffle_objects,
     to_x0,
-    train_layout_model,
 )
+from dive_fast.training.layout_network import build
+from dive_fast.training.layout_tokens import empty, shuffle_objects, without_names
 from dive_fast.training.scenes import SCENES_FORMAT, scene_batch, train_scenes
 
 TINY = LayoutTrainingConfig(
@@ -236,3 +235,54 @@ def test_what_predicts_x0_has_the_loss_of_the_noise_that_follows_from_it(max_wei
         for predicts, given in (("sample", x0_hat), ("epsilon", eps_hat))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_classes_that_are_not_known() -> None:
+    """-1 in the slots of classes of chosen rows, and the network sees the mean of all classes."""
+    tokens = scene_batch(SceneMaker("train")(3, seed=0))[1]
+    chosen = torch.tensor([True, False, True])
+    nameless = without_names(tokens, SCENES_FORMAT, chosen)
+    assert torch.equal(nameless[1], tokens[1])
+    changed = (nameless != tokens)[chosen]
+    class_ids, sides = SCENES_FORMAT.read(tokens)
+    assert torch.equal(changed[:, 0::3], class_ids[chosen] >= 0) and not changed[:, 1::3].any()
+    assert (nameless[chosen][changed] == -1).all()
+    for raster in (False, True):
+        net = build(SCENES_FORMAT, dataclasses.replace(TINY, raster=raster, width=16))
+        for weights in net.transformer.parameters():
+            weights.data += 0.05 * torch.randn_like(weights)
+        table = net.encoder.token_embedding.weight
+        x_t, t = torch.randn(3, 1, 32, 32), torch.tensor([1, 500, 900])
+        model = LayoutTransformerModel(net.transformer.eval(), net.encoder.eval(), TINY.scheduler())
+        embedded = table[nameless.clamp_min(0)].detach().clone()
+        embedded[nameless < 0] = table[slice(*SCENES_FORMAT.class_range)].mean(dim=0).detach()
+        with torch.no_grad():
+            found = net(x_t, t, nameless)
+            expected = model.predict(x_t, t, embedded.flatten(1))
+        assert torch.allclose(found, expected, atol=2e-3)
+        assert not torch.allclose(found, net(x_t, t, tokens), atol=2e-3)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "sample"])
+def test_contrast_goes_on_where_it_was_cut_off(tmp_path: Path, predicts) -> None:
+    config = dataclasses.replace(
+        TINY, contrast=0.01, raster=True, nameless=0.5, max_weight=50.0, predicts=predicts
+    )
+    expected, losses = train(tmp_path / "uncut", config)
+    assert 0 <= losses["told_apart"] <= 1
+    with cut_off() as ctrl_c:
+        train(tmp_path / "cut", config, at=lambda step: ctrl_c() if step == 3 else None)
+    found, again = train(tmp_path / "cut", config)
+    assert losses == again
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    assert expected["contrast.log_kappa"] != build(SCENES_FORMAT, config).contrast.log_kappa
+
+
+def test_contrast_learns_to_tell_layouts_apart(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        TINY, contrast=0.01, raster=True, predicts="sample", max_weight=50.0, steps=60,
+        batch_size=16, channels=32, warmup_steps=10, learning_rate=3e-3,
+    )  # fmt: skip
+    _, losses = train(tmp_path, config)
+    assert losses["told_apart"] > 0.6 and losses["layout"] < losses["empty"]

@@ -175,8 +175,11 @@ def sample_side(network: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def check_sizes(network: nn.Module, what: str) -> None:
+def check_sizes(network: nn.Module, what: str, channels: int | None = None) -> None:
     """That latents are square, in whole patches, and the output has their channels, or twice.
+
+    Args:
+        channels: of the latents; all that the network takes if None.
 
     Raises:
         ModelError: they are not, or it has not.
@@ -193,8 +196,9 @@ def check_sizes(network: nn.Module, what: str) -> None:
             f"expected a sample_size of the {what} that its patch_size {patch} divides, "
             f"got {config.sample_size}."
         )
-    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
+    channels = config.in_channels if channels is None else channels
+    if config.out_channels not in (None, channels, 2 * channels):
         raise ModelError(
-            f"expected {config.in_channels} or {2 * config.in_channels} output channels of the "
-            f"{what}, got {config.out_channels}."
+            f"expected {channels} or {2 * channels} output channels of the {what}, got "
+            f"{config.out_channels}."
         )

@@ -22,8 +22,9 @@ from dive_fast.logs import LogTo, check_log_to
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
 from dive_fast.predict.detector import LayoutDetector
 from dive_fast.priors.tokens import fitting_layouts
-from dive_fast.training.layout import Batch, Draw, LayoutTrainingConfig, train_into
+from dive_fast.training.layout import Batch, Draw, train_into
 from dive_fast.training.layout_fitting import ExpectedDetector, fitted_or_told
+from dive_fast.training.layout_losses import LayoutTrainingConfig
 from dive_fast.training.loop import Course, check_unfinished, prepare_directory
 
 MOST_HELD_OUT = 256
@@ -32,7 +33,13 @@ MOST_OFTEN = 4.0  # images with the rarest class, times those with the most freq
 UP_DOWN, LEFT_RIGHT = 2, 3  # axes of images [N, c, h, w]
 
 ANNOTATED = LayoutTrainingConfig(
-    in_channels=3, t_range=(0.1, 0.75), max_weight=50.0, predicts="sample", contrast=0.005
+    in_channels=3,
+    t_range=(0.1, 0.75),
+    max_weight=50.0,
+    predicts="sample",
+    contrast=0.005,
+    raster=True,
+    nameless=0.2,
 )
 FITTING = 0.4  # of the evaluations of the training, for the fit and the figure after it
 BACKWARD = 3  # evaluations that a row of the training costs
@@ -107,6 +114,7 @@ def train_annotated(
     layout = LayoutFormat.compact(
         dataset.names, max_objects, config.sample_size // PIXELS_PER_STEP + 1
     )
+    config = dataclasses.replace(config, width=wide_enough(config, len(dataset.names)))
     dataset.tell_problems(tell)
     dataset.expect_objects("to learn from")
     fitting = fitting_layouts(dataset, layout)
@@ -140,6 +148,12 @@ def train_annotated(
 
     expected = train_into(out, layout, config, draw, shown, command, progress, data, log_to, finish)
     return TrainedModel(expected, len(train), len(held_out), measured[0] if measured else None)
+
+
+def wide_enough(config: LayoutTrainingConfig, n_classes: int) -> int:
+    """The width of the layout encoder: a drawn layout needs rows of classes that are independent."""
+    unit = 2 * config.encoder_heads
+    return max(config.width, -(-(n_classes + 2) // unit) * unit) if config.raster else config.width
 
 
 def draw_flipped(

@@ -48,7 +48,11 @@ class Contrast(nn.Module):
 
 
 def rival_layouts(
-    tokens: Tensor, layout: LayoutFormat, count: int, rng: np.random.Generator
+    tokens: Tensor,
+    layout: LayoutFormat,
+    count: int,
+    rng: np.random.Generator,
+    nameless: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Layouts with one thing wrong: an object missing, too many, moved, or of another class.
 
@@ -58,6 +62,7 @@ def rival_layouts(
     Args:
         tokens: int64 [B, S], without crop.
         count: k, rivals of each.
+        nameless: bool [B], layouts whose classes do not count; none if None.
 
     Returns:
         int64 [B, k, S], and bool [B, k], where nothing could be wrong and it is the layout itself.
@@ -66,9 +71,11 @@ def rival_layouts(
     present = class_ids >= 0
     pool = np.concatenate([class_ids[present][:, None], sides[present]], axis=1)
     found, same = [], []
-    for ids, boxes in zip(class_ids, sides, strict=True):
+    unnamed = [False] * len(tokens) if nameless is None else nameless.tolist()
+    for ids, boxes, is_nameless in zip(class_ids, sides, unnamed, strict=True):
         held = np.concatenate([ids[ids >= 0][:, None], boxes[ids >= 0]], axis=1)
-        rivals = [_rival(held, pool, layout, rng) for _ in range(count)]
+        names = 1 if is_nameless else len(layout.names)
+        rivals = [_rival(held, pool, layout, names, rng) for _ in range(count)]
         found += rivals
         same.append([np.array_equal(rival, held) for rival in rivals])
     written = [layout.write(torch.from_numpy(r[:, 0]), torch.from_numpy(r[:, 1:])) for r in found]
@@ -76,13 +83,17 @@ def rival_layouts(
 
 
 def _rival(
-    held: np.ndarray, pool: np.ndarray, layout: LayoutFormat, rng: np.random.Generator
+    held: np.ndarray,
+    pool: np.ndarray,
+    layout: LayoutFormat,
+    names: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """One of a layout, rows (class, left, top, right, bottom); the layout itself if none is."""
     kinds = []
     if len(held):
         kinds += ["missing", "moved"]
-        kinds += ["renamed"] if len(layout.names) > 1 else []
+        kinds += ["renamed"] if names > 1 else []
     if len(pool) and len(held) < layout.max_objects:
         kinds.append("extra")
     if not kinds:
@@ -95,7 +106,7 @@ def _rival(
         return np.delete(held, i, axis=0)
     changed = held.copy()
     if kind == "renamed":
-        changed[i, 0] = (held[i, 0] + rng.integers(1, len(layout.names))) % len(layout.names)
+        changed[i, 0] = (held[i, 0] + rng.integers(1, names)) % names
     else:
         changed[i, 1:] = _moved(held[i, 1:], layout.grid, rng)
     return changed

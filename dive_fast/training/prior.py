@@ -29,8 +29,8 @@ from dive_fast.models.protocol import optional
 from dive_fast.predict.detector import LayoutDetector
 from dive_fast.priors import LayoutPrior
 from dive_fast.priors.tokens import fitting_layouts
-from dive_fast.training.layout import shuffle_objects
 from dive_fast.training.layout_fitting import EVALUATIONS, ExpectedDetector, fitted_or_told
+from dive_fast.training.layout_tokens import shuffle_objects
 from dive_fast.training.loop import Course, make_directory, train
 from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
 

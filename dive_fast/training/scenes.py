@@ -13,7 +13,8 @@ from dive_fast.core.layouts import LayoutFormat
 from dive_fast.data import scenes
 from dive_fast.data.scenes import SceneMaker, Scenes, load_scenes
 from dive_fast.logs import LogTo, check_log_to
-from dive_fast.training.layout import Batch, LayoutTrainingConfig, train_into
+from dive_fast.training.layout import Batch, train_into
+from dive_fast.training.layout_losses import LayoutTrainingConfig
 from dive_fast.training.loop import prepare_directory
 
 N_HELD_OUT = 256  # scenes whose loss the log states

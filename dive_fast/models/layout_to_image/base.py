@@ -24,7 +24,7 @@ from dive_fast.core.schedule import Schedule
 from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import DiveFastError, ModelError, shown
 from dive_fast.models.autoencoder import Autoencoder, latent_channels, normalisation
-from dive_fast.models.base import LayoutConditioned
+from dive_fast.models.base import LayoutConditioned, sample_side
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
 
@@ -84,13 +84,15 @@ class LayoutModel(EncodedLayout):
     ) -> None:
         self.layout_format = read_format(encoder)
         self._check(denoiser, encoder)
-        check_images(denoiser.config.in_channels, vae, space_to_depth)
+        channels = self._channels(denoiser)
+        check_images(channels, vae, space_to_depth)
         schedule, self.scheduler = scheduler, None
         if not isinstance(scheduler, Schedule):
             self.scheduler = scheduler
             config = {"_class_name": type(scheduler).__name__, **scheduler.config}
             schedule = Schedule.from_config(config)
-        super().__init__(denoiser, vae, schedule, name=name)
+        side = sample_side(denoiser)
+        super().__init__(denoiser, vae, schedule, name=name, latent_shape=(channels, side, side))
         self.layout_encoder = encoder
         self.space_to_depth = r = space_to_depth
         channels, *sides = self.image_shape
@@ -109,6 +111,10 @@ class LayoutModel(EncodedLayout):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.encode``: latents, or the images rearranged."""
         return F.pixel_unshuffle(super().encode(images), self.space_to_depth)
+
+    def _channels(self, denoiser: ModelMixin) -> int:
+        """C, of x_t."""
+        return denoiser.config.in_channels
 
     @abstractmethod
     def _check(self, denoiser: ModelMixin, encoder: LayoutEncoder) -> None:

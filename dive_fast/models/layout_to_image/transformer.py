@@ -17,20 +17,42 @@ from dive_fast.errors import ModelError
 from dive_fast.models.base import check_sizes
 from dive_fast.models.layout_to_image.base import LayoutModel, build_encoder
 from dive_fast.models.layout_to_image.encoder import LayoutEncoder
+from dive_fast.models.layout_to_image.raster import LayoutRaster, n_channels
 
 
 class LayoutTransformerModel(LayoutModel):
     """A transformer with the layout in its sequence; see ``LayoutModel`` for the arguments.
 
     The layout meets x_t in the first block, so nothing of a forward is worth keeping: the network
-    runs whole.
+    runs whole. One that takes more channels than it gives is shown the layout drawn (``raster``).
     """
 
     folder = "transformer"
 
+    def __init__(self, denoiser: ModelMixin, encoder: LayoutEncoder, *args, **named) -> None:
+        super().__init__(denoiser, encoder, *args, **named)
+        self.raster: LayoutRaster | None = None
+        if denoiser.config.in_channels > self.latent_shape[0]:
+            self.raster = LayoutRaster(self.layout_format, self.vocabulary.table)
+            self.raster.to(self.device)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LayoutTransformerModel:
+        """As all models; the drawing stays in float32."""
+        if self.raster is not None:
+            self.raster.to(device)
+        return super().to(device, dtype)
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """See ``models.protocol.Model.predict``; condition is [M, S D]."""
-        return denoise(self.network, x_t.to(self.dtype), t, self.encode_layout(condition))
+        x = x_t.to(self.dtype)
+        if self.raster is not None:
+            channels = self.raster(self.slots(condition), x.shape[-1])
+            x = torch.cat([x, channels.to(self.dtype)], dim=1)
+        return denoise(self.network, x, t, self.encode_layout(condition))
+
+    def _channels(self, denoiser: ModelMixin) -> int:
+        given, taken = denoiser.config.out_channels, denoiser.config.in_channels
+        return given if taken == given + n_channels(self.layout_format) else taken
 
     def _check(self, denoiser: ModelMixin, encoder: LayoutEncoder) -> None:
         width = encoder.config.width
@@ -39,7 +61,7 @@ class LayoutTransformerModel(LayoutModel):
                 f"the transformer takes embeddings of {denoiser.config.joint_attention_dim}, but "
                 f"its layout encoder gives {width}."
             )
-        check_sizes(denoiser, "denoiser")
+        check_sizes(denoiser, "denoiser", self._channels(denoiser))
 
 
 def denoise(
@@ -68,6 +90,7 @@ def build_layout_transformer(
     width: int,
     encoder_layers: int,
     encoder_heads: int,
+    raster: bool = False,
 ) -> tuple[SD3Transformer2DModel, LayoutEncoder]:
     """A transformer and a layout encoder with random weights, to be trained.
 
@@ -82,6 +105,7 @@ def build_layout_transformer(
         layers, heads: of the transformer.
         width: D, of the layout encoder.
         encoder_layers, encoder_heads: of the layout encoder.
+        raster: whether x_t comes with the layout drawn (``raster``).
 
     Raises:
         ModelError: sizes that do not fit together.
@@ -95,7 +119,7 @@ def build_layout_transformer(
     transformer = SD3Transformer2DModel(
         sample_size=sample_size,
         patch_size=patch_size,
-        in_channels=in_channels,
+        in_channels=in_channels + (n_channels(layout) if raster else 0),
         out_channels=in_channels,
         num_layers=layers,
         attention_head_dim=channels // heads,
