@@ -17,6 +17,7 @@ from dive_fast import LayoutDetector
 from dive_fast.core.detection import DetectionRule
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
 from dive_fast.errors import DataError, DiveFastError, ModelError
+from dive_fast.predict.fitting_layout_timesteps import _enough, _window
 from dive_fast.predict.fitting_search import (
     LEAST_MARGIN,
     Observed,
@@ -154,13 +155,13 @@ class TestSearch:
         detector.save_fitted(tmp_path)
         content = json.loads((tmp_path / "dive_fast.json").read_text())
         assert content["mine"] == 1
-        assert content["detection"] == {"margin": fit.margin, "prior_weight": None}
+        assert content["detection"] == {"margin": fit.margin, "prior_weight": None, "probes": None}
         other = LayoutDetector(PictureModel())
         other.load_fitted(tmp_path)
         assert other.identity() == detector.identity()
 
     def test_damaged(self, detector, tmp_path: Path) -> None:
-        for wrong in ({"margin": 1.0, "prior_weight": None}, {"margin": 0.1}, {"margin": "a"}, 3):
+        for wrong in ({"margin": 1.0, "prior_weight": None}, {"margin": 0.1}, 3):
             (tmp_path / "dive_fast.json").write_text(json.dumps({"detection": wrong}))
             with pytest.raises(ModelError, match="detection in .* cannot be used"):
                 detector.load_fitted(tmp_path)
@@ -234,10 +235,10 @@ class TestCommand:
         ("options", "said"),
         [
             (
-                ("--what", "timesteps"),
-                "of a detector search or beta alone can be fitted, got timesteps",
+                ("--what", "shortlist"),
+                "of a detector timesteps and search can be fitted, or beta alone, got shortlist",
             ),
-            (("--what", "beta,search"), "search or beta alone can be fitted, got beta,search"),
+            (("--what", "beta,search"), "can be fitted, or beta alone, got .*beta"),
             (("--set", "margin=0.1"), "margin is what is fitted: leave it out of --set"),
             (("--generate", "3"), "--generate is for classifiers"),
             (("--strategy", "race"), "strategy for layouts of guided, invert, got 'race'"),
@@ -252,3 +253,74 @@ class TestCommand:
 
     def test_a_prior_is_no_option(self, capsys) -> None:
         assert call(capsys, "fit", "--data", "scenes", "--prior", "none").code == 2
+
+
+class TestTimesteps:
+    def test_an_analytic_model(self, detector, data) -> None:
+        """It explains annotated layouts without error, so every probe tells every rival."""
+        model = detector.model
+        model.predict = exact_but_for_noise(model)
+        fit = detector.fit_timesteps(data)
+        assert fit.told == (1.0,) * 4 and fit.probes == 8 and fit.images == 3
+        assert model.timesteps == fit.timesteps and model.detection == DetectionRule(probes=8)
+        assert fit.apart[0] >= fit.apart[1] > 0
+        density = torch.tensor(fit.timesteps.density)
+        chosen = density.nonzero()[:, 0]
+        assert set(density.tolist()) <= {0.0, 1.0} and len(chosen) >= 2
+        assert chosen[-1] - chosen[0] + 1 == len(chosen)  # a window
+        assert "8 for a search" in str(fit)
+        identity = detector.identity()
+        assert identity["strategy"]["rough_probes"] == 1
+        assert identity["strategy"]["step_probes"] == 2
+        assert identity["strategy"]["final_probes"] == 4
+        assert len(detector.probe_list(Guided())) == 8
+        assert len(detector.probe_list(Guided(), 48)) == 48
+        found = detector([image.path for image in data.images])
+        assert [len(one.class_id) for one in found] == [1, 2, 3]
+
+    def test_a_model_that_does_not_care(self, detector, data) -> None:
+        detector.model.predict = lambda x_t, t, condition: x_t
+        with pytest.raises(DiveFastError, match="no timestep tells annotated layouts from others"):
+            detector.fit_timesteps(data)
+        assert getattr(detector.model, "timesteps", None) is None
+        with pytest.raises(
+            DiveFastError, match="expected a CocoDataset to fit timesteps"
+        ):
+            detector.fit_timesteps(3)
+
+    def test_the_window_by_hand(self) -> None:
+        """Bins 4 and 5 tell by 1 +- 0.1, all others by 1 +- 10."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(50, 3, 40, generator=generator, dtype=torch.float64)
+        bins = torch.arange(40) // 2
+        scale = torch.where((bins == 4) | (bins == 5), 0.1, 10.0)
+        logs = torch.cat([torch.zeros(50, 1, 40), 1 + scale * noise], dim=1)
+        same = torch.zeros(50, 3, dtype=torch.bool)
+        low, high, (best, whole) = _window(logs.exp(), same, bins)
+        assert (low, high) == (4, 6) and best > 10 > whole
+        told, enough = _enough(logs.exp()[..., 8:12].repeat(1, 1, 2), same)
+        assert told == (1.0,) * 4 and enough == 1
+
+
+def exact_but_for_noise(model: PictureModel):
+    """Its prediction, with an error of its own, so that no loss is 0."""
+
+    def predict(x_t, t, condition):
+        return PictureModel.predict(model, x_t, t, condition) + 0.01
+
+    return predict
+
+
+def test_numbers_of_probes_follow_the_list(detector) -> None:
+    """An eighth, a quarter and a half, 6, 12 and 24 of 48; what is said stays."""
+    assert vars(Guided().counted(48)) == vars(
+        Guided(rough_probes=6, step_probes=12, final_probes=24)
+    )
+    few = Guided(final_probes=9).counted(4)
+    assert (few.rough_probes, few.step_probes, few.final_probes) == (1, 1, 9)
+    identity = detector.identity()["strategy"]
+    assert (identity["rough_probes"], identity["step_probes"], identity["final_probes"]) == (
+        6,
+        12,
+        24,
+    )

@@ -81,7 +81,7 @@ def test_a_model_that_finds_nothing_is_told_and_left_as_it_is(data) -> None:
         Image.new("RGB", (6, 6)).save(image.path)
     detector, told = LayoutDetector(PictureModel()), []
     assert fitted_or_told(detector, data, 10**6, 0, False, told.append) is None
-    assert len(told) == 1 and told[0].startswith("nothing was fitted (beta needs objects that the")
+    assert len(told) == 1 and told[0].startswith("nothing was fitted (no timestep tells")
     assert "diagnose" in told[0] and detector.model.inverse_temperature == 100.0
     with pytest.raises(DiveFastError, match="expected two held-out images to fit to, got 1"):
         one = dataclasses.replace(data, images=data.images[:1])
@@ -107,7 +107,11 @@ def test_the_weight_of_a_prior(tmp_path: Path) -> None:
     assert not told and (found.fitted_to, found.n) == (1, 1)
     content = json.loads((model / "dive_fast.json").read_text())
     assert content["mine"] == 3 and content["held_out"] == [1, 2]
-    assert content["detection"] == {"margin": found.margin, "prior_weight": found.prior_weight}
+    assert content["detection"] == {
+        "margin": found.margin,
+        "prior_weight": found.prior_weight,
+        "probes": content["detection"]["probes"],
+    }
     assert content["detector"]["n"] == 1 and content["beta"] == found.beta
     loaded = LayoutDetector.from_pretrained(model, resolve("scenes").prior)
     assert loaded.prior_weight == found.prior_weight

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dive_fast.core.layouts import LayoutFormat
-from dive_fast.training.layout_rivals import KAPPA, Contrast, rival_layouts
+from dive_fast.core.rivals import rival_layouts
+from dive_fast.training.layout_rivals import KAPPA, Contrast
 
 FORM = LayoutFormat.compact(("cat", "dog", "owl"), max_objects=3, grid=33)
 

@@ -42,12 +42,14 @@ were not in the model's training, or it will be too sure. The data say what is f
     classified. With --generate N the model makes its own, which are easier than real ones.
 
   detector    --data scenes, or a COCO annotation file with --images
+    timesteps   where probes tell annotated layouts from others with one thing wrong, what each
+                counts and how many a search has
     search      when an object counts as found: the margin, the weight of the prior (if the model
                 has one) and beta, fitted to what --strategy (default: guided) finds with a low
                 margin and no prior; of the scenes in the first 100 (--limit takes up to 1,000)
     beta        only the temperature of the confidences, for the margin that is in use"""
 
-OF_DETECTORS = ("search", "beta")
+OF_DETECTORS = ("timesteps", "search", "beta")
 USUAL = ("timesteps", "shortlist", "beta")
 # In this order: a shortlist and beta belong to the weights. They change answers, so must be named.
 PARTS = ("weights", *USUAL)
@@ -76,7 +78,7 @@ def add_parser(commands) -> None:
         type=_parts,
         metavar="timesteps,shortlist,beta,weights",
         help="what to fit (default: timesteps, shortlist and beta; without --data timesteps and "
-        "shortlist; of a detector search, and beta alone if named)",
+        "shortlist; of a detector timesteps and search, and beta alone if named)",
     )
     parser.add_argument(
         "--out",
@@ -232,12 +234,13 @@ def shortlist_text(shortlist) -> str:
 def _fit_detector(options: argparse.Namespace):
     from dive_fast.errors import DiveFastError
 
-    what = options.what or ("search",)
-    if what not in (("beta",), ("search",)):
-        raise DiveFastError(
-            f"of a detector search or beta alone can be fitted, got {','.join(what)}."
-        )
+    what = options.what or ("timesteps", "search")
     only_beta = what == ("beta",)
+    if not only_beta and not set(what) <= {"timesteps", "search"}:
+        raise DiveFastError(
+            "of a detector timesteps and search can be fitted, or beta alone, got "
+            f"{','.join(what)}."
+        )
     options.prior, options.prior_weight = "none" if only_beta else None, None
     strategy = chosen_layout_strategy(options)
     if not only_beta and "margin" in strategy_settings(options):
@@ -246,15 +249,12 @@ def _fit_detector(options: argparse.Namespace):
         detector = load_detector(options, data.names, to_fit=True)
         _check_out(options, detector)
         data.tell_problems(log.warning)
-        fit = detector.calibrate if only_beta else detector.fit_search
-        record = fit(
-            data,
-            strategy=strategy,
-            probes=options.probes,
-            seed=options.seed,
-            progress=sys.stderr.isatty(),
-        )
-    print(record)
+        common = {"seed": options.seed, "progress": sys.stderr.isatty()}
+        if "timesteps" in what:
+            print(detector.fit_timesteps(data, **common), flush=True)
+        if what != ("timesteps",):
+            fit = detector.calibrate if only_beta else detector.fit_search
+            print(fit(data, strategy=strategy, probes=options.probes, **common))
     return detector
 
 

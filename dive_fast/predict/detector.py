@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dive_fast.core.detection import DetectionRule
+from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import whole, whole_seed
 from dive_fast.core.probes import MOST_PROBES, ProbeList
 from dive_fast.core.timesteps import TimestepWeights
@@ -24,7 +26,13 @@ from dive_fast.predict.detections import Detections
 from dive_fast.predict.diagnosing import Diagnosing
 from dive_fast.predict.segmenting_layouts import LayoutSegmenting
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
-from dive_fast.strategies.layout import Board, LayoutAnswer, LayoutStrategy, resolve_layout_strategy
+from dive_fast.strategies.layout import (
+    Board,
+    Guided,
+    LayoutAnswer,
+    LayoutStrategy,
+    resolve_layout_strategy,
+)
 from dive_fast.strategies.layout.board import LayoutProbes
 
 # The pseudo-likelihood meets what two tokens have to do with each other twice.
@@ -271,6 +279,7 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
         progress = as_progress(progress)
         chosen = self.layout_strategy(strategy, settings)
         probe_list = self.probe_list(chosen, probes, seed, timesteps)
+        chosen = counted(chosen, probe_list)
         model = self.model
         board = Board(model.vocabulary.table, model.layout_format, probe_list, seed, penalty)
         sizes: dict[Any, tuple[int, int]] = {}
@@ -316,9 +325,27 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
         chosen = resolve_layout_strategy(strategy, settings)
         if not isinstance(chosen, LayoutProbes) or chosen.margin is not None:
             return chosen
-        rule = optional(self.model, "detection")
-        margin = chosen.least_share if rule is None else rule.margin
+        rule = optional(self.model, "detection") or DetectionRule()
+        margin = chosen.least_share if rule.margin is None else rule.margin
         return dataclasses.replace(chosen, margin=margin)
+
+    def probe_list(
+        self,
+        strategy: Any,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
+    ) -> ProbeList:
+        """As for all predictors; as many probes as were fitted if nobody says."""
+        probes = self._count(probes, strategy)
+        return super().probe_list(strategy, probes, seed, timesteps, weights)
+
+    def _count(self, probes: int | ProbeList | None, strategy: Any) -> int | ProbeList | None:
+        rule = optional(self.model, "detection")
+        if probes is not None or rule is None or not isinstance(strategy, LayoutProbes):
+            return probes
+        return rule.probes
 
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
         """The boxes of an answer in pixels of an image (width, height), float32 xyxy [n, 4]."""
@@ -337,6 +364,8 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
     ) -> dict[str, Any]:
         """What decides the answers, for JSON: model, search, probes, seed and prior."""
         chosen = self.layout_strategy(strategy, {})
+        probes = self._count(probes, chosen)
+        chosen = counted(chosen, self.probe_list(chosen, probes, seed, timesteps))
         found = self._identity(chosen, probes, seed, timesteps)
         if (penalty := self._penalty(whole_seed(seed))) is not None:
             # Its weight there is w / beta.
@@ -374,6 +403,11 @@ def _check_layout(model: Any) -> None:
             "expected a layout-to-image model, got "
             f"{getattr(model, 'name', type(model).__name__)}, which has no layout."
         )
+
+
+def counted(strategy: Any, probes: ProbeList) -> Any:
+    """A search with the numbers of probes that it takes of a list."""
+    return strategy.counted(len(probes)) if isinstance(strategy, Guided) else strategy
 
 
 def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float | None:

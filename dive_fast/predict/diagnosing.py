@@ -25,10 +25,11 @@ from dive_fast.core.numbers import whole
 from dive_fast.core.probes import MOST_PROBES
 from dive_fast.core.requests import Answer, Losses, Search
 from dive_fast.data.coco import CocoDataset, CocoImage, expect_fitting_images
+from dive_fast.data.coco.readable import readable
 from dive_fast.data.images import squashed_tensor, to_mode
 from dive_fast.errors import DataError, DiveFastError, shown
 from dive_fast.predict.diagnosis import Diagnosis, Measured
-from dive_fast.predict.fitting_detector import DetectorFitting, readable, settings_of
+from dive_fast.predict.fitting_detector import DetectorFitting, settings_of
 from dive_fast.predict.matching import match
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.strategies.layout.board import (

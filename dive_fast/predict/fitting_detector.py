@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dive_fast.core.detection import DetectionRule
 from dive_fast.data.coco import (
     CocoDataset,
     CocoImage,
-    Id,
     class_categories,
     expect_fitting_images,
     mirrored_images,
 )
-from dive_fast.data.images import to_mode
-from dive_fast.errors import DiveFastError, ImageError, shown
+from dive_fast.data.coco.readable import readable
+from dive_fast.errors import DiveFastError, shown
+from dive_fast.models.protocol import optional
 from dive_fast.predict.calibration import Calibration, calibrate
+from dive_fast.predict.fitting_layout_timesteps import LayoutTimestepFitting
 from dive_fast.predict.fitting_search import (
     LEAST_MARGIN,
     Observed,
@@ -30,7 +29,6 @@ from dive_fast.predict.fitting_search import (
     choose_weight,
 )
 from dive_fast.predict.matching import match
-from dive_fast.predict.predictor import Predictor
 from dive_fast.priors import LayoutPenalty
 from dive_fast.strategies.layout import Board, Items, LayoutAnswer
 from dive_fast.strategies.layout.board import LayoutProbes, with_class, without
@@ -39,7 +37,7 @@ log = logging.getLogger(__name__)
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
 
 
-class DetectorFitting(Predictor):
+class DetectorFitting(LayoutTimestepFitting):
     """The part of ``LayoutDetector`` that fits values to the frozen model."""
 
     def calibrate(self, data: CocoDataset, *, progress: bool = False, **search: Any) -> Calibration:
@@ -95,7 +93,8 @@ class DetectorFitting(Predictor):
         weight = choose_weight(observed, record.beta_after, LAPSE)
         margin, precision, recall = choose_margin(observed, record.beta_after, weight)
         self.model.inverse_temperature = record.beta_after
-        self.model.detection = DetectionRule(margin, weight)
+        rule = optional(self.model, "detection") or DetectionRule()
+        self.model.detection = DetectionRule(margin, weight, rule.probes)
         record = dataclasses.replace(record, counted="objects")
         return SearchFit(
             record, margin, weight, precision, recall, observed.annotated, observed.images
@@ -174,12 +173,3 @@ def _labels(
     found = match(boxes, worth, image.boxes)
     of_truth = torch.where(image.crowd, -1, renamed[image.class_ids])
     return torch.cat([of_truth, torch.tensor([nothing])])[found]  # -1 is the last one
-
-
-def readable(images: Iterable[CocoImage]) -> Iterator[tuple[Id, Image.Image]]:
-    """Ids and pictures in RGB; what cannot be read is left out with a warning."""
-    for image in images:
-        try:
-            yield image.id, to_mode(image.read(), 3)
-        except ImageError as error:
-            log.warning(error)

@@ -143,7 +143,11 @@ def train_annotated(
         if found is None:
             return kept
         measured.append(found)
-        fitted = {"beta": found.beta, "detection": model.detection.to_dict()}
+        fitted = {
+            "beta": found.beta,
+            "timesteps": model.timesteps.to_dict(),
+            "detection": model.detection.to_dict(),
+        }
         return {**kept, **fitted, "detector": dataclasses.asdict(found)}
 
     expected = train_into(out, layout, config, draw, shown, command, progress, data, log_to, finish)
@@ -151,7 +155,7 @@ def train_annotated(
 
 
 def wide_enough(config: LayoutTrainingConfig, n_classes: int) -> int:
-    """The width of the layout encoder: a drawn layout needs rows of classes that are independent."""
+    """The width of the layout encoder; to be drawn, rows of classes must be independent."""
     unit = 2 * config.encoder_heads
     return max(config.width, -(-(n_classes + 2) // unit) * unit) if config.raster else config.width
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dive_fast.core.layouts import LayoutFormat
+from dive_fast.core.rivals import rival_layouts
 from dive_fast.logs import LogTo
 from dive_fast.models.files.sidecar import write_extra
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
@@ -33,7 +34,6 @@ from dive_fast.training.layout_losses import (
     to_x0,
 )
 from dive_fast.training.layout_network import build
-from dive_fast.training.layout_rivals import rival_layouts
 from dive_fast.training.layout_tokens import empty, shuffle_objects, without_names
 from dive_fast.training.loop import train
 

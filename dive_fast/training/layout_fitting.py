@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from dive_fast.data.coco import CocoDataset
+from dive_fast.data.coco.readable import readable
 from dive_fast.errors import DiveFastError
 from dive_fast.evaluation.coco_scores import score
 from dive_fast.predict.detector import LayoutDetector
-from dive_fast.predict.fitting_detector import readable
 from dive_fast.predict.fitting_search import SearchFit
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ def fit_and_measure(
     if half == 0:
         raise DiveFastError(f"expected two held-out images to fit to, got {len(images)}.")
     to_fit, to_measure = images[:half], images[half : 2 * half]
-    fit = detector.fit_search(
-        dataclasses.replace(held_out, images=to_fit), seed=seed, progress=progress
-    )
+    part = dataclasses.replace(held_out, images=to_fit)
+    detector.fit_timesteps(part, seed=seed, progress=progress)
+    fit = detector.fit_search(part, seed=seed, progress=progress)
     return measure(detector, dataclasses.replace(held_out, images=to_measure), fit, seed, progress)
 
 

@@ -7,7 +7,7 @@ find the borders.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,7 @@ LEVELS = (0.05, 0.2, 0.4)  # shares of the map's height; where regions begin
 FINALISTS = 8  # layouts of the relaxed search that are compared
 PROPOSALS = 6  # regions that are measured before an object is added
 DOUBTFUL = 0.1  # share of the error in an object's place that it leaves, if it may be two
+SHARES = {"rough_probes": 8, "step_probes": 4, "final_probes": 2}  # of the list, one in so many
 FAR = 2  # first steps of a new object's sides, in small steps
 
 
@@ -50,9 +51,10 @@ class Guided(LayoutProbes):
         starts: of a relaxed search (``InvertLayout``) whose best layouts compete with the regions;
             for models whose error maps do not show objects.
         relaxed_steps, relaxed_probes, learning_rate: of the relaxed search.
-        rough_probes: of the maps and the measurements until step 4.
+        rough_probes: of the maps and the measurements until step 4; an eighth of the list if None.
         rounds: of step 2 at most.
-        step_probes, final_probes: of step 4 until the decisions, and of the decisions.
+        step_probes, final_probes: of step 4 until the decisions, and of the decisions; a quarter
+            and a half of the list if None.
         margin: share of the loss that an object has to explain; None for what was fitted to the
             model, else 0.05.
         loss: "l2", "l1" or "huber".
@@ -64,10 +66,10 @@ class Guided(LayoutProbes):
     relaxed_steps: int = 60
     relaxed_probes: int = 8
     learning_rate: float = 0.1
-    rough_probes: int = 6
+    rough_probes: int | None = None
     rounds: int = 2
-    step_probes: int = 12
-    final_probes: int = 24
+    step_probes: int | None = None
+    final_probes: int | None = None
     margin: float | None = None
     loss: str = "l2"
 
@@ -75,18 +77,21 @@ class Guided(LayoutProbes):
         least = {"starts": 0, "relaxed_steps": 1, "relaxed_probes": 1, "rough_probes": 1}
         least |= {"rounds": 0, "step_probes": 1, "final_probes": 1}
         for key, bound in least.items():
-            if getattr(self, key) < bound:
+            if (value := getattr(self, key)) is not None and value < bound:
                 raise DiveFastError(f"{key} must be at least {bound}, got {getattr(self, key)}.")
         if not self.learning_rate > 0:
             raise DiveFastError(f"learning_rate must be above 0, got {self.learning_rate}.")
         self.check_margin()
 
+    def counted(self, k: int) -> Guided:
+        """With numbers of probes in place of None, for a list of k."""
+        unsaid = {name: part for name, part in SHARES.items() if getattr(self, name) is None}
+        return replace(self, **{name: max(1, k // part) for name, part in unsaid.items()})
+
     def search(self, board: Board) -> Steps:
         k = len(board.probes)
-        rough, steps, final = (
-            torch.arange(min(n, k))
-            for n in (self.rough_probes, self.step_probes, self.final_probes)
-        )
+        counted = self.counted(k)
+        rough, steps, final = (torch.arange(min(getattr(counted, name), k)) for name in SHARES)
         # 1. Regions of the error map.
         unexplained = yield from residual(board, (), rough)
         state = State(board, rough, self.least_share, unexplained)

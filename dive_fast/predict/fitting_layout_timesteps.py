@@ -1,0 +1,187 @@
+"""Where a detector's probes tell layouts apart, and how many it takes: part of ``LayoutDetector``.
+
+Of annotated images the annotated layout y and rivals y' with one thing wrong (``core.rivals``) are
+measured in all bins of timesteps. A window of bins is worth
+
+    d' = mean(D) / standard deviation of D over images and rivals,
+    D  = mean over the window's probes of log l(y') - log l(y)
+
+Probes are taken in the best window, and count as the inverse of the mean loss of their bin, so that
+each says as much as another. Then they are as many as are needed so that more of them tell no more
+rivals apart. Errors of a network that knows better than its noise are the same in all probes: then
+few at little noise are worth more than many at all timesteps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dive_fast.core.detection import DetectionRule
+from dive_fast.core.numbers import whole_seed
+from dive_fast.core.probes import ProbeList
+from dive_fast.core.requests import Answer, Losses, Search
+from dive_fast.core.rivals import rival_layouts
+from dive_fast.core.timesteps import BINS, TimestepWeights
+from dive_fast.data.coco import CocoDataset, expect_fitting_images
+from dive_fast.data.coco.readable import readable
+from dive_fast.data.images import squashed_tensor
+from dive_fast.errors import DataError, DiveFastError, shown
+from dive_fast.models.protocol import optional
+from dive_fast.predict.predictor import Predictor
+from dive_fast.priors.tokens import fitting_layouts
+
+PROBES_PER_BIN = 2
+RIVALS = 4  # of each image
+TINY = 1e-12  # a loss at least, so that it has a logarithm
+NARROWEST = 2  # bins of a window
+MOST_PROBES = 8  # of one measurement, whose number is fitted
+SHARE = 8  # of a list, that a search measures roughly on
+
+
+@dataclass(frozen=True)
+class TimestepFit:
+    """What a fit of a detector's timesteps found.
+
+    Attributes:
+        timesteps: as they are now on the model.
+        apart: d' of the window, and of all bins.
+        told: share of the rivals that 1, 2, 4 and 8 probes tell from the annotated layout.
+        probes: K of a search now; an eighth of them are what was found to be enough.
+        images: that were measured.
+    """
+
+    timesteps: TimestepWeights
+    apart: tuple[float, float]
+    told: tuple[float, ...]
+    probes: int
+    images: int
+
+    def __str__(self) -> str:
+        chosen = [b for b, q in enumerate(self.timesteps.density) if q > 0]
+        n = self.timesteps.n_timesteps
+        low, high = chosen[0] * n // BINS, (chosen[-1] + 1) * n // BINS
+        told = ", ".join(f"{2**i}: {share:.1%}" for i, share in enumerate(self.told))
+        return (
+            f"timesteps {low} to {high} tell layouts apart best (d' {self.apart[0]:.2f}, of all "
+            f"{self.apart[1]:.2f}); by number of probes {told}; {self.probes} for a search"
+        )
+
+
+class LayoutTimestepFitting(Predictor):
+    """The part of ``LayoutDetector`` that places its probes."""
+
+    def fit_timesteps(
+        self, data: CocoDataset, *, seed: int = 0, progress: bool = False
+    ) -> TimestepFit:
+        """Fits where probes are taken, what each counts and how many a search has.
+
+        An image costs 5 x 40 evaluations, and then 5 x 8. Both are set on the model;
+        ``save_fitted`` keeps them.
+
+        Args:
+            data: annotated images; those without an object that the model can write are left out.
+
+        Raises:
+            DataError: nothing is annotated, no class is known, or no image can be read.
+            DiveFastError: no timestep tells annotated layouts from others.
+        """
+        if not isinstance(data, CocoDataset):
+            raise DiveFastError(f"expected a CocoDataset to fit timesteps to, got {shown(data)}.")
+        data.expect_objects("to fit timesteps to")
+        expect_fitting_images(data)
+        seed, n = whole_seed(seed), len(self.model.schedule)
+        even = TimestepWeights(n, (1.0,) * BINS, (1.0,) * BINS)
+        every = even.probes(PROBES_PER_BIN * BINS, tuple(self.model.latent_shape), seed)
+        losses, same = self._rival_losses(data, every, seed, progress)
+        bins = (every.timesteps * BINS // n).clamp(max=BINS - 1)
+        low, high, apart = _window(losses, same, bins)
+        if not apart[0] > 0:
+            raise DiveFastError(
+                "no timestep tells annotated layouts from others: train longer before fitting."
+            )
+        means = [float(losses[:, 0, bins == b].mean()) for b in range(BINS)]
+        density = tuple(float(low <= b < high) for b in range(BINS))
+        chosen = TimestepWeights(n, density, tuple(1 / mean for mean in means))
+        few = chosen.probes(MOST_PROBES, tuple(self.model.latent_shape), seed + 1)
+        losses, same = self._rival_losses(data, few, seed + 1, progress)
+        told, enough = _enough(losses * few.weights, same)
+        self.model.timesteps = chosen
+        rule = optional(self.model, "detection") or DetectionRule()
+        rule = DetectionRule(rule.margin, rule.prior_weight, SHARE * enough)
+        self.model.detection = rule
+        return TimestepFit(chosen, apart, told, SHARE * enough, len(losses))
+
+    def _rival_losses(
+        self, data: CocoDataset, probes: ProbeList, seed: int, progress: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of annotated layouts and rivals, [N, 1 + R, K]; which are the annotated, [N, R].
+
+        The losses are without the probes' weights.
+        """
+        form, table = self.model.layout_format, self.model.vocabulary.table
+        fitting = fitting_layouts(data, form)
+        rng = np.random.default_rng(seed)
+        rivals, same = rival_layouts(fitting.tokens, form, RIVALS, rng)
+        layouts = torch.cat([fitting.tokens[:, None], rivals], dim=1)
+        rows = {data.images[i].id: row for row, i in enumerate(fitting.images.tolist())}
+        channels, side, _ = self.model.image_shape
+        unweighted = dataclasses.replace(probes, weights=None)
+        every = torch.arange(len(probes))
+
+        def jobs() -> Iterator[Any]:
+            for key, picture in readable(image for image in data.images if image.id in rows):
+                pixels = squashed_tensor(picture, side, channels)
+                conditions = table[layouts[rows[key]]].flatten(1)
+                search = _measured(conditions, every)
+                yield self._job(key, self.encode_pixels(pixels[None])[0], search)
+
+        found: dict[Any, Tensor] = {}
+        for done in self._run(jobs(), unweighted, progress=len(rows) if progress else None):
+            found[done.key] = done.answer.trace["losses"].double()
+        if not found:
+            raise DataError(f"{data.source}: expected an image that can be read, got none.")
+        losses = torch.stack(list(found.values())).clamp_min(TINY)
+        return losses, same[[rows[key] for key in found]]
+
+
+def _measured(conditions: Tensor, probe_ids: Tensor) -> Search:
+    losses = yield Losses(conditions, probe_ids)
+    nothing = torch.empty(0)
+    return Answer(0, nothing, nothing, {"losses": losses})
+
+
+def _window(losses: Tensor, same: Tensor, bins: Tensor) -> tuple[int, int, tuple[float, float]]:
+    """The best window of bins [low, high), its d' and that of all bins."""
+    ratios = losses.log()
+    ratios = (ratios[:, 1:] - ratios[:, :1])[~same]  # [pairs, K]
+    worth = {}
+    for low in range(BINS):
+        for high in range(low + NARROWEST, BINS + 1):
+            mean = ratios[:, (bins >= low) & (bins < high)].mean(dim=1)
+            spread = float(mean.std())
+            worth[low, high] = float(mean.mean()) / spread if spread > 0 else 0.0
+    low, high = max(worth, key=worth.__getitem__)
+    return low, high, (worth[low, high], worth[0, BINS])
+
+
+def _enough(losses: Tensor, same: Tensor) -> tuple[tuple[float, ...], int]:
+    """The share that prefixes of 1, 2, 4 and 8 probes tell apart, and the smallest that suffices.
+
+    One suffices whose share lies within a standard error of the last.
+    """
+    told, sizes = [], [1, 2, 4, MOST_PROBES]
+    for size in sizes:
+        means = losses[..., :size].mean(dim=2)
+        told.append(float((means[:, 1:] > means[:, :1])[~same].double().mean()))
+    error = (told[-1] * (1 - told[-1]) / max(1, int((~same).sum()))) ** 0.5
+    enough = next(
+        size for size, share in zip(sizes, told, strict=True) if share >= told[-1] - error
+    )
+    return tuple(told), enough
