@@ -3,6 +3,7 @@
     python -m bench.open_vocabulary write gligen published --pixels 64 --out DIR
     python -m bench.open_vocabulary detect DIR --family gligen --dtype bfloat16
     python -m bench.open_vocabulary rows gligen --rows 1 2
+    python -m bench.open_vocabulary live gligen
     python -m bench.open_vocabulary evaluations --classes 2 10 80 --objects 1 3 8
 
 Weights are random, of the published shapes: answers mean nothing, and only ``evaluations``, on a
@@ -21,9 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from bench.live_memory import LiveBytes
 from bench.open_vocabulary_models import FAMILIES, SIZES, unet, write
 from bench.painted_layouts import PaintedLayouts
 from bench.records import RESULTS, append_line
@@ -35,6 +39,8 @@ from dive_fast.evaluation.machine import machine
 from dive_fast.models.geodiffusion.model import GeoDiffusion
 from dive_fast.strategies.layout import Board, Guided
 
+GIGABYTES = (8, 12, 16, 24)
+BESIDE = 3 * 10**9  # VAE and text encoder in float32, an image in the VAE, and the cache's 1 GiB
 LEAST = {"rough_probes": 1, "step_probes": 1, "final_probes": 1, "rounds": 1, "margin": 0.0}
 BOX = Layout(torch.tensor([[0.25, 0.25, 0.75, 0.75]]), torch.tensor([1]))
 
@@ -61,6 +67,10 @@ def main() -> None:
     rows.add_argument("--pixels", type=int, default=512)
     rows.add_argument("--rows", type=int, nargs="+", default=[1, 2])
     rows.set_defaults(run=memory_of_rows)
+    live = commands.add_parser("live")
+    live.add_argument("family", choices=FAMILIES)
+    live.add_argument("--pixels", type=int, default=512)
+    live.set_defaults(run=live_memory)
     counted = commands.add_parser("evaluations")
     counted.add_argument("--classes", type=int, nargs="+", default=[2, 10, 80])
     counted.add_argument("--objects", type=int, nargs="+", default=[1, 3, 8])
@@ -196,28 +206,17 @@ def inputs_of_the_pipeline(model: Any, directory: Path) -> dict[str, Any]:
 
 
 def memory_of_rows(options: argparse.Namespace) -> None:
-    """The resident peak of a forward of so many rows, without gradient."""
-    torch.manual_seed(0)
+    """The resident peak of forwards of so many rows, fewest first, without gradient."""
     dtype = getattr(torch, options.dtype)
-    torch.set_default_dtype(dtype)
-    network = unet(options.family, "published", options.pixels // 8)
-    torch.set_default_dtype(torch.float32)
-    side = options.pixels // 8
+    network = published(options.family, options.pixels, dtype)
     peaks, seconds = {}, {}
+    reset_peak()
+    before = peak_bytes()
     for n in options.rows:
-        given = {"encoder_hidden_states": torch.randn(n, 77, 768, dtype=dtype)}
-        if options.family == "gligen":
-            objects = {
-                "boxes": torch.rand(n, 30, 4, dtype=dtype),
-                "masks": torch.ones(n, 30, dtype=dtype),
-                "positive_embeddings": torch.randn(n, 30, 768, dtype=dtype),
-            }
-            given["cross_attention_kwargs"] = {"gligen": objects}
-        x_t = torch.randn(n, 4, side, side, dtype=dtype)
-        reset_peak()
-        before, start = peak_bytes(), time.perf_counter()
+        given = inputs(options.family, n, options.pixels, dtype)
+        start = time.perf_counter()
         with torch.no_grad():
-            found = network(x_t, torch.full((n,), 400), **given).sample
+            found = network(**given).sample
         seconds[n] = time.perf_counter() - start
         peaks[n] = peak_bytes() - before
         assert found.isfinite().all()
@@ -232,6 +231,66 @@ def memory_of_rows(options: argparse.Namespace) -> None:
             "seconds": seconds,
         },
     )
+
+
+def live_memory(options: argparse.Namespace) -> None:
+    """Bytes of a row in bfloat16 with and without a gradient, counted; and what fits by that."""
+    row: dict[str, Any] = {"family": options.family, "pixels": options.pixels}
+    with FakeTensorMode():
+        network = published(options.family, options.pixels, torch.bfloat16)
+        for what in ("without", "with"):
+            peaks = []
+            for n in (1, 2):
+                given = inputs(options.family, n, options.pixels, torch.bfloat16)
+                condition = given["encoder_hidden_states"].requires_grad_(what == "with")
+                with LiveBytes(list(network.parameters())) as live:
+                    result = network(**given).sample
+                    if what == "with":
+                        torch.autograd.grad(result.sum(), condition)
+                del result
+                peaks.append(live.peak)
+            row[f"bytes_{what}_gradient"] = peaks
+        weights = 2 * parameters(network)
+    record("live", {**row, "weights": weights, "rows": rows_that_fit(row, weights)})
+
+
+def rows_that_fit(row: dict[str, Any], weights: int) -> dict[str, dict[int, int]]:
+    """Rows of a batch by gigabytes of a GPU, of which a tenth and ``BESIDE`` stay free."""
+    found = {}
+    for what in ("without", "with"):
+        one, two = row[f"bytes_{what}_gradient"]
+        found[what] = {
+            gb: max(0, int((0.9 * gb * 1e9 - BESIDE - weights - (2 * one - two)) // (two - one)))
+            for gb in GIGABYTES
+        }
+    return found
+
+
+def published(family: str, pixels: int, dtype: torch.dtype) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        return unet(family, "published", pixels // 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def inputs(family: str, n: int, pixels: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Of a network, for n rows."""
+    side = pixels // 8
+    given = {
+        "sample": torch.randn(n, 4, side, side, dtype=dtype),
+        "timestep": torch.full((n,), 400),
+        "encoder_hidden_states": torch.randn(n, 77, 768, dtype=dtype),
+    }
+    if family == "gligen":
+        objects = {
+            "boxes": torch.rand(n, 30, 4, dtype=dtype),
+            "masks": torch.ones(n, 30, dtype=dtype),
+            "positive_embeddings": torch.randn(n, 30, 768, dtype=dtype),
+        }
+        given["cross_attention_kwargs"] = {"gligen": objects}
+    return given
 
 
 def count_evaluations(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from dive_fast.predict.calibration import Calibration, calibrate
 from dive_fast.predict.matching import match
 from dive_fast.predict.predictor import Predictor
 from dive_fast.strategies.layout import LayoutAnswer
+from dive_fast.strategies.layout.nothing import Nothing
 
 log = logging.getLogger(__name__)
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
@@ -71,23 +72,34 @@ class DetectorFitting(Predictor):
         class_of = {number: c for c, number in enumerate(categories) if number is not None}
         renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
         images = {image.id: image for image in data.images}
-        losses, labels, answers = [], [], []
+        losses, labels, answers, empty = [], [], [], {}
         total = len(images) if progress else None
         for finished, size in self._search(readable(data.images), progress=total, **search):
             answer: LayoutAnswer = finished.answer
             found = _labels(answer, self.boxes(answer, size), images[finished.key], renamed)
             known = found >= 0
+            if (nothing := answer.trace.get("nothing")) is not None:
+                empty[finished.key] = nothing
             losses.append(answer.losses[known])
             labels.append(found[known])
             answers.append(torch.tensor([i.class_id for i in answer.items]).long()[known])
         if not any(map(len, labels)):
             raise DiveFastError(
-                f"beta needs objects that the detector found, got none in {data.source}."
+                f"beta needs objects that the detector found, got none in {data.source}"
+                f"{_best_reason(empty)}."
             )
         beta = self.model.inverse_temperature
         record = calibrate(torch.cat(losses), torch.cat(labels), beta, torch.cat(answers), LAPSE)
         self.model.inverse_temperature = record.beta_after
         return dataclasses.replace(record, counted="objects")
+
+
+def _best_reason(empty: dict[Id, Nothing]) -> str:
+    """What stood against an object in the image where least did; nothing where none is known."""
+    if not empty:
+        return ""
+    key = max(empty, key=lambda key: empty[key].share)
+    return f": in image {key}, which was nearest to one, {empty[key]}"
 
 
 def _labels(
