@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from bench.live_memory import LiveBytes
 from bench.open_vocabulary_models import FAMILIES, SIZES, unet, write
-from bench.painted_layouts import PaintedLayouts
+from bench.painted_layouts import TEXTURE, PaintedLayouts
 from bench.records import RESULTS, append_line
 from dive_fast import LayoutDetector
 from dive_fast.core.layouts import Layout
@@ -77,6 +77,8 @@ def main() -> None:
     counted.add_argument("--images", type=int, default=3)
     counted.add_argument("--step-probes", type=int, default=12)
     counted.add_argument("--final-probes", type=int, default=24)
+    counted.add_argument("--max-objects", type=int)
+    counted.add_argument("--texture", type=float, default=TEXTURE)
     counted.set_defaults(run=count_evaluations)
     options = parser.parse_args()
     options.run(options)
@@ -127,7 +129,7 @@ def detect(options: argparse.Namespace) -> None:
     )
     reset_peak()
     start = time.perf_counter()
-    found = detector(pictures(options.images), probes=2, max_objects=2, **LEAST)
+    found = detector(pictures(options.images), probes=1, max_objects=1, **LEAST)
     seconds, peak = time.perf_counter() - start, peak_bytes()
     hook.remove()
     counts = [each.evaluations for each in found]
@@ -295,10 +297,14 @@ def inputs(family: str, n: int, pixels: int, dtype: torch.dtype) -> dict[str, An
 
 def count_evaluations(options: argparse.Namespace) -> None:
     """``guided`` on painted pictures: evaluations, and whether it finds what was painted."""
-    strategy = Guided(step_probes=options.step_probes, final_probes=options.final_probes)
+    strategy = Guided(
+        step_probes=options.step_probes,
+        final_probes=options.final_probes,
+        max_objects=options.max_objects,
+    )
     for n_classes in options.classes:
         for n_objects in options.objects:
-            row = counted(strategy, n_classes, n_objects, options.images)
+            row = counted(strategy, n_classes, n_objects, options)
             record("evaluations", {**row, "settings": settings_of(strategy)})
 
 
@@ -307,12 +313,14 @@ def settings_of(strategy: Guided) -> dict[str, int | float]:
     return {name: getattr(strategy, name) for name in names}
 
 
-def counted(strategy: Guided, n_classes: int, n_objects: int, n_images: int) -> dict[str, Any]:
+def counted(
+    strategy: Guided, n_classes: int, n_objects: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """The searches of some pictures of so many objects each."""
-    model = PaintedLayouts(n_classes, max_objects=n_objects + 2)
+    model = PaintedLayouts(n_classes, n_objects + 2, options.texture)
     probes = strategy.probes(None, 1000, model.latent_shape, 0)
     board = Board(model.vocabulary.table, model.layout_format, probes)
-    scenes = [model.scene(n_objects, seed) for seed in range(n_images)]
+    scenes = [model.scene(n_objects, seed) for seed in range(options.images)]
     jobs = [Job(i, x0, strategy.search(board)) for i, (_, x0) in enumerate(scenes)]
     found = sorted(Engine(model, 64).run(jobs, probes, Objective()), key=lambda each: each.key)
     evaluations = [each.evaluations for each in found]
@@ -323,7 +331,8 @@ def counted(strategy: Guided, n_classes: int, n_objects: int, n_images: int) -> 
     return {
         "classes": n_classes,
         "objects": n_objects,
-        "max_objects": n_objects + 2,
+        "slots": n_objects + 2,
+        "texture": options.texture,
         "evaluations": evaluations,
         "mean": mean(evaluations),
         "found": [len(each.answer.items) for each in found],

@@ -27,7 +27,8 @@ TEXTURE = 0.15  # standard deviation; colours are in [-1, 1]
 class PaintedLayouts:
     """See ``dive_fast.models.protocol.Model``; a pixel is a cell of the grid."""
 
-    def __init__(self, n_classes: int, max_objects: int) -> None:
+    def __init__(self, n_classes: int, max_objects: int, texture: float = TEXTURE) -> None:
+        self.texture = texture
         names = [f"class {c}" for c in range(n_classes)]
         self.layout_format = LayoutFormat.compact(names, max_objects, GRID)
         self.name = "painted layouts"
@@ -90,7 +91,7 @@ class PaintedLayouts:
             box = Box(left, top, left + width, top + height)
             if all(_apart(box, other.box) for other in items):
                 items.append(Item(draw(0, len(self.layout_format.names)), box))
-        texture = torch.randn(self.latent_shape, generator=generator) * TEXTURE
+        texture = torch.randn(self.latent_shape, generator=generator) * self.texture
         return tuple(items), self.picture(self._condition(items))[0] + texture
 
     def _condition(self, items: list[Item]) -> Tensor:
