@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from bench.live_memory import LiveBytes
 from bench.open_vocabulary_models import FAMILIES, SIZES, unet, write
-from bench.painted_layouts import TEXTURE, PaintedLayouts
+from bench.painted_layouts import SHARED, TEXTURE, PaintedLayouts
 from bench.records import RESULTS, append_line
 from dive_fast import LayoutDetector
 from dive_fast.core.layouts import Layout
@@ -79,6 +79,7 @@ def main() -> None:
     counted.add_argument("--final-probes", type=int, default=24)
     counted.add_argument("--max-objects", type=int)
     counted.add_argument("--texture", type=float, default=TEXTURE)
+    counted.add_argument("--shared", type=float, default=SHARED)
     counted.set_defaults(run=count_evaluations)
     options = parser.parse_args()
     options.run(options)
@@ -134,7 +135,7 @@ def detect(options: argparse.Namespace) -> None:
     hook.remove()
     counts = [each.evaluations for each in found]
     assert sum(counts) == sum(rows), (counts, sum(rows))
-    assert all(np.isfinite(each.confidence).all() for each in found)
+    assert all(np.isfinite(np.asarray(each.confidence)).all() for each in found)
     difference = compared_with_diffusers(model, options.directory)
     record(
         "detect",
@@ -317,7 +318,7 @@ def counted(
     strategy: Guided, n_classes: int, n_objects: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The searches of some pictures of so many objects each."""
-    model = PaintedLayouts(n_classes, n_objects + 2, options.texture)
+    model = PaintedLayouts(n_classes, n_objects + 2, options.texture, options.shared)
     probes = strategy.probes(None, 1000, model.latent_shape, 0)
     board = Board(model.vocabulary.table, model.layout_format, probes)
     scenes = [model.scene(n_objects, seed) for seed in range(options.images)]
@@ -333,6 +334,7 @@ def counted(
         "objects": n_objects,
         "slots": n_objects + 2,
         "texture": options.texture,
+        "shared": options.shared,
         "evaluations": evaluations,
         "mean": mean(evaluations),
         "found": [len(each.answer.items) for each in found],

@@ -22,12 +22,15 @@ from dive_fast.strategies.layout import Box, Item
 
 GRID = 33  # of GLIGEN
 TEXTURE = 0.15  # standard deviation; colours are in [-1, 1]
+SHARED = 0.5  # part of a colour that all classes have: without it their mean is no object
 
 
 class PaintedLayouts:
     """See ``dive_fast.models.protocol.Model``; a pixel is a cell of the grid."""
 
-    def __init__(self, n_classes: int, max_objects: int, texture: float = TEXTURE) -> None:
+    def __init__(
+        self, n_classes: int, max_objects: int, texture: float = TEXTURE, shared: float = SHARED
+    ) -> None:
         self.texture = texture
         names = [f"class {c}" for c in range(n_classes)]
         self.layout_format = LayoutFormat.compact(names, max_objects, GRID)
@@ -39,7 +42,8 @@ class PaintedLayouts:
         self.inverse_temperature = 1000.0
         generator = torch.Generator().manual_seed(n_classes)
         colours = torch.rand(n_classes, 3, generator=generator) * 2 - 1
-        self.colours = colours / colours.norm(dim=1, keepdim=True)
+        own = colours / colours.norm(dim=1, keepdim=True)
+        self.colours = shared + (1 - shared) * own
 
     def _table(self) -> Tensor:
         """Rows as ``dive_fast.models.gligen`` has them: one at the class, or the corner's place."""
