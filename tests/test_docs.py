@@ -51,6 +51,7 @@ PAGES = (
     "docs/compare.md",
     "docs/train_classes.md",
     "docs/detection.md",
+    "docs/open_vocabulary.md",
     "docs/diagnose.md",
     "docs/layouts.md",
     "docs/records.md",

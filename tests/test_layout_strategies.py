@@ -111,6 +111,19 @@ def test_guided_with_a_relaxed_search(toy_layout) -> None:
         assert set(answer.items) == set(scene) and cost > less
 
 
+@pytest.mark.parametrize("starts", [0, 1])
+def test_guided_with_fewer_objects_than_the_model_has_slots(toy_layout, starts: int) -> None:
+    board = make_board(toy_layout)
+    whole = run(toy_layout, board, Guided(starts=starts))
+    for most in (1, 2):
+        bounded = run(toy_layout, board, Guided(starts=starts, max_objects=most))
+        for scene, (answer, cost), (_, more) in zip(SCENES, bounded, whole, strict=True):
+            assert len(answer.items) == min(most, len(scene))
+            assert cost < more if len(scene) > most else cost <= more
+    many = run(toy_layout, board, Guided(starts=starts, max_objects=100))
+    assert [(a.items, cost) for a, cost in many] == [(a.items, cost) for a, cost in whole]
+
+
 class Company:
     """A prior that only counts objects; the toy's embeddings are one-hot."""
 
@@ -335,6 +348,7 @@ def test_neighbours_stay_on_the_grid_and_keep_a_size() -> None:
     ("make", "said"),
     [
         (lambda: Guided(rough_probes=0), "rough_probes must be at least 1"),
+        (lambda: Guided(max_objects=0), "max_objects must be at least 1, got 0"),
         (lambda: Guided(margin=1), "margin must be in"),
         (lambda: Guided(step_probes=0), "step_probes must be at least 1"),
         (lambda: InvertLayout(steps=0), "steps must be at least 1"),

@@ -32,6 +32,7 @@ from dive_fast.predict.matching import match
 from dive_fast.priors import LayoutPenalty
 from dive_fast.strategies.layout import Board, Items, LayoutAnswer
 from dive_fast.strategies.layout.board import LayoutProbes, with_class, without
+from dive_fast.strategies.layout.nothing import Nothing
 
 log = logging.getLogger(__name__)
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
@@ -115,12 +116,15 @@ class DetectorFitting(LayoutTimestepFitting):
         table, form = self.model.vocabulary.table, self.model.layout_format
         prices = None if self.prior is None else Board(table, form, None, 0, self._price_of_prior())
         losses, labels, answers, costs, annotated, searched = [], [], [], [], 0, 0
+        empty: dict[Id, Nothing] = {}
         total = len(images) if progress else None
         for finished, size in self._search(readable(data.images), progress=total, **search):
             answer: LayoutAnswer = finished.answer
             image = images[finished.key]
             found = _labels(answer, self.boxes(answer, size), image, renamed)
             known = found >= 0
+            if (nothing := answer.trace.get("nothing")) is not None:
+                empty[finished.key] = nothing
             losses.append(answer.losses[known])
             labels.append(found[known])
             answers.append(torch.tensor([i.class_id for i in answer.items]).long()[known])
@@ -130,7 +134,8 @@ class DetectorFitting(LayoutTimestepFitting):
             searched += 1
         if not any(map(len, labels)):
             raise DiveFastError(
-                f"beta needs objects that the detector found, got none in {data.source}."
+                f"beta needs objects that the detector found, got none in {data.source}"
+                f"{_best_reason(empty)}."
             )
         return Observed(
             torch.cat(losses),
@@ -161,6 +166,14 @@ def _prices(board: Board, items: Items) -> torch.Tensor:
         for layout in (*(with_class(items, i, c) for c in range(n)), without(items, i))
     ]
     return board.price(layouts).view(-1, n + 1) if layouts else torch.empty(0, n + 1)
+
+
+def _best_reason(empty: dict[Id, Nothing]) -> str:
+    """What stood against an object in the image where least did; nothing where none is known."""
+    if not empty:
+        return ""
+    key = max(empty, key=lambda key: empty[key].share)
+    return f": in image {key}, which was nearest to one, {empty[key]}"
 
 
 def _labels(

@@ -57,6 +57,8 @@ class Guided(LayoutProbes):
             and a half of the list if None.
         margin: share of the loss that an object has to explain; None for what was fitted to the
             model, else 0.05.
+        max_objects: of an answer, where the model's own number is larger; None for the model's.
+            Layouts beyond it are not looked at, so that it bounds what an image costs.
         loss: "l2", "l1" or "huber".
     """
 
@@ -71,6 +73,7 @@ class Guided(LayoutProbes):
     step_probes: int | None = None
     final_probes: int | None = None
     margin: float | None = None
+    max_objects: int | None = None
     loss: str = "l2"
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class Guided(LayoutProbes):
         for key, bound in least.items():
             if (value := getattr(self, key)) is not None and value < bound:
                 raise DiveFastError(f"{key} must be at least {bound}, got {getattr(self, key)}.")
+        if self.max_objects is not None and self.max_objects < 1:
+            raise DiveFastError(f"max_objects must be at least 1, got {self.max_objects}.")
         if not self.learning_rate > 0:
             raise DiveFastError(f"learning_rate must be above 0, got {self.learning_rate}.")
         self.check_margin()
@@ -94,7 +99,7 @@ class Guided(LayoutProbes):
         rough, steps, final = (torch.arange(min(getattr(counted, name), k)) for name in SHARES)
         # 1. Regions of the error map.
         unexplained = yield from residual(board, (), rough)
-        state = State(board, rough, self.least_share, unexplained)
+        state = State(board, rough, self.least_share, unexplained, most=self._most(board))
         yield from self._begin(state)
         begun = state.items
         # 2. Objects that explain more.
@@ -118,13 +123,18 @@ class Guided(LayoutProbes):
             answer.trace["nothing"] = yield from nothing_found(board, boxes, steps, least)
         return answer
 
+    def _most(self, board: Board) -> int:
+        """Objects of a layout at most."""
+        slots = board.layout_format.max_objects
+        return slots if self.max_objects is None else min(slots, self.max_objects)
+
     def _begin(self, state: State) -> Steps:
         """The best layout of regions, or of a relaxed search."""
         found = [regions(state.unexplained, share * state.peak) for share in LEVELS]
-        most = state.board.layout_format.max_objects
-        layouts = [tuple(Item(ANY, box) for box in boxes[:most]) for boxes in found]
+        layouts = [tuple(Item(ANY, box) for box in boxes[: state.most]) for boxes in found]
         if self.starts:
-            layouts += yield from self._relaxed(state.board)
+            relaxed = yield from self._relaxed(state.board)
+            layouts += [items[: state.most] for items in relaxed]
         yield from state.choose(list(dict.fromkeys(layouts)))
 
     def _relaxed(self, board: Board) -> Steps:

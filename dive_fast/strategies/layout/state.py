@@ -40,6 +40,7 @@ class State:
         probe_ids: int64 [k], rows of the probe list.
         margin: share of the loss that an object has to explain.
         unexplained: float32 [G - 1, G - 1], the error map of the layout without objects.
+        most: objects of a layout at most; the model's number of slots unless said.
         items: the layout.
         loss: its mean loss on the probes, with the prior's part; infinite before the first
             measurement.
@@ -51,6 +52,7 @@ class State:
     unexplained: Tensor
     items: Items = ()
     loss: float = math.inf
+    most: int | None = None
 
     @property
     def peak(self) -> float:
@@ -69,8 +71,9 @@ class State:
 
     @property
     def is_full(self) -> bool:
-        """Whether no slot is free."""
-        return len(self.items) >= self.board.layout_format.max_objects
+        """Whether there may be no further object."""
+        slots = self.board.layout_format.max_objects
+        return len(self.items) >= (slots if self.most is None else self.most)
 
     def measure(self, layouts: Sequence[Items]) -> Steps:
         """The mean loss of each layout with the prior's part, float64 [N]."""
