@@ -61,7 +61,7 @@ def add_parser(commands) -> None:
     group = parser.add_argument_group("course")
     for name, default, text in (
         ("steps", 4000, "of the training"),
-        ("batch-size", 64, "pictures in a step"),
+        ("batch-size", 32, "pictures in a step"),
         ("samples-every", 500, "steps from one drawing to the next"),
     ):
         text = f"{text} (default: {default})"
@@ -101,8 +101,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     for name, default, text in (
         ("size", 32, "side of the pictures, in pixels"),
         ("patch-size", 8, "side of the transformer's patches, in pixels or latents"),
-        ("width", 192, "of the transformer"),
-        ("layers", 6, "of the transformer"),
+        ("width", 128, "of the transformer"),
+        ("layers", 4, "of the transformer"),
         ("heads", 4, "of its attention"),
     ):
         text = f"{text} (default: {default})"

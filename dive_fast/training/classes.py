@@ -40,6 +40,7 @@ from dive_fast.training.loop import (
 )
 
 LOG_EVERY = 100
+CLASS_STD = 0.5  # far apart from the first step on: a course is short
 MOST_HELD_OUT = 512  # pictures whose loss is logged
 
 
@@ -195,7 +196,7 @@ def _learner(
             return copies[copy, rows].float()
 
     torch.manual_seed(config.seed)
-    transformer = build_transformer(config)
+    transformer = build_transformer(config, CLASS_STD)
     return Learner(
         transformer, draw, labels, held_out, pictures.labels[away], pictures.names, vae, config
     )

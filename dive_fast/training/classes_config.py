@@ -44,9 +44,9 @@ class ClassTrainingConfig(TransformerConfig):
     image_size: int = 32
     grey: bool = False
     patch_size: int = 8
-    width: int = 192
+    width: int = 128
     heads: int = 4
-    layers: int = 6
+    layers: int = 4
     objective: str = "flow"
     contrast: float = 0.1
     rivals: int = 3
@@ -56,7 +56,7 @@ class ClassTrainingConfig(TransformerConfig):
     )
     copies: int = 7
     steps: int = 4000
-    batch_size: int = 64
+    batch_size: int = 32
     warmup_steps: int = 100
     samples_every: int = 500
 
