@@ -23,7 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learner(**changes: object) -> Learner:
-    config = dataclasses.replace(TINY, sample_size=8, in_channels=3, num_classes=4, **changes)
+    config = dataclasses.replace(
+        TINY, sample_size=8, in_channels=3, num_classes=4, objective="flow", **changes
+    )
     torch.manual_seed(0)
     x0, y = torch.randn(9, 3, 8, 8), torch.arange(9) % 4
     transformer = build_transformer(config)
@@ -103,7 +105,7 @@ def test_kappa_is_learned_and_not_kept(folder: Path, tmp_path: Path) -> None:
     state = torch.load(tmp_path / "with" / "training.pt", weights_only=True)["model"]
     assert state["1.log_kappa"].item() != torch.tensor(KAPPA).log().item()
     classifier = DiffusionClassifier.from_pretrained(tmp_path / "with")
-    assert classifier.model.schedule.target == "flow"
+    assert classifier.model.schedule.target == "sample"
 
 
 def test_bad_input(folder: Path, tmp_path: Path, capsys) -> None:

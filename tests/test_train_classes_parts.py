@@ -67,7 +67,7 @@ def test_groups_of_names() -> None:
 
 
 def test_bad_expressions() -> None:
-    with pytest.raises(DiveFastError, match="a regular expression .* got .\(. .*unterminated"):
+    with pytest.raises(DiveFastError, match="a regular expression .* got .*unterminated"):
         groups_of(["a"], "(", tell_nothing)
     with pytest.raises(DataError, match="finds something, got 'a', 'b'"):
         groups_of(["a", "b"], r"\d", tell_nothing)

@@ -116,8 +116,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--objective",
         choices=["ddpm", "flow", "x0"],
-        default="flow",
-        help="predict the noise, of a flow noise - data, or the picture (default: flow)",
+        default="x0",
+        help="predict the noise, of a flow noise - data, or the picture (default: x0)",
     )
 
 

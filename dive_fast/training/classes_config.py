@@ -47,7 +47,7 @@ class ClassTrainingConfig(TransformerConfig):
     width: int = 128
     heads: int = 4
     layers: int = 4
-    objective: str = "flow"
+    objective: str = "x0"
     contrast: float = 0.1
     rivals: int = 3
     label_dropout: float = 0.1
