@@ -13,47 +13,23 @@ from command import assert_refused, call
 from cut_off import cut_off
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from tiny_classes import NAMES, TINY, train, weights, write_colours
 
 from dive_fast import DiffusionClassifier
 from dive_fast.data.images import as_images
 from dive_fast.errors import DataError, DiveFastError, ModelError, RunError
 from dive_fast.evaluation.checkpoints import find_checkpoints
-from dive_fast.training import classes as training
+from dive_fast.training import classes_learner as learning
 from dive_fast.training.augmentation import Augmentation
-from dive_fast.training.classes import (
-    ClassTrainingConfig,
-    TrainedClasses,
-    spread_timesteps,
-    train_classes,
-)
-from dive_fast.training.classes_data import divided, open_classes
-
-NAMES = ("blue", "green", "red")
-TINY = ClassTrainingConfig(
-    image_size=8,
-    patch_size=4,
-    width=16,
-    heads=2,
-    layers=1,
-    steps=4,
-    batch_size=6,
-    warmup_steps=1,
-    samples_every=2,
-    copies=2,
-)
+from dive_fast.training.classes import train_classes
+from dive_fast.training.classes_data import open_classes
+from dive_fast.training.classes_learner import spread_timesteps
+from dive_fast.training.classes_parts import divided
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures of 11 x 9 of each colour."""
-    made, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for channel, name in enumerate(reversed(NAMES)):
-        (made / name).mkdir()
-        for i in range(8):
-            pixels = rng.integers(0, 90, size=(9, 11, 3), dtype=np.uint8)
-            pixels[..., channel] += 150
-            Image.fromarray(pixels).save(made / name / f"{i}.png")
-    return made
+    return write_colours(tmp_path_factory.mktemp("pictures"))
 
 
 def tiny_vae(kind: str = "tiny", channels: int = 3, latents: int = 2):
@@ -80,18 +56,6 @@ def tiny_vae(kind: str = "tiny", channels: int = 3, latents: int = 2):
         shift_factor=0.4,
         **blocks,
     )
-
-
-def train(
-    data: Path, out: Path, config: ClassTrainingConfig = TINY, **more: object
-) -> TrainedClasses:
-    return train_classes(data, out, config=config, progress=False, tell=lambda s: None, **more)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_end_to_end_in_pixels(folder: Path, tmp_path: Path, capsys) -> None:
@@ -147,7 +111,9 @@ def test_colours_are_learned(folder: Path, tmp_path: Path) -> None:
     assert tuple(found) == NAMES
 
 
-@pytest.mark.parametrize(("objective", "target"), [("ddpm", "epsilon"), ("flow", "flow")])
+@pytest.mark.parametrize(
+    ("objective", "target"), [("ddpm", "epsilon"), ("flow", "flow"), ("x0", "sample")]
+)
 def test_the_classifier_measures_the_loss_that_was_trained(
     objective: str, target: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -221,7 +187,7 @@ def test_training_that_was_cut_off_goes_on(
             return spread_timesteps(n, *arguments)
 
         steps: list[int] = []
-        patch.setattr(training, "spread_timesteps", spread)
+        patch.setattr(learning, "spread_timesteps", spread)
         train(folder, tmp_path / "cut", **more)
     assert not (tmp_path / "cut" / "model_index.json").exists()
     found = train(folder, tmp_path / "cut", **more)
@@ -343,7 +309,7 @@ class TestBadInput:
 
     def test_arguments(self, folder: Path, tmp_path: Path) -> None:
         for changes, message in (
-            ({"objective": "edm"}, "expected an objective of ddpm, flow, got 'edm'"),
+            ({"objective": "edm"}, "expected an objective of ddpm, flow, x0, got 'edm'"),
             ({"layers": 0}, "expected layers of 1 or more, got 0"),
             ({"label_dropout": 0.0}, "a share above 0 and below 1 as label_dropout, got 0.0"),
             ({"augmentation": Augmentation(colour=-1)}, "expected colour from 0 to below 1"),

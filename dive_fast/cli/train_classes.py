@@ -50,18 +50,45 @@ def add_parser(commands) -> None:
         help="share of every class that is not trained on: half to fit, half to measure "
         "(default: 0.15)",
     )
+    parser.add_argument(
+        "--group-by",
+        metavar="REGEX",
+        help="pictures in whose file names this finds the same, such as '^[0-9]+' the same number, "
+        "are held out together or not at all: of one burst, one photograph, one animal",
+    )
     _add_network(parser)
     _add_augmentation(parser)
     group = parser.add_argument_group("course")
     for name, default, text in (
         ("steps", 4000, "of the training"),
-        ("batch-size", 64, "pictures in a step"),
+        ("batch-size", 32, "pictures in a step"),
         ("samples-every", 500, "steps from one drawing to the next"),
     ):
         text = f"{text} (default: {default})"
         group.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
     group.add_argument(
         "--learning-rate", type=weight, default=1e-3, metavar="X", help="(default: 0.001)"
+    )
+    group.add_argument(
+        "--contrast",
+        type=weight,
+        default=0.1,
+        metavar="X",
+        help="how much it counts that the right class explains a picture better than others; 0 to "
+        "learn the pictures alone (default: 0.1)",
+    )
+    group.add_argument(
+        "--rivals",
+        type=count,
+        default=3,
+        metavar="N",
+        help="the others that are asked of each picture, with --contrast (default: 3)",
+    )
+    group.add_argument(
+        "--threads",
+        type=count,
+        metavar="N",
+        help="threads of the CPU (default: what OMP_NUM_THREADS says, else all cores)",
     )
     add_readers(parser)
     add_checkpoints(parser)
@@ -74,8 +101,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     for name, default, text in (
         ("size", 32, "side of the pictures, in pixels"),
         ("patch-size", 8, "side of the transformer's patches, in pixels or latents"),
-        ("width", 192, "of the transformer"),
-        ("layers", 6, "of the transformer"),
+        ("width", 128, "of the transformer"),
+        ("layers", 4, "of the transformer"),
         ("heads", 4, "of its attention"),
     ):
         text = f"{text} (default: {default})"
@@ -88,10 +115,9 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--objective",
-        choices=["ddpm", "flow"],
-        default="flow",
-        help="predict the noise, or of a flow noise - data (default: flow, which learns what "
-        "classes look like in far fewer steps)",
+        choices=["ddpm", "flow", "x0"],
+        default="x0",
+        help="predict the noise, of a flow noise - data, or the picture (default: x0)",
     )
 
 
@@ -127,8 +153,11 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from dive_fast.cli.loading import class_names
+    from dive_fast.core.threads import choose_threads
     from dive_fast.training.classes import train_classes
 
+    if options.threads is not None:
+        choose_threads(options.threads)
     trained = train_classes(
         options.data,
         options.out,
@@ -136,6 +165,7 @@ def run(options: argparse.Namespace) -> int:
         vae=options.vae,
         classes=None if options.classes is None else list(class_names(options.classes)),
         held_out=options.held_out,
+        group_by=options.group_by,
         readers=options.readers,
         checkpoints=options.checkpoints,
         log_to=options.log_to,
@@ -161,6 +191,8 @@ def _config(options: argparse.Namespace) -> ClassTrainingConfig:
             flip=not options.no_flip, crop=options.crop, colour=options.colour
         ),
         copies=options.copies,
+        contrast=options.contrast,
+        rivals=options.rivals,
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,

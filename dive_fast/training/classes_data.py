@@ -1,4 +1,4 @@
-"""The labelled pictures that a class-conditional model learns from, and how they are divided."""
+"""The labelled pictures that a class-conditional model learns from."""
 
 from __future__ import annotations
 
@@ -37,14 +37,6 @@ class Pictures(NamedTuple):
     labels: Tensor
     names: tuple[str, ...]
     dataset: DataSet
-
-
-class Parts(NamedTuple):
-    """Rows of the pictures, int64 each: to learn from, to fit to, to measure on."""
-
-    train: Tensor
-    fit: Tensor
-    test: Tensor
 
 
 def open_classes(
@@ -121,24 +113,3 @@ def read_pictures(
     dataset = dataset.take(kept)
     check_counts(dataset.name, dataset.labels, names)
     return Pictures(torch.stack(read), torch.from_numpy(dataset.labels), names, dataset)
-
-
-def divided(labels: Tensor, held_out: float, seed: int) -> Parts:
-    """A share of every class is held out, at least 2 pictures; half of it is fitted to.
-
-    Args:
-        labels: int64 [N], 3 of each class or more.
-        held_out: above 0 and below 1; at least one picture of a class is learned from.
-    """
-    rng = np.random.default_rng(seed)
-    parts: tuple[list[int], ...] = ([], [], [])
-    for label in labels.unique().tolist():
-        rows = rng.permutation((labels == label).nonzero()[:, 0].numpy())
-        away = min(max(2, round(held_out * len(rows))), len(rows) - 1)
-        # Of an odd number the one more goes to either side in turn, by class.
-        n_fit = (away + label % 2) // 2
-        for part, some_rows in zip(
-            parts, (rows[away:], rows[:n_fit], rows[n_fit:away]), strict=True
-        ):
-            part += some_rows.tolist()
-    return Parts(*(torch.tensor(sorted(part)) for part in parts))

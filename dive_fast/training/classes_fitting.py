@@ -16,7 +16,8 @@ from dive_fast.models.files.sidecar import write_extra
 from dive_fast.predict.classifier import DiffusionClassifier
 from dive_fast.predict.fitting_shortlist import FINALISTS
 from dive_fast.strategies.base import DEFAULT_PROBES
-from dive_fast.training.classes_data import Parts, Pictures
+from dive_fast.training.classes_data import Pictures
+from dive_fast.training.classes_parts import Parts
 
 STRATEGY = "auto"
 SCREENED = 20  # probes on which ``fit_timesteps`` finds rivals; it compares four classes

@@ -84,11 +84,14 @@ OMNIGLOT = TrainingConfig(
 )
 
 
-def build_transformer(config: TransformerConfig) -> DiTTransformer2DModel:
+def build_transformer(config: TransformerConfig, class_std: float = 0.02) -> DiTTransformer2DModel:
     """A ``DiTTransformer2DModel`` whose blocks share one timestep and label embedder.
 
     diffusers gives every block a copy of its own. Shared copies stay equal, so that the condition
     is one vector, as in the original DiT; on disk they are written out as equal copies.
+
+    Args:
+        class_std: of the class embeddings at the start; the original DiT's unless said.
     """
     model = DiTTransformer2DModel(
         num_attention_heads=config.heads,
@@ -101,7 +104,7 @@ def build_transformer(config: TransformerConfig) -> DiTTransformer2DModel:
         num_embeds_ada_norm=config.num_classes,
     )
     shared = model.transformer_blocks[0].norm1.emb
-    torch.nn.init.normal_(shared.class_embedder.embedding_table.weight, std=0.02)
+    torch.nn.init.normal_(shared.class_embedder.embedding_table.weight, std=class_std)
     for block in model.transformer_blocks:
         block.norm1.emb = shared
         # adaLN-Zero: every block starts as the identity.
