@@ -12,6 +12,7 @@ from dive_fast.core.detection import DetectionRule
 from dive_fast.data.coco import (
     CocoDataset,
     CocoImage,
+    Id,
     class_categories,
     expect_fitting_images,
     mirrored_images,
