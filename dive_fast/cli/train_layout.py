@@ -26,12 +26,12 @@ def add_parser(commands) -> None:
         "--max-objects", type=count, default=30, metavar="N", help="in an image (default: 30)"
     )
     sizes = {
-        "size": (32, "side of the images, in pixels"),
-        "patch-size": (4, "side of the transformer's patches, in pixels"),
+        "size": (64, "side of the images, in pixels"),
+        "patch-size": (8, "side of the transformer's patches, in pixels"),
         "channels": (128, "of the transformer"),
         "layers": (6, "of the transformer"),
         "steps": (8000, "of the training"),
-        "batch-size": (64, "images in a step"),
+        "batch-size": (16, "images in a step, each with its layout and three others"),
     }
     for name, (default, text) in sizes.items():
         text = f"{text} (default: {default})"

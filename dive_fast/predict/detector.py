@@ -367,6 +367,8 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
         probes = self._count(probes, chosen)
         chosen = counted(chosen, self.probe_list(chosen, probes, seed, timesteps))
         found = self._identity(chosen, probes, seed, timesteps)
+        # What is not asked for is not said, so that a new setting leaves old runs what they are.
+        found["strategy"] = {k: v for k, v in found["strategy"].items() if v is not None}
         if (penalty := self._penalty(whole_seed(seed))) is not None:
             # Its weight there is w / beta.
             found["prior"] = {**penalty.identity(), "weight": self.prior_weight}

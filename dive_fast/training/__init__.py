@@ -5,14 +5,17 @@ from __future__ import annotations
 from dive_fast.training.annotated import train_annotated
 from dive_fast.training.augmentation import Augmentation
 from dive_fast.training.classes import ClassTrainingConfig, TrainedClasses, train_classes
-from dive_fast.training.prior import train_layout_prior
+from dive_fast.training.layout_fitting import ExpectedDetector
+from dive_fast.training.prior import fit_prior, train_layout_prior
 from dive_fast.training.scenes import train_scenes
 from dive_fast.training.zoo import train_zoo_model
 
 __all__ = [
     "Augmentation",
     "ClassTrainingConfig",
+    "ExpectedDetector",
     "TrainedClasses",
+    "fit_prior",
     "train_annotated",
     "train_classes",
     "train_layout_prior",
