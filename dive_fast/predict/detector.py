@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.detection import DetectionRule
-from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.numbers import whole, whole_seed
 from dive_fast.core.probes import MOST_PROBES, ProbeList
 from dive_fast.core.timesteps import TimestepWeights
@@ -24,16 +21,14 @@ from dive_fast.models.text.prompts import Classes
 from dive_fast.predict.arguments import as_pairs, as_progress, is_finite
 from dive_fast.predict.detections import Detections
 from dive_fast.predict.diagnosing import Diagnosing
+from dive_fast.predict.layout_choice import counted
 from dive_fast.predict.segmenting_layouts import LayoutSegmenting
 from dive_fast.priors import LayoutPenalty, LayoutPrior, fits, load_prior
 from dive_fast.strategies.layout import (
     Board,
-    Guided,
     LayoutAnswer,
     LayoutStrategy,
-    resolve_layout_strategy,
 )
-from dive_fast.strategies.layout.board import LayoutProbes
 
 # The pseudo-likelihood meets what two tokens have to do with each other twice.
 PRIOR_WEIGHT = 0.5
@@ -314,39 +309,6 @@ class LayoutDetector(Diagnosing, LayoutSegmenting):
             str(answer.trace["nothing"]) if "nothing" in answer.trace else None,
         )
 
-    def layout_strategy(
-        self, strategy: str | LayoutStrategy | None, settings: dict[str, Any]
-    ) -> LayoutStrategy:
-        """The search that a caller asked for, with the margin that was fitted unless it has one.
-
-        Raises:
-            DiveFastError: an unknown name or setting.
-        """
-        chosen = resolve_layout_strategy(strategy, settings)
-        if not isinstance(chosen, LayoutProbes) or chosen.margin is not None:
-            return chosen
-        rule = optional(self.model, "detection") or DetectionRule()
-        margin = chosen.least_share if rule.margin is None else rule.margin
-        return dataclasses.replace(chosen, margin=margin)
-
-    def probe_list(
-        self,
-        strategy: Any,
-        probes: int | ProbeList | None = None,
-        seed: int = 0,
-        timesteps: str | TimestepWeights | None = None,
-        weights: str | LossWeights | None = None,
-    ) -> ProbeList:
-        """As for all predictors; as many probes as were fitted if nobody says."""
-        probes = self._count(probes, strategy)
-        return super().probe_list(strategy, probes, seed, timesteps, weights)
-
-    def _count(self, probes: int | ProbeList | None, strategy: Any) -> int | ProbeList | None:
-        rule = optional(self.model, "detection")
-        if probes is not None or rule is None or not isinstance(strategy, LayoutProbes):
-            return probes
-        return rule.probes
-
     def boxes(self, answer: LayoutAnswer, size: tuple[int, int]) -> torch.Tensor:
         """The boxes of an answer in pixels of an image (width, height), float32 xyxy [n, 4]."""
         sides = torch.tensor([item.box for item in answer.items], dtype=torch.float32)
@@ -405,11 +367,6 @@ def _check_layout(model: Any) -> None:
             "expected a layout-to-image model, got "
             f"{getattr(model, 'name', type(model).__name__)}, which has no layout."
         )
-
-
-def counted(strategy: Any, probes: ProbeList) -> Any:
-    """A search with the numbers of probes that it takes of a list."""
-    return strategy.counted(len(probes)) if isinstance(strategy, Guided) else strategy
 
 
 def _checked_weight(model: Any, prior: LayoutPrior | None, weight: float | None) -> float | None:

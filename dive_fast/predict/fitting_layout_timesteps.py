@@ -34,7 +34,7 @@ from dive_fast.data.coco.readable import readable
 from dive_fast.data.images import squashed_tensor
 from dive_fast.errors import DataError, DiveFastError, shown
 from dive_fast.models.protocol import optional
-from dive_fast.predict.predictor import Predictor
+from dive_fast.predict.layout_choice import LayoutChoice
 from dive_fast.priors.tokens import fitting_layouts
 
 PROBES_PER_BIN = 2
@@ -74,7 +74,7 @@ class TimestepFit:
         )
 
 
-class LayoutTimestepFitting(Predictor):
+class LayoutTimestepFitting(LayoutChoice):
     """The part of ``LayoutDetector`` that places its probes."""
 
     def fit_timesteps(

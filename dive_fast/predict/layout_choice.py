@@ -1,0 +1,57 @@
+"""Which search a detector runs, on how many probes: part of ``LayoutDetector``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dive_fast.core.detection import DetectionRule
+from dive_fast.core.loss_weights import LossWeights
+from dive_fast.core.probes import ProbeList
+from dive_fast.core.timesteps import TimestepWeights
+from dive_fast.models.protocol import optional
+from dive_fast.predict.predictor import Predictor
+from dive_fast.strategies.layout import Guided, LayoutStrategy, resolve_layout_strategy
+from dive_fast.strategies.layout.board import LayoutProbes
+
+
+class LayoutChoice(Predictor):
+    """The part of ``LayoutDetector`` that takes what was fitted where nobody says otherwise."""
+
+    def layout_strategy(
+        self, strategy: str | LayoutStrategy | None, settings: dict[str, Any]
+    ) -> LayoutStrategy:
+        """The search that a caller asked for, with the margin that was fitted unless it has one.
+
+        Raises:
+            DiveFastError: an unknown name or setting.
+        """
+        chosen = resolve_layout_strategy(strategy, settings)
+        if not isinstance(chosen, LayoutProbes) or chosen.margin is not None:
+            return chosen
+        rule = optional(self.model, "detection") or DetectionRule()
+        margin = chosen.least_share if rule.margin is None else rule.margin
+        return dataclasses.replace(chosen, margin=margin)
+
+    def probe_list(
+        self,
+        strategy: Any,
+        probes: int | ProbeList | None = None,
+        seed: int = 0,
+        timesteps: str | TimestepWeights | None = None,
+        weights: str | LossWeights | None = None,
+    ) -> ProbeList:
+        """As for all predictors; as many probes as were fitted if nobody says."""
+        probes = self._count(probes, strategy)
+        return super().probe_list(strategy, probes, seed, timesteps, weights)
+
+    def _count(self, probes: int | ProbeList | None, strategy: Any) -> int | ProbeList | None:
+        rule = optional(self.model, "detection")
+        if probes is not None or rule is None or not isinstance(strategy, LayoutProbes):
+            return probes
+        return rule.probes
+
+
+def counted(strategy: Any, probes: ProbeList) -> Any:
+    """A search with the numbers of probes that it takes of a list."""
+    return strategy.counted(len(probes)) if isinstance(strategy, Guided) else strategy
