@@ -41,7 +41,7 @@ ANNOTATED = LayoutTrainingConfig(
     raster=True,
     nameless=0.2,
 )
-FITTING = 0.4  # of the evaluations of the training, for the fit and the figure after it
+FITTING = 0.25  # of the evaluations of the training, for the fit and the figure after it
 BACKWARD = 3  # evaluations that a row of the training costs
 AT_SIZE = 32  # the side of images that these timesteps and this weight are for
 
