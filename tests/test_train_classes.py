@@ -172,7 +172,7 @@ def test_training_that_was_cut_off_goes_on(
     latents: bool, folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Bit for bit the weights and the figures of the uncut run."""
-    more: dict[str, object] = {}
+    more: dict[str, object] = {"config": dataclasses.replace(TINY, contrast=0.5)}
     if latents:
         tiny_vae().save_pretrained(tmp_path / "vae")
         more["vae"] = tmp_path / "vae"

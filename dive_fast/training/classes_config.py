@@ -48,7 +48,7 @@ class ClassTrainingConfig(TransformerConfig):
     heads: int = 4
     layers: int = 4
     objective: str = "x0"
-    contrast: float = 0.1
+    contrast: float = 0.0
     rivals: int = 3
     label_dropout: float = 0.1
     augmentation: Augmentation = field(
@@ -56,7 +56,7 @@ class ClassTrainingConfig(TransformerConfig):
     )
     copies: int = 7
     steps: int = 4000
-    batch_size: int = 32
+    batch_size: int = 64
     warmup_steps: int = 100
     samples_every: int = 500
 

@@ -74,8 +74,7 @@ class Learner:
         each = [part.repeat_interleave(asked.shape[1], dim=0) for part in (x0, t, eps)]
         errors = self.errors(each[0], asked.flatten(), *each[1:]).view(asked.shape)
         # Pictures shown without their class have nothing to tell apart.
-        told = errors[~none] if not none.all() else errors[:0]
-        return errors[:, 0].mean() + config.contrast * self.contrast(told)
+        return errors[:, 0].mean() + config.contrast * self.contrast(errors[~none])
 
     def errors(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """e(y) = || target - prediction ||^2 / dim, float32 [B]."""
