@@ -284,9 +284,7 @@ class TestTimesteps:
         with pytest.raises(DiveFastError, match="no timestep tells annotated layouts from others"):
             detector.fit_timesteps(data)
         assert getattr(detector.model, "timesteps", None) is None
-        with pytest.raises(
-            DiveFastError, match="expected a CocoDataset to fit timesteps"
-        ):
+        with pytest.raises(DiveFastError, match="expected a CocoDataset to fit timesteps"):
             detector.fit_timesteps(3)
 
     def test_the_window_by_hand(self) -> None:

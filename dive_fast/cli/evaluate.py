@@ -216,7 +216,7 @@ def _detector(options: argparse.Namespace):
             probes=options.probes,
             seed=options.seed,
         )
-        annotated = sum(len(image.boxes) for image in data.images) / len(data.images)
+        annotated = sum(int((~image.crowd).sum()) for image in data.images) / len(data.images)
     found = summary.objects_per_image
     if found is not None and found < annotated / 2:
         log.warning(
