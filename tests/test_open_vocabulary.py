@@ -69,7 +69,8 @@ def test_evaluate_fit_and_diagnose(directory, photos, tmp_path, capsys) -> None:
     said = call(capsys, "evaluate", *data, "--out", tmp_path / "run", "--limit", 1, *FAST, "--json")
     assert said.code == 0 and "AP50" in json.loads(said.out)
     # Random weights explain nothing that a layout says: no object, and the reason is told.
-    said = call(capsys, "fit", *data, "--out", tmp_path / "fit", "--set", "margin=0.9", *FAST)
+    only_beta = ("--out", tmp_path / "fit", "--what", "beta", "--set", "margin=0.9")
+    said = call(capsys, "fit", *data, *only_beta, *FAST)
     assert_refused(said, "beta needs objects .* in image [12], .* the margin asks for 90.00%")
     said = call(capsys, "diagnose", *data, "--limit", 1, "--diagnosis-probes", 2, *FAST)
     assert said.code == 0 and "explains" in said.out, said.err

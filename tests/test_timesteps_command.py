@@ -62,7 +62,7 @@ class TestCommand:
             (("--what", "timesteps,beta", "--generate", 3), "timesteps and beta needs --data"),
             (
                 ("--what", "loss"),
-                "some of weights, timesteps, shortlist, beta, got 'loss'",
+                "some of weights, timesteps, shortlist, beta, search, got 'loss'",
             ),
             (("--generate", 0), "whole number of at least 1, got '0'"),
             (("--data", data, "--model", "digits"), "digits has no model directory"),

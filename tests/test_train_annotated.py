@@ -243,7 +243,7 @@ def test_bad_input(tmp_path: Path, capsys) -> None:
     for changes, message in (
         ({"--annotations": tmp_path / "none.json"}, "none.json"),
         ({"--images": tmp_path / "nowhere"}, "nowhere"),
-        ({"--patch-size": 5}, "a sample_size that 5 divides, got 32"),
+        ({"--patch-size": 5}, "a sample_size that 5 divides, got 64"),
         ({"--channels": 18}, "channels that 4 and 4 heads divide, got 18"),
         ({"--size": 0}, "--size"),
         ({"--size": 7}, "expected an even number of pixels as size, got 7"),

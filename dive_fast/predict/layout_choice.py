@@ -27,7 +27,8 @@ class LayoutChoice(Predictor):
             DiveFastError: an unknown name or setting.
         """
         chosen = resolve_layout_strategy(strategy, settings)
-        if not isinstance(chosen, LayoutProbes) or chosen.margin is not None:
+        # One of somebody's own need not have a margin.
+        if not isinstance(chosen, LayoutProbes) or getattr(chosen, "margin", 0) is not None:
             return chosen
         rule = optional(self.model, "detection") or DetectionRule()
         margin = chosen.least_share if rule.margin is None else rule.margin
