@@ -13,15 +13,17 @@ from PIL import Image
 from toy_layout import PictureModel
 
 from dive_fast import LayoutDetector
+from dive_fast.core.detection import DetectionRule
 from dive_fast.data.coco import CocoDataset, CocoImage, read_coco, write_coco
 from dive_fast.data.scenes import write_scenes
-from dive_fast.errors import DiveFastError
+from dive_fast.errors import DataError, DiveFastError
 from dive_fast.models import load_model, resolve
 from dive_fast.strategies.layout import Box, Item
 from dive_fast.training.layout_fitting import (
     EVALUATIONS,
     fit_and_measure,
     fitted_or_told,
+    measure,
     shuffled,
 )
 from dive_fast.training.prior import fit_prior
@@ -81,7 +83,7 @@ def test_a_model_that_finds_nothing_is_told_and_left_as_it_is(data) -> None:
         Image.new("RGB", (6, 6)).save(image.path)
     detector, told = LayoutDetector(PictureModel()), []
     assert fitted_or_told(detector, data, 10**6, 0, False, told.append) is None
-    assert len(told) == 1 and told[0].startswith("nothing was fitted (no timestep tells")
+    assert len(told) == 1 and told[0].startswith("margin and beta are not fitted (no timestep")
     assert "diagnose" in told[0] and detector.model.inverse_temperature == 100.0
     with pytest.raises(DiveFastError, match="expected two held-out images to fit to, got 1"):
         one = dataclasses.replace(data, images=data.images[:1])
@@ -117,9 +119,65 @@ def test_the_weight_of_a_prior(tmp_path: Path) -> None:
     assert loaded.prior_weight == found.prior_weight
 
 
+def test_timesteps_stay_where_nothing_is_found(data) -> None:
+    """Half of the pictures are called by wrong names: no beta explains that."""
+    wrong = dataclasses.replace(
+        data,
+        images=tuple(
+            dataclasses.replace(image, class_ids=(image.class_ids + image.id % 2) % 3)
+            for image in data.images
+        ),
+    )
+    detector, told = LayoutDetector(PictureModel()), []
+    assert fitted_or_told(detector, wrong, 10**6, 0, False, told.append) is None
+    assert told[0].startswith("margin and beta are not fitted (")
+    rule = getattr(detector.model, "detection", None)
+    assert detector.model.timesteps is not None and rule is None
+    assert detector.model.inverse_temperature == 100.0
+
+
+def test_images_that_cannot_be_read_are_one_sentence(data) -> None:
+    detector = LayoutDetector(PictureModel())
+    fit = detector.fit_search(data)
+    for image in data.images:
+        image.path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="expected held-out images that can be read, got none"):
+        measure(detector, data, fit, 0, False)
+
+
+def test_what_a_fit_needs_is_asked_before_the_training(tmp_path: Path, capsys, data) -> None:
+    """A folder without the images, and a model that is not one's own."""
+    out = tmp_path / "prior"
+    common = ("--annotations", tmp_path / "boxes.json", "--out", out, "--steps", 1)
+    (tmp_path / "empty").mkdir()
+    load_model("scenes").save_pretrained(tmp_path / "model")
+    for images, model, message in (
+        (tmp_path / "nowhere", tmp_path / "model", "nowhere"),
+        (tmp_path / "empty", tmp_path / "model", "got none of 10"),
+        (tmp_path, "scenes", "scenes is no directory of yours"),
+    ):
+        said = call(capsys, "train-prior", *common, "--images", images, "--model", model)
+        assert said.code == 2 and message in said.err and len(said.err.splitlines()) == 1, said
+        assert not out.exists()
+
+
 def test_images_belong_to_annotations(tmp_path: Path, capsys) -> None:
     said = call(
         capsys, "train-prior", "--annotations", "scenes", "--images", tmp_path,
         "--model", "scenes", "--out", tmp_path / "prior",
     )  # fmt: skip
-    assert said.code == 2 and "--images are those of a COCO annotation file, got scenes" in said.err
+    assert said.code == 2 and "images belong to a COCO annotation file" in said.err
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (DetectionRule(probes=16), "search for objects: probes 16"),
+        (DetectionRule(0.0125, 0.5), "search for objects: margin 1.25%, weight of the prior 0.5"),
+        (DetectionRule(), "search for objects: nothing fitted"),
+    ],
+)
+def test_info_shows_what_was_fitted(tmp_path: Path, capsys, rule: DetectionRule, said) -> None:
+    (tmp_path / "dive_fast.json").write_text(json.dumps({"detection": rule.to_dict()}))
+    found = call(capsys, "info", "--fitted", tmp_path)
+    assert found.code == 0 and said in found.out, found

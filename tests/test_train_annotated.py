@@ -139,7 +139,7 @@ def test_end_to_end(tmp_path: Path, capsys) -> None:
     assert low - 25 <= t.min() and t.max() < high + 25  # whole bins
     assert model.schedule.target == "sample"
     assert facts["held_out"] in ([0], [2], [3], [4])
-    assert "nothing was fitted (expected two held-out images" in said.err
+    assert "margin and beta are not fitted (expected two held-out images" in said.err
     assert_stopped(call(capsys, "train-layout", *arguments), "holds a model already")
 
 

@@ -42,11 +42,12 @@ were not in the model's training, or it will be too sure. The data say what is f
     classified. With --generate N the model makes its own, which are easier than real ones.
 
   detector    --data scenes, or a COCO annotation file with --images
-    timesteps   where probes tell annotated layouts from others with one thing wrong, what each
-                counts and how many a search has
+    timesteps   where probes tell annotated layouts from others with one thing wrong, and what
+                each counts
     search      when an object counts as found: the margin, the weight of the prior (if the model
                 has one) and beta, fitted to what --strategy (default: guided) finds with a low
-                margin and no prior; of the scenes in the first 100 (--limit takes up to 1,000)
+                margin and no prior, on --probes, which later searches have too; of the scenes in
+                the first 100 (--limit takes up to 1,000)
     beta        only the temperature of the confidences, for the margin that is in use"""
 
 OF_DETECTORS = ("timesteps", "search", "beta")

@@ -70,10 +70,14 @@ def fitted_text(directory: str) -> str:
     parts.append(f"weights: {found.loss_weights or 'uniform'}")
     parts.append(as_text(found.timesteps) if found.timesteps else "probes at even timesteps")
     parts.append(shortlist_text(found.shortlist) if found.shortlist else "no shortlist")
-    if found.detection is not None:
-        weight = found.detection.prior_weight
-        prior = "" if weight is None else f", weight of the prior {weight:g}"
-        parts.append(f"margin of a search for objects: {found.detection.margin:.2%}{prior}")
+    if (rule := found.detection) is not None:
+        said = {
+            "probes": None if rule.probes is None else str(rule.probes),
+            "margin": None if rule.margin is None else f"{rule.margin:.2%}",
+            "weight of the prior": None if rule.prior_weight is None else f"{rule.prior_weight:g}",
+        }
+        fitted = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+        parts.append(f"search for objects: {fitted or 'nothing fitted'}")
     return "\n\n".join(parts)
 
 

@@ -44,14 +44,10 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from dive_fast.errors import DataError
-    from dive_fast.training.prior import fit_prior, train_layout_prior
+    from dive_fast.training.prior import check_fit, fit_prior, train_layout_prior
 
-    if options.images is not None and not options.annotations.endswith(".json"):
-        raise DataError(
-            f"--images are those of a COCO annotation file, got {options.annotations} as "
-            "--annotations."
-        )
+    if options.images is not None:
+        check_fit(options.annotations, options.images, options.model)
 
     def tell(sentence: str) -> None:
         print(f"dive-fast: {sentence}", file=sys.stderr)

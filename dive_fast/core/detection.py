@@ -20,7 +20,7 @@ class DetectionRule:
     Attributes:
         margin: share of the loss that an object has to explain, in [0, 1); None where not fitted.
         prior_weight: w of the prior that the fit had; None where it had none.
-        probes: K of a search, at least 8; None where not fitted.
+        probes: K of the search that it was fitted with; None for the usual number.
 
     Raises:
         DiveFastError: a value that is none of its kind.
@@ -37,8 +37,8 @@ class DetectionRule:
         weight = self.prior_weight
         if weight is not None and not (is_number(weight, 0) and weight <= LARGEST_FLOAT):
             raise DiveFastError(f"prior_weight must be at least 0, got {shown(weight)}.")
-        if self.probes is not None and not (is_whole(self.probes, 8) and self.probes <= LARGEST):
-            raise DiveFastError(f"probes must be at least 8, got {shown(self.probes)}.")
+        if self.probes is not None and not (is_whole(self.probes, 1) and self.probes <= LARGEST):
+            raise DiveFastError(f"probes must be at least 1, got {shown(self.probes)}.")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DetectionRule:

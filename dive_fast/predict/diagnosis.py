@@ -203,9 +203,9 @@ class Diagnosis:
         if self.search_gap >= GAP:
             found.append(
                 f"In {self.search_gap:.0%} of the images the annotated layout explains the picture "
-                "better than what was found: the search is a gap. Search harder: more probes in "
-                "its steps (--set rough_probes=12,step_probes=24), more rounds (--set rounds=4), "
-                "a relaxed search beside it (--set starts=1)."
+                "better than what was found: the search is a gap. Search harder: more probes "
+                "(--probes), more rounds (--set rounds=4), a relaxed search beside it "
+                "(--set starts=1)."
             )
         if self.model_gap >= GAP:
             found.append(

@@ -19,7 +19,7 @@ from dive_fast.data.coco import (
 )
 from dive_fast.data.coco.readable import readable
 from dive_fast.errors import DiveFastError, shown
-from dive_fast.models.protocol import optional
+from dive_fast.predict.arguments import as_probes
 from dive_fast.predict.calibration import Calibration, calibrate
 from dive_fast.predict.fitting_layout_timesteps import LayoutTimestepFitting
 from dive_fast.predict.fitting_search import (
@@ -32,7 +32,7 @@ from dive_fast.predict.fitting_search import (
 from dive_fast.predict.matching import match
 from dive_fast.priors import LayoutPenalty
 from dive_fast.strategies.layout import Board, Items, LayoutAnswer
-from dive_fast.strategies.layout.board import LayoutProbes, with_class, without
+from dive_fast.strategies.layout.board import with_class, without
 from dive_fast.strategies.layout.nothing import Nothing
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class DetectorFitting(LayoutTimestepFitting):
                 have another size than annotated.
             DiveFastError: no objects were found, or bad input as in ``LayoutDetector``.
         """
-        observed = self._observed(data, progress, search)
+        observed = self._observed(data, progress, search, None)
         beta = self.model.inverse_temperature
         record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
         self.model.inverse_temperature = record.beta_after
@@ -82,28 +82,41 @@ class DetectorFitting(LayoutTimestepFitting):
 
         One search with a margin of 0.002 and without the prior finds more than there is; which of
         that is right decides all three (``predict.fitting_search``). They are set on the model,
-        ``save_fitted`` keeps them, and a search that is given no margin takes the fitted one.
+        ``save_fitted`` keeps them. A search that is given no margin takes the fitted one, and as
+        many probes as the fit was made with.
 
         Args, Raises: as ``calibrate``.
         """
         strategy = self.layout_strategy(search.pop("strategy", None), settings_of(search))
-        if isinstance(strategy, LayoutProbes):
+        probes = self._count(as_probes(search.get("probes")), strategy)
+        if getattr(strategy, "margin", None) is not None:
             strategy = dataclasses.replace(strategy, margin=LEAST_MARGIN)
-        observed = self._observed(data, progress, {**search, "strategy": strategy})
+        penalty = self._nats_of_prior() if self.prior is not None else None
+        observed = self._observed(data, progress, {**search, "strategy": strategy}, penalty)
         beta = self.model.inverse_temperature
         record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
         weight = choose_weight(observed, record.beta_after, LAPSE)
         margin, precision, recall = choose_margin(observed, record.beta_after, weight)
         self.model.inverse_temperature = record.beta_after
-        rule = optional(self.model, "detection") or DetectionRule()
-        self.model.detection = DetectionRule(margin, weight, rule.probes)
+        count = probes if isinstance(probes, int) else None
+        self.model.detection = DetectionRule(margin, weight, count)
         record = dataclasses.replace(record, counted="objects")
         return SearchFit(
             record, margin, weight, precision, recall, observed.annotated, observed.images
         )
 
-    def _observed(self, data: CocoDataset, progress: bool, search: dict[str, Any]) -> Observed:
-        """What a search without a prior finds in annotated images, and what it is."""
+    def _observed(
+        self,
+        data: CocoDataset,
+        progress: bool,
+        search: dict[str, Any],
+        penalty: LayoutPenalty | None,
+    ) -> Observed:
+        """What a search without a prior finds in annotated images, and what it is.
+
+        Args:
+            penalty: -log p of layouts in nats, to be asked of what was found; None for no prices.
+        """
         if not isinstance(data, CocoDataset):
             raise DiveFastError(f"expected a CocoDataset to calibrate on, got {shown(data)}.")
         data.expect_objects("to fit beta to")
@@ -115,7 +128,7 @@ class DetectorFitting(LayoutTimestepFitting):
         renamed = torch.tensor([class_of.get(number, -1) for number in data.category_ids])
         images = {image.id: image for image in data.images}
         table, form = self.model.vocabulary.table, self.model.layout_format
-        prices = None if self.prior is None else Board(table, form, None, 0, self._price_of_prior())
+        priced = None if penalty is None else Board(table, form, None, 0, penalty)
         losses, labels, answers, costs, annotated, searched = [], [], [], [], 0, 0
         empty: dict[Id, Nothing] = {}
         total = len(images) if progress else None
@@ -129,8 +142,8 @@ class DetectorFitting(LayoutTimestepFitting):
             losses.append(answer.losses[known])
             labels.append(found[known])
             answers.append(torch.tensor([i.class_id for i in answer.items]).long()[known])
-            if prices is not None:
-                costs.append(_prices(prices, answer.items)[known])
+            if priced is not None:
+                costs.append(_prices(priced, answer.items)[known])
             annotated += int(((renamed[image.class_ids] >= 0) & ~image.crowd).sum())
             searched += 1
         if not any(map(len, labels)):
@@ -147,7 +160,7 @@ class DetectorFitting(LayoutTimestepFitting):
             searched,
         )
 
-    def _price_of_prior(self) -> LayoutPenalty:
+    def _nats_of_prior(self) -> LayoutPenalty:
         """-log p of layouts, in nats."""
         return LayoutPenalty(self.prior, 1.0, self.prior_probes, self.model.layout_format)
 

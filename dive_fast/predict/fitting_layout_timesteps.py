@@ -1,4 +1,4 @@
-"""Where a detector's probes tell layouts apart, and how many it takes: part of ``LayoutDetector``.
+"""Where a detector's probes tell layouts apart: part of ``LayoutDetector``.
 
 Of annotated images the annotated layout y and rivals y' with one thing wrong (``core.rivals``) are
 measured in all bins of timesteps. A window of bins is worth
@@ -7,9 +7,8 @@ measured in all bins of timesteps. A window of bins is worth
     D  = mean over the window's probes of log l(y') - log l(y)
 
 Probes are taken in the best window, and count as the inverse of the mean loss of their bin, so that
-each says as much as another. Then they are as many as are needed so that more of them tell no more
-rivals apart. Errors of a network that knows better than its noise are the same in all probes: then
-few at little noise are worth more than many at all timesteps.
+each says as much as another. How many there are is not for such rivals to say: they are coarse, and
+a search has to place sides by differences that are much smaller.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dive_fast.core.detection import DetectionRule
 from dive_fast.core.numbers import whole_seed
 from dive_fast.core.probes import ProbeList
 from dive_fast.core.requests import Answer, Losses, Search
@@ -33,7 +31,6 @@ from dive_fast.data.coco import CocoDataset, expect_fitting_images
 from dive_fast.data.coco.readable import readable
 from dive_fast.data.images import squashed_tensor
 from dive_fast.errors import DataError, DiveFastError, shown
-from dive_fast.models.protocol import optional
 from dive_fast.predict.layout_choice import LayoutChoice
 from dive_fast.priors.tokens import fitting_layouts
 
@@ -41,8 +38,6 @@ PROBES_PER_BIN = 2
 RIVALS = 4  # of each image
 TINY = 1e-12  # a loss at least, so that it has a logarithm
 NARROWEST = 2  # bins of a window
-MOST_PROBES = 8  # of one measurement, whose number is fitted
-SHARE = 8  # of a list, that a search measures roughly on
 
 
 @dataclass(frozen=True)
@@ -52,25 +47,20 @@ class TimestepFit:
     Attributes:
         timesteps: as they are now on the model.
         apart: d' of the window, and of all bins.
-        told: share of the rivals that 1, 2, 4 and 8 probes tell from the annotated layout.
-        probes: K of a search now; an eighth of them are what was found to be enough.
         images: that were measured.
     """
 
     timesteps: TimestepWeights
     apart: tuple[float, float]
-    told: tuple[float, ...]
-    probes: int
     images: int
 
     def __str__(self) -> str:
         chosen = [b for b, q in enumerate(self.timesteps.density) if q > 0]
         n = self.timesteps.n_timesteps
         low, high = chosen[0] * n // BINS, (chosen[-1] + 1) * n // BINS
-        told = ", ".join(f"{2**i}: {share:.1%}" for i, share in enumerate(self.told))
         return (
-            f"timesteps {low} to {high} tell layouts apart best (d' {self.apart[0]:.2f}, of all "
-            f"{self.apart[1]:.2f}); by number of probes {told}; {self.probes} for a search"
+            f"timesteps {low} to {high} tell layouts apart best: d' {self.apart[0]:.2f}, of all "
+            f"timesteps {self.apart[1]:.2f}, on {self.images} images"
         )
 
 
@@ -80,10 +70,9 @@ class LayoutTimestepFitting(LayoutChoice):
     def fit_timesteps(
         self, data: CocoDataset, *, seed: int = 0, progress: bool = False
     ) -> TimestepFit:
-        """Fits where probes are taken, what each counts and how many a search has.
+        """Fits where probes are taken and what each counts.
 
-        An image costs 5 x 40 evaluations, and then 5 x 8. Both are set on the model;
-        ``save_fitted`` keeps them.
+        An image costs 5 x 40 evaluations. They are set on the model; ``save_fitted`` keeps them.
 
         Args:
             data: annotated images; those without an object that the model can write are left out.
@@ -109,14 +98,8 @@ class LayoutTimestepFitting(LayoutChoice):
         means = [float(losses[:, 0, bins == b].mean()) for b in range(BINS)]
         density = tuple(float(low <= b < high) for b in range(BINS))
         chosen = TimestepWeights(n, density, tuple(1 / mean for mean in means))
-        few = chosen.probes(MOST_PROBES, tuple(self.model.latent_shape), seed + 1)
-        losses, same = self._rival_losses(data, few, seed + 1, progress)
-        told, enough = _enough(losses * few.weights, same)
         self.model.timesteps = chosen
-        rule = optional(self.model, "detection") or DetectionRule()
-        rule = DetectionRule(rule.margin, rule.prior_weight, SHARE * enough)
-        self.model.detection = rule
-        return TimestepFit(chosen, apart, told, SHARE * enough, len(losses))
+        return TimestepFit(chosen, apart, len(losses))
 
     def _rival_losses(
         self, data: CocoDataset, probes: ProbeList, seed: int, progress: bool
@@ -169,19 +152,3 @@ def _window(losses: Tensor, same: Tensor, bins: Tensor) -> tuple[int, int, tuple
             worth[low, high] = float(mean.mean()) / spread if spread > 0 else 0.0
     low, high = max(worth, key=worth.__getitem__)
     return low, high, (worth[low, high], worth[0, BINS])
-
-
-def _enough(losses: Tensor, same: Tensor) -> tuple[tuple[float, ...], int]:
-    """The share that prefixes of 1, 2, 4 and 8 probes tell apart, and the smallest that suffices.
-
-    One suffices whose share lies within a standard error of the last.
-    """
-    told, sizes = [], [1, 2, 4, MOST_PROBES]
-    for size in sizes:
-        means = losses[..., :size].mean(dim=2)
-        told.append(float((means[:, 1:] > means[:, :1])[~same].double().mean()))
-    error = (told[-1] * (1 - told[-1]) / max(1, int((~same).sum()))) ** 0.5
-    enough = next(
-        size for size, share in zip(sizes, told, strict=True) if share >= told[-1] - error
-    )
-    return tuple(told), enough

@@ -6,9 +6,7 @@ import dataclasses
 from typing import Any
 
 from dive_fast.core.detection import DetectionRule
-from dive_fast.core.loss_weights import LossWeights
 from dive_fast.core.probes import ProbeList
-from dive_fast.core.timesteps import TimestepWeights
 from dive_fast.models.protocol import optional
 from dive_fast.predict.predictor import Predictor
 from dive_fast.strategies.layout import Guided, LayoutStrategy, resolve_layout_strategy
@@ -34,19 +32,8 @@ class LayoutChoice(Predictor):
         margin = chosen.least_share if rule.margin is None else rule.margin
         return dataclasses.replace(chosen, margin=margin)
 
-    def probe_list(
-        self,
-        strategy: Any,
-        probes: int | ProbeList | None = None,
-        seed: int = 0,
-        timesteps: str | TimestepWeights | None = None,
-        weights: str | LossWeights | None = None,
-    ) -> ProbeList:
-        """As for all predictors; as many probes as were fitted if nobody says."""
-        probes = self._count(probes, strategy)
-        return super().probe_list(strategy, probes, seed, timesteps, weights)
-
     def _count(self, probes: int | ProbeList | None, strategy: Any) -> int | ProbeList | None:
+        """As many as margin and beta were fitted with, where nobody says."""
         rule = optional(self.model, "detection")
         if probes is not None or rule is None or not isinstance(strategy, LayoutProbes):
             return probes

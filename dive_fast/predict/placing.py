@@ -44,7 +44,7 @@ class Placing:
             DiveFastError: a list that does not suit the model; or as ``learned_timesteps`` and
                 ``learned_weights``.
         """
-        probes, seed = as_probes(probes), whole_seed(seed)
+        probes, seed = self._count(as_probes(probes), strategy), whole_seed(seed)
         shape, n_timesteps = tuple(self.model.latent_shape), len(self.model.schedule)
         placed = self._placed(strategy, probes, timesteps, weights)
         if placed is not None:
@@ -58,6 +58,10 @@ class Placing:
                     f"{shown(probes)}."
                 )
         probes.check(shape, n_timesteps)
+        return probes
+
+    def _count(self, probes: int | ProbeList | None, strategy: Any) -> int | ProbeList | None:
+        """What was given, or how many a fit was made with; None for the usual number."""
         return probes
 
     def learned_timesteps(

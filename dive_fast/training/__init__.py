@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dive_fast.training.annotated import train_annotated
+from dive_fast.training.annotated import config_of_size, train_annotated
 from dive_fast.training.augmentation import Augmentation
 from dive_fast.training.classes import ClassTrainingConfig, TrainedClasses, train_classes
 from dive_fast.training.layout_fitting import ExpectedDetector
@@ -15,6 +15,7 @@ __all__ = [
     "ClassTrainingConfig",
     "ExpectedDetector",
     "TrainedClasses",
+    "config_of_size",
     "fit_prior",
     "train_annotated",
     "train_classes",

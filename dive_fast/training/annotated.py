@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from dive_fast.core.layouts import LayoutFormat
@@ -19,7 +18,9 @@ from dive_fast.data.coco import CocoDataset, held_out_split, mirrored_images, re
 from dive_fast.data.coco.problems import Problem, tell_all
 from dive_fast.errors import DataError, ImageError
 from dive_fast.logs import LogTo, check_log_to
+from dive_fast.models.files.sidecar import Fitted, fitted_entries
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
+from dive_fast.models.protocol import optional
 from dive_fast.predict.detector import LayoutDetector
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.training.layout import Batch, Draw, train_into
@@ -46,8 +47,8 @@ BACKWARD = 3  # evaluations that a row of the training costs
 AT_SIZE = 32  # the side of images that these timesteps and this weight are for
 
 
-def config_of_size(size: int, config: LayoutTrainingConfig = ANNOTATED) -> LayoutTrainingConfig:
-    """A configuration for images of another size, at timesteps that hide as much of them.
+def config_of_size(size: int) -> LayoutTrainingConfig:
+    """``ANNOTATED`` for images of another size, at timesteps that hide as much of them.
 
     An object of k times the side covers k^2 times the pixels, whose noises average out, so it is as
     visible at a k^2 times lower SNR (Hoogeboom et al. 2023, arXiv 2301.11093):
@@ -55,14 +56,14 @@ def config_of_size(size: int, config: LayoutTrainingConfig = ANNOTATED) -> Layou
         SNR(t') = SNR(t) / k^2,  max_weight' = k^2 max_weight,  k = size / 32
     """
     area = (size / AT_SIZE) ** 2
-    alpha_bar = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+    alpha_bar = ANNOTATED.scheduler().alphas_cumprod
     log_snr = (alpha_bar / (1 - alpha_bar)).log()
     low, high = (
         int((log_snr > log_snr[int(share * len(log_snr))] - math.log(area)).sum()) / len(log_snr)
-        for share in config.t_range
+        for share in ANNOTATED.t_range
     )
-    weight = config.max_weight and config.max_weight * area
-    return dataclasses.replace(config, sample_size=size, t_range=(low, high), max_weight=weight)
+    weight = ANNOTATED.max_weight * area
+    return dataclasses.replace(ANNOTATED, sample_size=size, t_range=(low, high), max_weight=weight)
 
 
 class TrainedModel(NamedTuple):
@@ -133,22 +134,23 @@ def train_annotated(
     shown = (pixels[held_out], tokens[held_out])
     learned = dataclasses.replace(dataset, images=tuple(chosen[i] for i in read.tolist()))
     command, data = "dive-fast train-layout", learned.identity()
-    budget = int(FITTING * BACKWARD * config.steps * config.batch_size * (1 + config.rivals))
+    rows = config.batch_size * (1 + config.rivals if config.contrast else 1)
+    budget = int(FITTING * BACKWARD * config.steps * rows)
     left = dataclasses.replace(learned, images=tuple(learned.images[i] for i in held_out.tolist()))
     measured: list[ExpectedDetector] = []
 
     def finish(model: LayoutTransformerModel) -> dict[str, Any]:
-        kept = {"held_out": [image.id for image in left.images]}
         found = fitted_or_told(LayoutDetector(model), left, budget, config.seed, progress, tell)
-        if found is None:
-            return kept
-        measured.append(found)
-        fitted = {
-            "beta": found.beta,
-            "timesteps": model.timesteps.to_dict(),
-            "detection": model.detection.to_dict(),
+        beta = None if found is None else found.beta
+        rule = optional(model, "detection")
+        facts = {
+            "held_out": [image.id for image in left.images],
+            **fitted_entries(Fitted(beta, model.timesteps, detection=rule)),
         }
-        return {**kept, **fitted, "detector": dataclasses.asdict(found)}
+        if found is not None:
+            measured.append(found)
+            facts["detector"] = dataclasses.asdict(found)
+        return {key: value for key, value in facts.items() if value is not None}
 
     expected = train_into(out, layout, config, draw, shown, command, progress, data, log_to, finish)
     return TrainedModel(expected, len(train), len(held_out), measured[0] if measured else None)

@@ -128,7 +128,9 @@ def train_layout_model(
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         images, tokens = draw(step)
         tokens = shuffle_objects(tokens, generator)
-        nameless = torch.rand(len(tokens), generator=generator) < config.nameless
+        nameless = torch.zeros(len(tokens), dtype=torch.bool)
+        if config.nameless:  # else nothing is drawn: an old command gives the same batches
+            nameless = torch.rand(len(tokens), generator=generator) < config.nameless
         x0 = to_x0(images)
         t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
         eps = torch.randn(x0.shape, generator=generator)

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from dive_fast.data.coco import CocoDataset
+from dive_fast.data.coco import CocoDataset, class_categories
 from dive_fast.data.coco.readable import readable
-from dive_fast.errors import DiveFastError
-from dive_fast.evaluation.coco_scores import score
+from dive_fast.errors import DataError, DiveFastError
+from dive_fast.evaluation.coco_scores import pycocotools, score
 from dive_fast.predict.detector import LayoutDetector
 from dive_fast.predict.fitting_search import SearchFit
 
 log = logging.getLogger(__name__)
 EVALUATIONS = 4000  # of one image, about, for the budget
+PROBES = 24  # of a search: half of the usual number, on a CPU
 FEWEST, MOST = 8, 100  # images that are fitted to, and that are measured
 
 
@@ -77,7 +78,7 @@ def fit_and_measure(
     to_fit, to_measure = images[:half], images[half : 2 * half]
     part = dataclasses.replace(held_out, images=to_fit)
     detector.fit_timesteps(part, seed=seed, progress=progress)
-    fit = detector.fit_search(part, seed=seed, progress=progress)
+    fit = detector.fit_search(part, probes=PROBES, seed=seed, progress=progress)
     return measure(detector, dataclasses.replace(held_out, images=to_measure), fit, seed, progress)
 
 
@@ -85,27 +86,26 @@ def measure(
     detector: LayoutDetector, data: CocoDataset, fit: SearchFit, seed: int, progress: bool
 ) -> ExpectedDetector:
     """Searches images with other noises than those of the fit, and scores what is found."""
-    categories = {name: number for name, number in zip(data.names, data.category_ids, strict=True)}
-    ids = tuple(categories.get(name) for name in detector.names)
-    results, found = [], []
+    ids = class_categories(data, detector.names)
+    annotated = {image.id: int((~image.crowd).sum()) for image in data.images}
+    results, found, there = [], [], 0
     stream = detector.stream(
         readable(data.images), seed=seed + 1, progress=len(data.images) if progress else None
     )
     for key, detections in stream:
         results += detections.to_coco(key, ids, every_class=True)
         found.append(detections)
-    try:
-        numbers = score(data, results)
-    except DiveFastError as error:  # pycocotools is an extra
-        log.warning("no AP: %s", error)
-        numbers = {"AP": None, "AP50": None}
+        there += annotated[key]
+    if not found:
+        raise DataError(f"{data.source}: expected held-out images that can be read, got none.")
+    numbers = _scores(data, results)
     n = len(found)
     return ExpectedDetector(
         numbers["AP"],
         numbers["AP50"],
         n,
         sum(len(one.class_id) for one in found) / n,
-        sum(int((~image.crowd).sum()) for image in data.images) / n,
+        there / n,
         sum(one.evaluations for one in found) / n,
         sum(one.seconds for one in found) / n,
         fit.margin,
@@ -113,6 +113,16 @@ def measure(
         detector.model.inverse_temperature,
         fit.images,
     )
+
+
+def _scores(data: CocoDataset, results: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The COCO numbers; without the extra that computes them AP is None, and a warning says so."""
+    try:
+        pycocotools()
+    except DiveFastError as error:
+        log.warning("no AP: %s", error)
+        return {"AP": None, "AP50": None}
+    return score(data, results)
 
 
 def fitted_or_told(
@@ -123,13 +133,16 @@ def fitted_or_told(
     progress: bool,
     tell: Callable[[str], object],
 ) -> ExpectedDetector | None:
-    """The same; where a model is too poor to be fitted, a sentence says so and it stays usable."""
+    """``fit_and_measure``; a sentence where a model is too poor for a margin and beta.
+
+    Timesteps that were fitted before that stay on the model.
+    """
     try:
         return fit_and_measure(detector, held_out, budget, seed, progress)
     except DiveFastError as error:
         tell(
-            f"nothing was fitted ({str(error).rstrip('.')}): train longer, or let dive-fast "
-            "diagnose say what is missing."
+            f"margin and beta are not fitted ({str(error).rstrip('.')}): train longer, or let "
+            "dive-fast diagnose say what is missing."
         )
         return None
 

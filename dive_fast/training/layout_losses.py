@@ -121,7 +121,15 @@ def errors_of(
     alpha_bar: Tensor,
     config: LayoutTrainingConfig,
 ) -> Tensor:
-    """The mean square of what the network errs by, of eps or of x0, [B]."""
+    """The mean square of what the network errs by, of eps or of x0, float32 [B].
+
+    Args:
+        model: x_t [B, C, h, w], t [B] and tokens [B, S] to its prediction [B, C, h, w].
+        x0, eps: float32 [B, C, h, w].
+        t: int64 [B].
+        tokens: int64 [B, S].
+        alpha_bar: float32 [T].
+    """
     a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
     x_t = a[:, None, None, None] * x0 + s[:, None, None, None] * eps
     target = eps if config.predicts == "epsilon" else x0
@@ -138,7 +146,7 @@ def errors_with_rivals(
     alpha_bar: Tensor,
     config: LayoutTrainingConfig,
 ) -> Tensor:
-    """The same of the annotated layouts and k rivals each, int64 [B, k, S]: [B, 1 + k]."""
+    """``errors_of`` the annotated layouts and k rivals each, int64 [B, k, S]: [B, 1 + k]."""
     n = 1 + rivals.shape[1]
     layouts = torch.cat([tokens[:, None], rivals], dim=1).flatten(0, 1)
     x0, t, eps = (each.repeat_interleave(n, dim=0) for each in (x0, t, eps))

@@ -21,9 +21,9 @@ from torch import Tensor
 from dive_fast.core.layouts import LayoutFormat
 from dive_fast.data.coco import CocoDataset, held_out_split, read_box_arrays, read_coco
 from dive_fast.data.scenes import SceneMaker, load_scenes
-from dive_fast.errors import ModelError, RunError
+from dive_fast.errors import DataError, ModelError, RunError, shown
 from dive_fast.logs import LogTo, check_log_to
-from dive_fast.models import load_model
+from dive_fast.models import load_model, resolve
 from dive_fast.models.files.sidecar import FILE, read_extra, write_extra
 from dive_fast.models.protocol import optional
 from dive_fast.predict.detector import LayoutDetector
@@ -173,6 +173,22 @@ def _parts(
     return _Known(found.tokens[rows], found.tokens[apart], left)
 
 
+def check_fit(annotations: str | Path, images: str | Path, model: str | Path) -> None:
+    """What ``fit_prior`` needs; for those who train for long before it.
+
+    Raises:
+        DataError: no COCO annotation file, or none of its images is there.
+        ModelError: the model is no directory to write to.
+    """
+    if not str(annotations).endswith(".json"):
+        raise DataError(
+            f"images belong to a COCO annotation file, got them with {shown(str(annotations))}."
+        )
+    if resolve(model).own_directory is None:
+        raise ModelError(f"{model} is no directory of yours to write the prior's weight to.")
+    read_coco(annotations, images)  # says what is missing
+
+
 def fit_prior(
     annotations: str | Path,
     images: str | Path,
@@ -198,9 +214,8 @@ def fit_prior(
     Raises:
         DataError, ModelError: as ``train_layout_prior``.
     """
+    check_fit(annotations, images, model)
     detector = LayoutDetector.from_pretrained(model, prior, device="cpu")
-    if detector.directory is None:
-        raise ModelError(f"{model} is no directory of yours to write the prior's weight to.")
     dataset = read_coco(annotations, images)
     facts = read_extra(detector.directory)
     parts = _parts(dataset, detector.model.layout_format, facts, lambda _: None)

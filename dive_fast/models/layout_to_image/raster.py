@@ -60,17 +60,12 @@ class LayoutRaster(nn.Module):
         self.register_buffer("corners", corners, persistent=False)
         self.scale = SHARPNESS / float(apart.min().square())
 
-    @property
-    def n_channels(self) -> int:
-        """Of what is drawn."""
-        return n_channels(self.layout)
-
     def forward(self, slots: Tensor, side: int) -> Tensor:
         """Embeddings [N, S, D] to float32 [N, C + 2, side, side]; differentiable."""
         objects = slots[:, : SLOTS_PER_OBJECT * self.layout.max_objects]
         with torch.autocast(slots.device.type, enabled=False):
             triples = objects.float().unflatten(1, (-1, SLOTS_PER_OBJECT))
-            weights = (triples[:, :, 0] @ self.inverse.float()).clamp(0, 1)[..., :-1]
+            weights = (triples[:, :, 0] @ self.inverse).clamp(0, 1)[..., :-1]
             places = self._places(triples[:, :, 1:].flatten(0, 2))
             grid = self.layout.grid
             corners = places.view(*triples.shape[:2], 2, grid, grid)
@@ -78,10 +73,9 @@ class LayoutRaster(nn.Module):
 
     def _places(self, rows: Tensor) -> Tensor:
         """p(corner | row) [R, G^2] of embeddings [R, D]."""
-        corners = self.corners.float()
-        half = corners.square().sum(dim=1) / 2
+        half = self.corners.square().sum(dim=1) / 2
         found = [
-            (self.scale * (part @ corners.T - half)).softmax(dim=1)
+            (self.scale * (part @ self.corners.T - half)).softmax(dim=1)
             for part in rows.split(ROWS_AT_ONCE)
         ]
         return torch.cat(found)
