@@ -45,7 +45,7 @@ def photos(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("classes", ["cat", "cat,fox,owl"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_detect(directory, photos, tmp_path, capsys, classes: str, dtype: str) -> None:
     said = call(
         capsys, "detect", photos, "--model", directory, "--classes", classes, "--dtype", dtype,

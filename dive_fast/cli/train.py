@@ -54,6 +54,12 @@ def add_course_options(parser: argparse.ArgumentParser) -> None:
     add_log_to(parser)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", help="that trains: cpu, cuda, cuda:1 ... (default: cuda where there is one)"
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     if options.model == "scenes":
         return run_scenes(options)

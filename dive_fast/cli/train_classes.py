@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dive_fast.cli.options import DATA, OTHER_DATA, add_readers
-from dive_fast.cli.train import add_checkpoints, add_course_options
+from dive_fast.cli.train import add_checkpoints, add_course_options, add_device
 from dive_fast.cli.values import count, share, weight
 
 if TYPE_CHECKING:  # torch is not loaded for the help
@@ -93,6 +93,7 @@ def add_parser(commands) -> None:
     add_readers(parser)
     add_checkpoints(parser)
     add_course_options(parser)
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -169,6 +170,7 @@ def run(options: argparse.Namespace) -> int:
         readers=options.readers,
         checkpoints=options.checkpoints,
         log_to=options.log_to,
+        device=options.device,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )
     print(as_text(options.out, trained))

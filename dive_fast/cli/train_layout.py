@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dive_fast.cli.train import add_course_options
+from dive_fast.cli.train import add_course_options, add_device
 from dive_fast.cli.values import count
 
 
@@ -37,6 +37,7 @@ def add_parser(commands) -> None:
         text = f"{text} (default: {default})"
         parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
     add_course_options(parser)
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         max_objects=options.max_objects,
         config=config,
         log_to=options.log_to,
+        device=options.device,
         tell=lambda sentence: print(f"dive-fast: {sentence}", file=sys.stderr),
     )
     losses = trained.expected

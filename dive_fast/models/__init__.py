@@ -20,7 +20,15 @@ from dive_fast.models.protocol import Model
 from dive_fast.models.source import Source, register_model_family, resolve, without_lora
 from dive_fast.models.text.prompts import Classes
 
-__all__ = ["DTYPES", "Source", "check_place", "load_model", "register_model_family", "resolve"]
+__all__ = [
+    "DTYPES",
+    "Source",
+    "check_place",
+    "load_model",
+    "register_model_family",
+    "resolve",
+    "usable_device",
+]
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +136,7 @@ def check_place(
     Raises:
         ModelError: an unknown precision, or a device that cannot be used.
     """
-    return _as_dtype(dtype), _as_device(device)
+    return _as_dtype(dtype), usable_device(device)
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -138,7 +146,12 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return chosen
 
 
-def _as_device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """A device as ``load_model`` takes it; None is cuda where there is one.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -18,6 +18,7 @@ from dive_fast.data.coco import CocoDataset, held_out_split, mirrored_images, re
 from dive_fast.data.coco.problems import Problem, tell_all
 from dive_fast.errors import DataError, ImageError
 from dive_fast.logs import LogTo, check_log_to
+from dive_fast.models import usable_device
 from dive_fast.models.files.sidecar import Fitted, fitted_entries
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
 from dive_fast.models.protocol import optional
@@ -39,6 +40,7 @@ ANNOTATED = LayoutTrainingConfig(
     max_weight=50.0,
     predicts="sample",
     contrast=0.005,
+    partial=0.5,
     raster=True,
     nameless=0.2,
 )
@@ -85,6 +87,7 @@ def train_annotated(
     log_to: LogTo | None = None,
     progress: bool = True,
     tell: Callable[[str], object] = print,
+    device: torch.device | str | None = None,
 ) -> TrainedModel:
     """Trains a layout-to-image model into ``out``, a diffusers model directory.
 
@@ -99,6 +102,7 @@ def train_annotated(
         config: sizes and course; ``sample_size`` is the side of the images.
         log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
         tell: takes one sentence on everything that was left out, images that cannot be read too.
+        device: where it is trained; cuda where there is one if None.
 
     Raises:
         DataError: the annotations cannot be used or hold no objects, fewer than two images fit and
@@ -106,6 +110,7 @@ def train_annotated(
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
     check_log_to(log_to)
+    place = usable_device(device)
     out = Path(out)
     if config.sample_size % PIXELS_PER_STEP:
         raise DataError(f"expected an even number of pixels as size, got {config.sample_size}.")
@@ -152,7 +157,9 @@ def train_annotated(
             facts["detector"] = dataclasses.asdict(found)
         return {key: value for key, value in facts.items() if value is not None}
 
-    expected = train_into(out, layout, config, draw, shown, command, progress, data, log_to, finish)
+    expected = train_into(
+        out, layout, config, draw, shown, command, progress, data, log_to, finish, place
+    )
     return TrainedModel(expected, len(train), len(held_out), measured[0] if measured else None)
 
 

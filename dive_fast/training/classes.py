@@ -21,6 +21,7 @@ from torch import Tensor
 from dive_fast.data.images import from_bytes
 from dive_fast.errors import RunError
 from dive_fast.logs import LogTo, check_log_to
+from dive_fast.models import usable_device
 from dive_fast.models.autoencoder import Autoencoder, encode_latents
 from dive_fast.models.files.checkpoint import fingerprint
 from dive_fast.training.classes_config import SCHEDULERS, ClassTrainingConfig, completed
@@ -76,6 +77,7 @@ def train_classes(
     log_to: LogTo | None = None,
     progress: bool = True,
     tell: Callable[[str], object] = print,
+    device: torch.device | str | None = None,
 ) -> TrainedClasses:
     """Trains a classifier into ``out``, a diffusers model directory, and fits what it needs.
 
@@ -97,6 +99,7 @@ def train_classes(
             ``zoo.train_zoo_model``; an autoencoder lies in each of them.
         log_to: where the losses go while it learns, as for ``evaluation.evaluate``.
         tell: takes one sentence on pictures that were left out.
+        device: where it is trained; cuda where there is one if None.
 
     Raises:
         DataError: the data cannot be used, have one class only or fewer than 3 pictures or
@@ -106,6 +109,7 @@ def train_classes(
         RunError: ``out`` holds a finished model or another training run, or cannot be written.
     """
     check_log_to(log_to)
+    place = usable_device(device)
     out, config = Path(out), config or ClassTrainingConfig()
     dataset, names = open_classes(data, classes)
     autoencoder = None if vae is None else load_autoencoder(vae)
@@ -126,7 +130,7 @@ def train_classes(
         "vae": None if autoencoder is None else fingerprint(autoencoder),
         **({} if group_by is None else {"group_by": group_by}),
     }
-    learner = _learner(pictures, parts, config, autoencoder, progress)
+    learner = _learner(pictures, parts, config, autoencoder, place, progress)
 
     def write(directory: Path) -> None:
         scheduler = SCHEDULERS[config.objective]()
@@ -161,7 +165,7 @@ def train_classes(
         "cpu_seconds": round(finished.cpu_seconds, 1),
     }
     budget = config.steps * config.batch_size
-    expected = fit_and_measure(out, pictures, parts, budget, facts, config.seed, progress)
+    expected = fit_and_measure(out, pictures, parts, budget, facts, config.seed, place, progress)
     sizes = tuple(map(len, parts))
     return TrainedClasses(finished.held_out, expected, len(names), sizes, finished.seconds)
 
@@ -171,6 +175,7 @@ def _learner(
     parts: Parts,
     config: ClassTrainingConfig,
     vae: Autoencoder | None,
+    device: torch.device,
     progress: bool,
 ) -> Learner:
     labels = pictures.labels[parts.train]
@@ -196,7 +201,7 @@ def _learner(
             return copies[copy, rows].float()
 
     torch.manual_seed(config.seed)
-    transformer = build_transformer(config, CLASS_STD)
+    transformer = build_transformer(config, CLASS_STD).to(device)
     return Learner(
         transformer, draw, labels, held_out, pictures.labels[away], pictures.names, vae, config
     )

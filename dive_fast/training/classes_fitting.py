@@ -59,6 +59,7 @@ def fit_and_measure(
     budget: int,
     facts: Mapping[str, Any],
     seed: int,
+    device: torch.device,
     progress: bool,
 ) -> Expected:
     """Fits timesteps, shortlist and beta of the model in ``out``, and classifies the test part.
@@ -66,8 +67,9 @@ def fit_and_measure(
     Args:
         budget: evaluations for all of it, about; each step takes fewer images where it is short.
         facts: further entries of ``dive_fast.json``, which is written last.
+        device: that classifies.
     """
-    classifier = DiffusionClassifier.from_pretrained(out, device="cpu")
+    classifier = DiffusionClassifier.from_pretrained(out, device=device)
     fit, test = (shuffled(part, seed)[:MOST_IMAGES] for part in (parts.fit, parts.test))
     share, c = budget // 4, len(pictures.names)
 

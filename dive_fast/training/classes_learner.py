@@ -53,8 +53,10 @@ class Learner:
         stated: dict[str, Any] = {"_class_name": type(scheduler).__name__, **scheduler.config}
         self.convention = Convention.from_config(stated)
         self.contrast = Contrast() if config.contrast else None
+        self.device = transformer.device
         # All that is trained; eval mode switches off diffusers' own label dropout.
         self.trained = nn.ModuleList(filter(None, [transformer, self.contrast])).eval()
+        self.trained.to(self.device)
         self.done = 0
 
     def loss_of(self, step: int, generator: torch.Generator) -> Tensor:
@@ -74,16 +76,18 @@ class Learner:
         each = [part.repeat_interleave(asked.shape[1], dim=0) for part in (x0, t, eps)]
         errors = self.errors(each[0], asked.flatten(), *each[1:]).view(asked.shape)
         # Pictures shown without their class have nothing to tell apart.
-        return errors[:, 0].mean() + config.contrast * self.contrast(errors[~none])
+        named = errors[~none.to(self.device)]
+        return errors[:, 0].mean() + config.contrast * self.contrast(named)
 
     def errors(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """e(y) = || target - prediction ||^2 / dim, float32 [B]."""
+        """e(y) = || target - prediction ||^2 / dim, float32 [B] on the network's device."""
         schedule = self.convention.schedule
         a, s = schedule.a[t][:, None, None, None], schedule.s[t][:, None, None, None]
         target = {"flow": eps - x0, "sample": x0}.get(schedule.target, eps)
-        with self.config.autocast(x0.device):
-            found = self.transformer(a * x0 + s * eps, self.convention.told(t), y).sample
-        return (found.float() - target).square().mean(dim=(1, 2, 3))
+        given = (a * x0 + s * eps, self.convention.told(t), y)
+        with self.config.autocast(self.device):
+            found = self.transformer(*(each.to(self.device) for each in given)).sample
+        return (found.float() - target.to(self.device)).square().mean(dim=(1, 2, 3))
 
     def measured(self, out: Path) -> dict[str, float]:
         """The loss of held-out pictures with their class and with none; sometimes draws samples."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dive_fast.core.layouts import LayoutFormat
-from dive_fast.core.rivals import rival_layouts
+from dive_fast.core.rivals import partial_layouts, rival_layouts
 from dive_fast.logs import LogTo
 from dive_fast.models.files.sidecar import write_extra
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
@@ -37,7 +37,8 @@ from dive_fast.training.layout_network import build
 from dive_fast.training.layout_tokens import empty, shuffle_objects, without_names
 from dive_fast.training.loop import train
 
-RIVALS = 1  # tells their draws from others of a step
+CPU = torch.device("cpu")
+RIVALS, PARTIAL = 1, 2  # tell their draws from others of a step
 
 # Images, uint8 [B, c, h, w], and their layouts as tokens, int64 [B, S].
 Batch = tuple[Tensor, Tensor]
@@ -57,6 +58,7 @@ def train_into(
     data: Mapping[str, Any],
     log_to: LogTo | None = None,
     finish: Callable[[LayoutTransformerModel], dict[str, Any]] | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
     """Trains a new model and writes its directory; returns its held-out losses.
 
@@ -64,25 +66,27 @@ def train_into(
         data: what tells the images and layouts that are learned from others.
         finish: is given the trained model, whose files are there by then, and returns further
             entries of ``dive_fast.json``, which is written last.
+        device: where the network is trained.
 
     Raises:
         RunError: the directory cannot be written, or holds another training's state.
     """
     torch.manual_seed(config.seed)
-    trained = build(layout, config)
+    trained = build(layout, config).to(device)
     whole = {"layout": layout.to_dict(), **data}
     expected = train_layout_model(
         trained, draw, held_out, layout, config, out, progress, whole, log_to
     )
+    trained.to(CPU)
     model = LayoutTransformerModel(trained.transformer, trained.encoder, config.scheduler())
     # Half precision halves the file; what is loaded again computes in float32.
-    model.to(torch.device("cpu"), torch.float16).save_pretrained(out)
+    model.to(CPU, torch.float16).save_pretrained(out)
     facts = {"command": command, "config": dataclasses.asdict(config), "expected": expected}
     if config.max_weight is not None:
         model.timesteps = learned_timesteps(config, model.schedule)
         facts["timesteps"] = model.timesteps.to_dict()
     if finish is not None:
-        model.to(torch.device("cpu"), torch.float32)
+        model.to(device, torch.float32)
         facts |= finish(model)
     write_extra(out, facts)
     return expected
@@ -106,7 +110,8 @@ def train_layout_model(
     with that of an empty image (``empty``).
 
     Args:
-        model: takes x_t [B, C, h, w], t [B] and tokens [B, S], and gives the noise.
+        model: takes x_t [B, C, h, w], t [B] and tokens [B, S], and gives the noise. It is trained
+            where its weights are; what is drawn is the same on every device.
         draw: the batch of every step.
         held_out: images and tokens that are never trained on.
         layout: what the tokens mean.
@@ -119,10 +124,11 @@ def train_layout_model(
         RunError: ``out`` holds the state of a run with another configuration or other data, or a
             damaged one, or cannot be written.
     """
-    alpha_bar = config.scheduler().alphas_cumprod
+    device = next(model.parameters()).device
+    alpha_bar = config.scheduler().alphas_cumprod.to(device)
 
     def predict(x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        with config.autocast(x_t.device), _attention(x_t.device):
+        with config.autocast(device), _attention(device):
             return model(x_t, t, tokens).float()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
@@ -134,18 +140,25 @@ def train_layout_model(
         x0 = to_x0(images)
         t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
         eps = torch.randn(x0.shape, generator=generator)
+        given = [each.to(device) for each in (x0, t, eps)]
         if config.contrast == 0:
-            tokens = without_names(tokens, layout, nameless)
-            return noise_loss(predict, x0, t, eps, tokens, alpha_bar, config)
+            tokens = without_names(tokens, layout, nameless).to(device)
+            return noise_loss(predict, *given, tokens, alpha_bar, config)
         rng = np.random.default_rng((config.seed, step, RIVALS))
-        rivals, same = rival_layouts(tokens, layout, config.rivals, rng, nameless)
+        annotated, partial = tokens, torch.zeros(len(tokens), dtype=torch.bool)
+        if config.partial:
+            tokens, partial = partial_layouts(tokens, layout, config.partial, rng)
+        rivals, same = rival_layouts(tokens, layout, config.rivals, rng, nameless, annotated)
         rivals = shuffle_objects(rivals.flatten(0, 1), generator)
         rivals = without_names(rivals, layout, nameless.repeat_interleave(config.rivals))
         rivals = rivals.unflatten(0, (len(tokens), -1))
         tokens = without_names(tokens, layout, nameless)
-        errors = errors_with_rivals(predict, x0, t, eps, tokens, rivals, alpha_bar, config)
-        denoised = (errors[:, 0] * config.weights(alpha_bar[t])).mean()
-        return denoised + config.contrast * model.contrast(errors, same)
+        layouts = [each.to(device) for each in (tokens, rivals)]
+        errors = errors_with_rivals(predict, *given, *layouts, alpha_bar, config)
+        # A partial layout has to explain its image better than its rivals, not well.
+        counts = config.weights(alpha_bar[given[1]]) * (~partial).to(device)
+        denoised = (errors[:, 0] * counts).sum() / max(1, int((~partial).sum()))
+        return denoised + config.contrast * model.contrast(errors, same.to(device))
 
     return train(
         model.train(),
@@ -171,23 +184,33 @@ def held_out_losses(
     config: LayoutTrainingConfig,
     alpha_bar: Tensor,
 ) -> dict[str, float]:
-    """The loss with the true and with the empty layout, on the same noises.
+    """The loss with the true and with the empty layout, on the same noises, where alpha_bar lies.
 
     With ``contrast`` also ``told_apart``, the share of images whose annotated layout explains
-    them better than a rival does, at one timestep.
+    them better than a rival does, at one timestep; with ``partial`` the same of partial layouts.
     """
     images, tokens = held_out
     generator = torch.Generator().manual_seed(config.seed)
     x0 = to_x0(images)
     t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
     eps = torch.randn(x0.shape, generator=generator)
+    device = alpha_bar.device
+    given = [each.to(device) for each in (x0, t, eps)]
     layouts = {"layout": tokens, "empty": empty(tokens, layout.none)}
     found = {
-        name: noise_loss(model, x0, t, eps, which, alpha_bar, config).item()
+        name: noise_loss(model, *given, which.to(device), alpha_bar, config).item()
         for name, which in layouts.items()
     }
     if config.contrast:
         rivals, _ = rival_layouts(tokens, layout, 1, np.random.default_rng((config.seed, RIVALS)))
-        errors = errors_with_rivals(model, x0, t, eps, tokens, rivals, alpha_bar, config)
+        layouts = [each.to(device) for each in (tokens, rivals)]
+        errors = errors_with_rivals(model, *given, *layouts, alpha_bar, config)
         found["told_apart"] = (errors[:, 0] < errors[:, 1]).double().mean().item()
+    if config.partial:
+        rng = np.random.default_rng((config.seed, PARTIAL))
+        some, _ = partial_layouts(tokens, layout, 1.0, rng)
+        rivals, _ = rival_layouts(some, layout, 1, rng, annotated=tokens)
+        layouts = [each.to(device) for each in (some, rivals)]
+        errors = errors_with_rivals(model, *given, *layouts, alpha_bar, config)
+        found["partial_told_apart"] = (errors[:, 0] < errors[:, 1]).double().mean().item()
     return found

@@ -102,7 +102,8 @@ def train(
     is started again with the same course and identity goes on from there, to the same weights.
 
     Args:
-        model: in the mode that it is to be trained in.
+        model: in the mode that it is to be trained in, on the device that it is trained on. A run
+            may go on with another device; it is no part of the course.
         loss_of: from the number of a step, from 0, to its loss, a scalar. It draws from the
             generator that it is given, or from one that the number seeds, and from no other.
         out: an existing directory.
@@ -226,7 +227,7 @@ class _State:
         if not path.exists():
             return
         try:
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, weights_only=True, map_location=self.parameters[0].device)
             other = saved["config"] != self.identity
             if not other:
                 self._restore(saved)
@@ -244,7 +245,7 @@ class _State:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.ema.load_state_dict(saved["ema"])
-        self.generator.set_state(saved["generator"])
+        self.generator.set_state(saved["generator"].cpu())
         self.step, self.loss = saved["step"], saved["loss"]
         wall, cpu = self._began
         self._began = (wall - saved["seconds"], cpu - saved["cpu_seconds"])
