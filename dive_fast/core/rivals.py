@@ -91,8 +91,11 @@ def rival_layouts(
         rivals = [_rival(base, pool, layout, names, rng) for _ in range(count)]
         found += rivals
         same.append([np.array_equal(rival, held) for rival in rivals])
-    written = [layout.write(torch.from_numpy(r[:, 0]), torch.from_numpy(r[:, 1:])) for r in found]
-    return torch.stack(written).view(len(tokens), count, -1), torch.tensor(same)
+    rows = np.full((len(found), layout.max_objects, 5), -1)
+    for row, rival in zip(rows, found, strict=True):
+        row[: len(rival)] = rival
+    written = layout.write(torch.from_numpy(rows[..., 0]), torch.from_numpy(rows[..., 1:]))
+    return written.view(len(tokens), count, -1), torch.tensor(same)
 
 
 class _Base(NamedTuple):

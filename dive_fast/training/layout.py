@@ -137,10 +137,10 @@ def train_layout_model(
         nameless = torch.zeros(len(tokens), dtype=torch.bool)
         if config.nameless:  # else nothing is drawn: an old command gives the same batches
             nameless = torch.rand(len(tokens), generator=generator) < config.nameless
-        x0 = to_x0(images)
+        x0 = to_x0(images.to(device))
         t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
         eps = torch.randn(x0.shape, generator=generator)
-        given = [each.to(device) for each in (x0, t, eps)]
+        given = [x0, t.to(device), eps.to(device)]
         if config.contrast == 0:
             tokens = without_names(tokens, layout, nameless).to(device)
             return noise_loss(predict, *given, tokens, alpha_bar, config)
