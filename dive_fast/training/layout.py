@@ -38,6 +38,7 @@ from dive_fast.training.layout_tokens import empty, shuffle_objects, without_nam
 from dive_fast.training.loop import train
 
 CPU = torch.device("cpu")
+HELD_OUT_AT_ONCE = 16  # images that are measured together: larger batches are slower on a CPU
 RIVALS, PARTIAL = 1, 2  # tell their draws from others of a step
 
 # Images, uint8 [B, c, h, w], and their layouts as tokens, int64 [B, S].
@@ -45,6 +46,7 @@ Batch = tuple[Tensor, Tensor]
 # From the number of a step to its batch. The same number always gives the same one, which makes
 # resuming exact.
 Draw = Callable[[int], Batch]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t, t and tokens to the prediction
 
 
 def train_into(
@@ -166,7 +168,7 @@ def train_layout_model(
         config,
         out,
         identity={"data": data},
-        held_out=lambda: held_out_losses(model, held_out, layout, config, alpha_bar),
+        held_out=lambda: held_out_losses(predict, held_out, layout, config, alpha_bar),
         log_to=log_to,
         progress=progress,
     ).held_out
@@ -178,7 +180,7 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
 
 
 def held_out_losses(
-    model: nn.Module,
+    model: Predict,
     held_out: Batch,
     layout: LayoutFormat,
     config: LayoutTrainingConfig,
@@ -194,23 +196,41 @@ def held_out_losses(
     x0 = to_x0(images)
     t = draw_timesteps(len(x0), len(alpha_bar), config, generator)
     eps = torch.randn(x0.shape, generator=generator)
-    device = alpha_bar.device
-    given = [each.to(device) for each in (x0, t, eps)]
     layouts = {"layout": tokens, "empty": empty(tokens, layout.none)}
-    found = {
-        name: noise_loss(model, *given, which.to(device), alpha_bar, config).item()
-        for name, which in layouts.items()
-    }
     if config.contrast:
-        rivals, _ = rival_layouts(tokens, layout, 1, np.random.default_rng((config.seed, RIVALS)))
-        layouts = [each.to(device) for each in (tokens, rivals)]
-        errors = errors_with_rivals(model, *given, *layouts, alpha_bar, config)
-        found["told_apart"] = (errors[:, 0] < errors[:, 1]).double().mean().item()
+        rng = np.random.default_rng((config.seed, RIVALS))
+        layouts["rival"] = rival_layouts(tokens, layout, 1, rng)[0][:, 0]
     if config.partial:
         rng = np.random.default_rng((config.seed, PARTIAL))
         some, _ = partial_layouts(tokens, layout, 1.0, rng)
         rivals, _ = rival_layouts(some, layout, 1, rng, annotated=tokens)
-        layouts = [each.to(device) for each in (some, rivals)]
-        errors = errors_with_rivals(model, *given, *layouts, alpha_bar, config)
-        found["partial_told_apart"] = (errors[:, 0] < errors[:, 1]).double().mean().item()
+        layouts |= {"partial": some, "partial_rival": rivals[:, 0]}
+    asked = torch.stack(list(layouts.values()), dim=1)
+    given = zip(*(x.split(HELD_OUT_AT_ONCE) for x in (x0, t, eps, asked)), strict=True)
+    errors = torch.cat([_errors(model, *part, alpha_bar, config) for part in given]).cpu()
+    weights = config.weights(alpha_bar.cpu()[t])
+    by_name = dict(zip(layouts, errors.unbind(dim=1), strict=True))
+    found = {name: float((by_name[name] * weights).mean()) for name in ("layout", "empty")}
+    if config.contrast:
+        found["told_apart"] = _share_below(by_name["layout"], by_name["rival"])
+    if config.partial:
+        found["partial_told_apart"] = _share_below(by_name["partial"], by_name["partial_rival"])
     return found
+
+
+def _errors(
+    model: Predict,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    layouts: Tensor,
+    alpha_bar: Tensor,
+    config: LayoutTrainingConfig,
+) -> Tensor:
+    """``errors_of`` n layouts of each image, int64 [B, n, S]: [B, n], where alpha_bar lies."""
+    moved = [each.to(alpha_bar.device) for each in (x0, t, eps, layouts[:, 0], layouts[:, 1:])]
+    return errors_with_rivals(model, *moved, alpha_bar, config)
+
+
+def _share_below(found: Tensor, other: Tensor) -> float:
+    return (found < other).double().mean().item()
