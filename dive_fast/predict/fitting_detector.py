@@ -28,6 +28,8 @@ from dive_fast.predict.fitting_search import (
     SearchFit,
     choose_margin,
     choose_weight,
+    f1,
+    judge_margin,
 )
 from dive_fast.predict.matching import match
 from dive_fast.priors import LayoutPenalty
@@ -80,26 +82,48 @@ class DetectorFitting(LayoutTimestepFitting):
     def fit_search(self, data: CocoDataset, *, progress: bool = False, **search: Any) -> SearchFit:
         """Fits what counts as found to annotated images: beta, the margin and the prior's weight.
 
-        One search with a margin of 0.002 and without the prior finds more than there is; which of
-        that is right decides all three (``predict.fitting_search``). They are set on the model,
-        ``save_fitted`` keeps them. A search that is given no margin takes the fitted one, and as
+        One search with a margin of 0.002 and without the prior finds more than there is, another
+        has the usual margin; which of that is right decides all three
+        (``predict.fitting_search``). They are set on the model, ``save_fitted`` keeps them. A search that is given no margin takes the fitted one, and as
         many probes as the fit was made with.
 
         Args, Raises: as ``calibrate``.
         """
         strategy = self.layout_strategy(search.pop("strategy", None), settings_of(search))
         probes = self._count(as_probes(search.get("probes")), strategy)
-        if getattr(strategy, "margin", None) is not None:
-            strategy = dataclasses.replace(strategy, margin=LEAST_MARGIN)
+        has_margin = getattr(strategy, "margin", None) is not None
+        usual = type(strategy)().margin if has_margin else 0.0
+        fit = None
+        for margin in (LEAST_MARGIN, usual) if has_margin else (None,):
+            if margin is not None:
+                strategy = dataclasses.replace(strategy, margin=margin)
+            try:
+                found = self._fit_of_search(data, progress, {**search, "strategy": strategy}, usual)
+            except DiveFastError:
+                if fit is None:
+                    raise
+                continue  # the usual margin leaves nothing to fit to
+            if fit is None or f1(found.precision, found.recall) > f1(fit.precision, fit.recall):
+                fit = found
+        self.model.inverse_temperature = fit.calibration.beta_after
+        count = probes if isinstance(probes, int) else None
+        self.model.detection = DetectionRule(fit.margin, fit.prior_weight, count)
+        return fit
+
+    def _fit_of_search(
+        self, data: CocoDataset, progress: bool, search: dict[str, Any], usual: float
+    ) -> SearchFit:
+        """What one search says; of a search with the usual margin that margin stays."""
         penalty = self._nats_of_prior() if self.prior is not None else None
-        observed = self._observed(data, progress, {**search, "strategy": strategy}, penalty)
+        observed = self._observed(data, progress, search, penalty)
         beta = self.model.inverse_temperature
         record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
-        weight = choose_weight(observed, record.beta_after, LAPSE)
-        margin, precision, recall = choose_margin(observed, record.beta_after, weight)
-        self.model.inverse_temperature = record.beta_after
-        count = probes if isinstance(probes, int) else None
-        self.model.detection = DetectionRule(margin, weight, count)
+        beta, weight = record.beta_after, choose_weight(observed, record.beta_after, LAPSE)
+        if getattr(search["strategy"], "margin", None) == usual:
+            margin = usual
+            precision, recall = judge_margin(observed, beta, weight, margin)
+        else:
+            margin, precision, recall = choose_margin(observed, beta, weight)
         record = dataclasses.replace(record, counted="objects")
         return SearchFit(
             record, margin, weight, precision, recall, observed.annotated, observed.images

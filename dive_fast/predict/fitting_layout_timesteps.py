@@ -6,14 +6,17 @@ measured in all bins of timesteps. A window of bins is worth
     d' = mean(D) / standard deviation of D over images and rivals,
     D  = mean over the window's probes of log l(y') - log l(y)
 
-Probes are taken in the best window, and count as the inverse of the mean loss of their bin, so that
-each says as much as another. How many there are is not for such rivals to say: they are coarse, and
-a search has to place sides by differences that are much smaller.
+Of few images the best window is the luckiest of many, so probes are taken in the widest one whose
+d' is within a standard error (of a jackknife over images) of the best. They count as the inverse of
+the mean loss of their bin, so that each says as much as another.
+How many there are is not for such rivals to say: they are coarse, and a search has to place sides
+by differences that are much smaller.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -141,14 +144,43 @@ def _measured(conditions: Tensor, probe_ids: Tensor) -> Search:
 
 
 def _window(losses: Tensor, same: Tensor, bins: Tensor) -> tuple[int, int, tuple[float, float]]:
-    """The best window of bins [low, high), its d' and that of all bins."""
+    """The window of bins [low, high), its d' and that of all bins."""
     ratios = losses.log()
-    ratios = (ratios[:, 1:] - ratios[:, :1])[~same]  # [pairs, K]
-    worth = {}
-    for low in range(BINS):
-        for high in range(low + NARROWEST, BINS + 1):
-            mean = ratios[:, (bins >= low) & (bins < high)].mean(dim=1)
-            spread = float(mean.std())
-            worth[low, high] = float(mean.mean()) / spread if spread > 0 else 0.0
-    low, high = max(worth, key=worth.__getitem__)
+    ratios = ratios[:, 1:] - ratios[:, :1]  # [N, R, K]
+    of_bins = torch.stack([ratios[..., bins == b].sum(dim=2) for b in range(BINS)])
+    counts = torch.tensor([int((bins == b).sum()) for b in range(BINS)])
+    means = {
+        (low, high): of_bins[low:high].sum(dim=0) / counts[low:high].sum()
+        for low in range(BINS)
+        for high in range(low + NARROWEST, BINS + 1)
+    }
+    worth = {window: _apart(mean[~same]) for window, mean in means.items()}
+    best = max(worth, key=worth.__getitem__)
+    least = worth[best] - _standard_error(means[best], same)
+    low, high = max(
+        (window for window in worth if worth[window] >= least),
+        key=lambda window: (window[1] - window[0], worth[window]),
+    )
     return low, high, (worth[low, high], worth[0, BINS])
+
+
+def _apart(ratios: Tensor) -> float:
+    """d' of the mean ratios of pairs, [P]."""
+    spread = float(ratios.std())
+    return float(ratios.mean()) / spread if spread > 0 else 0.0
+
+
+def _standard_error(mean: Tensor, same: Tensor) -> float:
+    """Of d', by leaving out each image in turn; none of one image.
+
+    Args:
+        mean: of a window, [N, R].
+        same: bool [N, R], pairs that do not count.
+    """
+    n = len(mean)
+    rows = torch.arange(n)
+    without = [_apart(mean[rows != i][~same[rows != i]]) for i in range(n) if n > 1]
+    found = torch.tensor([each for each in without if math.isfinite(each)]).double()
+    if len(found) < 2:
+        return 0.0
+    return float(((len(found) - 1) * found.var(correction=0)).sqrt())

@@ -9,6 +9,9 @@ The prior's weight w gives the labels of the objects the highest likelihood unde
     p(c | rest, x0) = softmax over classes and "not there" of -beta L + w log p
 
 and the margin makes F1 = 2 TP / (found + annotated) of the objects with a larger share highest.
+
+A generous search may go astray, where objects that it need not have found explain parts of others.
+So one with the usual margin is judged beside it, and the margin of the higher F1 is kept.
 """
 
 from __future__ import annotations
@@ -98,15 +101,33 @@ def choose_margin(
     It is the geometric mean of the share of the last object that is kept and of the first that is
     not, or 0.002: where nothing is wrong it stays low.
     """
+    shares, order = _shares(observed, beta, weight).sort(descending=True)
+    right = (observed.labels == observed.answers)[order].double().cumsum(0)
+    kept = torch.arange(1, len(shares) + 1)
+    best = int((2 * right / (kept + observed.annotated)).argmax())
+    first_out = float(shares[best + 1]) if best + 1 < len(shares) else 0.0
+    margin = math.sqrt(max(LEAST_MARGIN, float(shares[best])) * max(LEAST_MARGIN, first_out))
+    return margin, float(right[best] / kept[best]), float(right[best] / observed.annotated)
+
+
+def judge_margin(
+    observed: Observed, beta: float, weight: float | None, margin: float
+) -> tuple[float, float]:
+    """Precision and recall of the objects that explain at least the margin; 0 of none."""
+    kept = _shares(observed, beta, weight) >= margin
+    right = int((observed.labels == observed.answers)[kept].sum())
+    return right / max(1, int(kept.sum())), right / observed.annotated
+
+
+def f1(precision: float, recall: float) -> float:
+    """Their harmonic mean."""
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _shares(observed: Observed, beta: float, weight: float | None) -> Tensor:
+    """What each object explains, of the loss and the prior together, [n]."""
     losses = observed.losses
     if weight:
         losses = losses + weight / beta * observed.prices
     with_it = losses.gather(1, observed.answers[:, None])[:, 0]
-    shares, order = (1 - with_it / losses[:, -1]).sort(descending=True)
-    right = (observed.labels == observed.answers)[order].double().cumsum(0)
-    kept = torch.arange(1, len(shares) + 1)
-    f1 = 2 * right / (kept + observed.annotated)
-    best = int(f1.argmax())
-    first_out = float(shares[best + 1]) if best + 1 < len(shares) else 0.0
-    margin = math.sqrt(max(LEAST_MARGIN, float(shares[best])) * max(LEAST_MARGIN, first_out))
-    return margin, float(right[best] / kept[best]), float(right[best] / observed.annotated)
+    return 1 - with_it / losses[:, -1]
