@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import Said, call
+from command import Said, assert_refused, call
 from PIL import Image
 
 from dive_fast import LayoutDetector
@@ -251,3 +251,15 @@ def test_bad_input(tmp_path: Path, capsys) -> None:
         options = {**call_with, "--out": tmp_path / "out", **changes}
         arguments = [part for pair in options.items() for part in pair]
         assert_stopped(call(capsys, "train-layout", *arguments), message)
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, capsys) -> None:
+    """Asked before anything is read or written."""
+    out = tmp_path / "model"
+    for command, arguments in (
+        ("train-layout", ["--annotations", "none.json", "--images", tmp_path]),
+        ("train-classes", ["--data", tmp_path]),
+    ):
+        said = call(capsys, command, *arguments, "--out", out, "--device", "nowhere")
+        assert_refused(said, "the device 'nowhere' cannot be used")
+    assert not out.exists()

@@ -43,11 +43,11 @@ were not in the model's training, or it will be too sure. The data say what is f
 
   detector    --data scenes, or a COCO annotation file with --images
     timesteps   where probes tell annotated layouts from others with one thing wrong, and what
-                each counts
+                each counts (only if --what names it)
     search      when an object counts as found: the margin, the weight of the prior (if the model
                 has one) and beta, fitted to what --strategy (default: guided) finds with a low
-                margin and no prior, on --probes, which later searches have too; of the scenes in
-                the first 100 (--limit takes up to 1,000)
+                margin and with the usual one, without prior, on --probes, which later searches
+                have too; of the scenes in the first 100 (--limit takes up to 1,000)
     beta        only the temperature of the confidences, for the margin that is in use"""
 
 OF_DETECTORS = ("timesteps", "search", "beta")
@@ -79,7 +79,7 @@ def add_parser(commands) -> None:
         type=_parts,
         metavar="timesteps,shortlist,beta,weights",
         help="what to fit (default: timesteps, shortlist and beta; without --data timesteps and "
-        "shortlist; of a detector timesteps and search, and beta alone if named)",
+        "shortlist; of a detector search; timesteps as well, or beta alone, if named)",
     )
     parser.add_argument(
         "--out",
@@ -235,7 +235,7 @@ def shortlist_text(shortlist) -> str:
 def _fit_detector(options: argparse.Namespace):
     from dive_fast.errors import DiveFastError
 
-    what = options.what or ("timesteps", "search")
+    what = options.what or ("search",)
     only_beta = what == ("beta",)
     if not only_beta and not set(what) <= {"timesteps", "search"}:
         raise DiveFastError(

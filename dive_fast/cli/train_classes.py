@@ -60,8 +60,8 @@ def add_parser(commands) -> None:
     _add_augmentation(parser)
     group = parser.add_argument_group("course")
     for name, default, text in (
-        ("steps", 4000, "of the training"),
-        ("batch-size", 64, "pictures in a step"),
+        ("steps", 2000, "of the training"),
+        ("batch-size", 32, "pictures in a step, each with its class and --rivals others"),
         ("samples-every", 500, "steps from one drawing to the next"),
     ):
         text = f"{text} (default: {default})"
@@ -72,10 +72,10 @@ def add_parser(commands) -> None:
     group.add_argument(
         "--contrast",
         type=weight,
-        default=0.0,
+        default=0.1,
         metavar="X",
-        help="how much it counts, such as 0.1, that the right class explains a picture better than "
-        "others do; 0 to learn the pictures alone (default: 0)",
+        help="how much it counts that the right class explains a picture better than "
+        "others do; 0 to learn the pictures alone (default: 0.1)",
     )
     group.add_argument(
         "--rivals",

@@ -84,8 +84,8 @@ class DetectorFitting(LayoutTimestepFitting):
 
         One search with a margin of 0.002 and without the prior finds more than there is, another
         has the usual margin; which of that is right decides all three
-        (``predict.fitting_search``). They are set on the model, ``save_fitted`` keeps them. A search that is given no margin takes the fitted one, and as
-        many probes as the fit was made with.
+        (``predict.fitting_search``). They are set on the model, ``save_fitted`` keeps them. A
+        search that is given no margin takes the fitted one, and as many probes as the fit had.
 
         Args, Raises: as ``calibrate``.
         """

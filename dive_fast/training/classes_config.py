@@ -48,15 +48,15 @@ class ClassTrainingConfig(TransformerConfig):
     heads: int = 4
     layers: int = 4
     objective: str = "x0"
-    contrast: float = 0.0
+    contrast: float = 0.1
     rivals: int = 3
     label_dropout: float = 0.1
     augmentation: Augmentation = field(
         default_factory=lambda: Augmentation(flip=True, crop=0.3, colour=0.3)
     )
     copies: int = 7
-    steps: int = 4000
-    batch_size: int = 64
+    steps: int = 2000
+    batch_size: int = 32
     warmup_steps: int = 100
     samples_every: int = 500
 

@@ -77,7 +77,6 @@ def fit_and_measure(
         raise DiveFastError(f"expected two held-out images to fit to, got {len(images)}.")
     to_fit, to_measure = images[:half], images[half : 2 * half]
     part = dataclasses.replace(held_out, images=to_fit)
-    detector.fit_timesteps(part, seed=seed, progress=progress)
     fit = detector.fit_search(part, probes=PROBES, seed=seed, progress=progress)
     return measure(detector, dataclasses.replace(held_out, images=to_measure), fit, seed, progress)
 
@@ -133,10 +132,7 @@ def fitted_or_told(
     progress: bool,
     tell: Callable[[str], object],
 ) -> ExpectedDetector | None:
-    """``fit_and_measure``; a sentence where a model is too poor for a margin and beta.
-
-    Timesteps that were fitted before that stay on the model.
-    """
+    """``fit_and_measure``; a sentence where a model is too poor for a margin and beta."""
     try:
         return fit_and_measure(detector, held_out, budget, seed, progress)
     except DiveFastError as error:
