@@ -160,6 +160,29 @@ class TestSearch:
         detector.fit_search(data)  # with those of before
         assert detector.model.detection.probes == 16
 
+    @pytest.mark.parametrize("astray", [True, False])
+    def test_the_usual_margin_stays_where_its_search_is_better(
+        self, detector, data, monkeypatch, astray: bool
+    ) -> None:
+        """A generous search finds two of four, or all, beside one that the usual search finds."""
+        shares = torch.tensor([0.5, 0.4, 0.3, 0.2], dtype=torch.float64)
+        losses = torch.stack([1 - shares, torch.ones(4)], dim=1).double()
+        right, half = torch.zeros(4).long(), torch.tensor([0, 0, 1, 1])
+        nothing = torch.zeros(4).long()
+        margins = []
+
+        def observed(data, progress, search, penalty):
+            margins.append(search["strategy"].margin)
+            wrong = (search["strategy"].margin == LEAST_MARGIN) == astray
+            return Observed(losses, half if wrong else right, nothing, None, 4, 2)
+
+        monkeypatch.setattr(detector, "_observed", observed)
+        fit = detector.fit_search(data)
+        assert margins == [LEAST_MARGIN, Guided.usual_margin]
+        assert (fit.precision, fit.recall) == (1.0, 1.0)
+        best = Guided.usual_margin if astray else math.sqrt(0.2 * LEAST_MARGIN)
+        assert fit.margin == detector.model.detection.margin == pytest.approx(best)
+
     def test_is_kept(self, detector, data, tmp_path: Path) -> None:
         (tmp_path / "dive_fast.json").write_text('{"mine": 1}')
         fit = detector.fit_search(data, **SEARCH)

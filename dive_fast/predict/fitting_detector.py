@@ -92,26 +92,27 @@ class DetectorFitting(LayoutTimestepFitting):
         strategy = self.layout_strategy(search.pop("strategy", None), settings_of(search))
         probes = self._count(as_probes(search.get("probes")), strategy)
         has_margin = getattr(strategy, "margin", None) is not None
-        usual = type(strategy)().margin if has_margin else 0.0
-        fit = None
+        usual = strategy.usual_margin if has_margin else None
+        fits: list[SearchFit] = []
+        errors: list[DiveFastError] = []
         for margin in (LEAST_MARGIN, usual) if has_margin else (None,):
             if margin is not None:
                 strategy = dataclasses.replace(strategy, margin=margin)
+            asked = {**search, "strategy": strategy}
             try:
-                found = self._fit_of_search(data, progress, {**search, "strategy": strategy}, usual)
-            except DiveFastError:
-                if fit is None:
-                    raise
-                continue  # the usual margin leaves nothing to fit to
-            if fit is None or f1(found.precision, found.recall) > f1(fit.precision, fit.recall):
-                fit = found
+                fits.append(self._fit_of_search(data, progress, asked, usual))
+            except DiveFastError as error:  # the other may have found what a fit can be made of
+                errors.append(error)
+        if not fits:
+            raise errors[0]
+        fit = max(fits, key=lambda found: f1(found.precision, found.recall))
         self.model.inverse_temperature = fit.calibration.beta_after
         count = probes if isinstance(probes, int) else None
         self.model.detection = DetectionRule(fit.margin, fit.prior_weight, count)
         return fit
 
     def _fit_of_search(
-        self, data: CocoDataset, progress: bool, search: dict[str, Any], usual: float
+        self, data: CocoDataset, progress: bool, search: dict[str, Any], usual: float | None
     ) -> SearchFit:
         """What one search says; of a search with the usual margin that margin stays."""
         penalty = self._nats_of_prior() if self.prior is not None else None
@@ -119,8 +120,8 @@ class DetectorFitting(LayoutTimestepFitting):
         beta = self.model.inverse_temperature
         record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
         beta, weight = record.beta_after, choose_weight(observed, record.beta_after, LAPSE)
-        if getattr(search["strategy"], "margin", None) == usual:
-            margin = usual
+        margin = getattr(search["strategy"], "margin", None)
+        if margin is not None and margin == usual:
             precision, recall = judge_margin(observed, beta, weight, margin)
         else:
             margin, precision, recall = choose_margin(observed, beta, weight)
