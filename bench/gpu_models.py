@@ -1,12 +1,9 @@
-"""What networks of published shapes cost on a GPU: memory, and evaluations a second.
+"""What forwards of networks of published shapes cost on a GPU: memory and milliseconds.
 
-    python -m bench.gpu_models rows gligen --rows 1 64 128 256     # dit, gligen, geodiffusion
-    python -m bench.gpu_models classify                            # a DiT-XL/2, 1000 classes
-    python -m bench.gpu_models detect DIR --family gligen          # written by open_vocabulary
+    python -m bench.gpu_models gligen --rows 1 64 128 256     # dit, gligen, geodiffusion
 
-Weights are random, so answers mean nothing. A forward is compared with the CPU's in float32 first,
-losses of the engine with those in float32. "classify" times diffusers' network alone beside it, on
-the same rows. Appends to bench/results/gpu_models.jsonl.
+Weights are random. A forward in float32 is compared with the CPU's first, and one in every other
+precision with that. Appends to bench/results/gpu_models.jsonl.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,49 +18,27 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from bench.open_vocabulary import inputs, pictures, published
+from bench.open_vocabulary import inputs, published
 from bench.records import RESULTS, append_line
-from dive_fast import DiffusionClassifier, EngineOptions, LayoutDetector, Schedule
 from dive_fast.evaluation.machine import machine
-from dive_fast.models.dit.model import DiT
 
 CUDA = torch.device("cuda")
-DTYPES = ("float32", "bfloat16", "float16")
-TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2, "float16": 1e-2}
-CLASSES, PROBES = 1000, 2
-GIGABYTE = 10**9
+TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2, "float16": 2e-2}
+CLASSES = 1000
+Call = Callable[[nn.Module, dict[str, Any]], None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
-    rows = commands.add_parser("rows")
-    rows.add_argument("family", choices=["dit", "gligen", "geodiffusion"])
-    rows.add_argument("--rows", type=int, nargs="+", default=[1, 64, 128, 256])
-    rows.add_argument("--gradient-rows", type=int, nargs="+", default=[1, 8, 14])
-    rows.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16", "float16"])
-    rows.add_argument("--rounds", type=int, default=3)
-    rows.set_defaults(run=measure_rows)
-    whole = commands.add_parser("classify")
-    whole.add_argument("--rounds", type=int, default=3)
-    whole.add_argument("--batch-size", type=int, default=256)
-    whole.set_defaults(run=classify)
-    found = commands.add_parser("detect")
-    found.add_argument("directory", type=Path)
-    found.add_argument("--family", choices=["gligen", "geodiffusion"], required=True)
-    found.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float16"])
-    found.add_argument("--batch-size", type=int, default=64)
-    found.set_defaults(run=detect)
+    parser.add_argument("family", choices=["dit", "gligen", "geodiffusion"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 128, 256])
+    parser.add_argument("--gradient-rows", type=int, nargs="+", default=[1, 8, 14])
+    parser.add_argument("--dtype", choices=TOLERANCE, nargs="+", default=["bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("expected a GPU that torch sees, got none.")
-    options.run(options)
-
-
-def record(what: str, row: dict[str, Any]) -> None:
-    print(what, row, flush=True)
-    row = {"what": what, "gpu": torch.cuda.get_device_name(), **row}
-    append_line(RESULTS / "gpu_models.jsonl", row, machine())
+    measure(options)
 
 
 def transformer() -> DiTTransformer2DModel:
@@ -108,36 +82,42 @@ def on_cpu(given: Any) -> Any:
 
 
 @torch.no_grad()
-def measure_rows(options: argparse.Namespace) -> None:
-    """Peak memory and seconds of forwards, and of forwards with a gradient of the condition."""
-    network = network_of(options.family)
-    given = given_to(options.family, 1, torch.float32)
+def measure(options: argparse.Namespace) -> None:
+    """Peak memory and time of forwards, and of forwards with a gradient of the condition."""
+    network, given = network_of(options.family), given_to(options.family, 1, torch.float32)
     found = network(**given).sample.cpu()
-    expected = network.cpu()(**on_cpu(given)).sample
-    network.to(CUDA)
+    error = _apart(found, network.cpu()(**on_cpu(given)).sample)
+    assert error < TOLERANCE["float32"], error
     for name in options.dtype:
         dtype = getattr(torch, name)
-        network.to(dtype)
+        network = network_of(options.family).to(dtype)
         low = network(**given_to(options.family, 1, dtype)).sample.float().cpu()
-        error = _apart(found, expected)
-        assert error < TOLERANCE["float32"], error
+        assert _apart(low, found) < TOLERANCE[name], _apart(low, found)
         row = {
+            "what": "rows",
+            "gpu": torch.cuda.get_device_name(),
             "family": options.family,
             "dtype": name,
             "parameters": sum(p.numel() for p in network.parameters()),
             "weights": sum(p.numel() * p.element_size() for p in network.parameters()),
             "float32_against_cpu": error,
-            "against_float32": _apart(low, expected),
+            "against_float32": _apart(low, found),
+            "plain": _all_rows(_forward, network, options, options.rows, dtype),
         }
-        for what, counts in (("plain", options.rows), ("gradient", options.gradient_rows)):
-            if what == "gradient" and options.family == "dit":
-                continue
-            call = _forward if what == "plain" else _with_gradient
-            row[what] = {
-                n: _measured(call, network, given_to(options.family, n, dtype), options.rounds)
-                for n in counts
-            }
-        record("rows", row)
+        if options.family != "dit":
+            asked = options.gradient_rows
+            row["gradient"] = _all_rows(_with_gradient, network, options, asked, dtype)
+        print(row, flush=True)
+        append_line(RESULTS / "gpu_models.jsonl", row, machine())
+
+
+def _all_rows(
+    call: Call, network: nn.Module, options: argparse.Namespace, rows: list[int], dtype: torch.dtype
+) -> dict[int, dict[str, Any]]:
+    return {
+        n: _measured(call, network, given_to(options.family, n, dtype), options.rounds)
+        for n in rows
+    }
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
@@ -157,7 +137,7 @@ def _with_gradient(network: nn.Module, given: dict[str, Any]) -> None:
 
 
 def _measured(
-    call: Callable[[nn.Module, dict[str, Any]], None],
+    call: Call,
     network: nn.Module,
     given: dict[str, Any],
     rounds: int,
@@ -178,92 +158,6 @@ def _measured(
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     return {"bytes": peak, "ms": median(times), "spread": [min(times), max(times)]}
-
-
-def classify(options: argparse.Namespace) -> None:
-    """Losses of every class on two probes: by the engine, and what its network alone takes."""
-    names = tuple(map(str, range(CLASSES)))
-    x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected, plain = None, None
-    for dtype, options_of in (
-        ("float32", {}),
-        ("bfloat16", {}),
-        ("bfloat16", {"compile": True}),
-    ):
-        network = network_of("dit").to(getattr(torch, dtype))
-        rows = given_to("dit", options.batch_size, getattr(torch, dtype))
-        alone = _measured(_forward, network, rows, options.rounds)
-        model = DiT(network, None, Schedule.linear(), names, name="DiT-XL/2, random weights")
-        model.to(CUDA, getattr(torch, dtype))
-        classifier = DiffusionClassifier(
-            model, batch_size=options.batch_size, options=EngineOptions(**options_of)
-        )
-        start = time.perf_counter()
-        found = classifier.losses(latents=x0, probes=PROBES)
-        first = time.perf_counter() - start
-        expected = found if expected is None else expected
-        error = _apart(found, expected)
-        assert error < TOLERANCE[dtype], error
-        times = []
-        for _ in range(options.rounds):
-            start = time.perf_counter()
-            classifier.losses(latents=x0, probes=PROBES)
-            times.append(time.perf_counter() - start)
-        rates = [CLASSES * PROBES / seconds for seconds in times]
-        plain = median(rates) if plain is None else plain
-        row = {
-            "dtype": dtype,
-            **options_of,
-            "batch_size": options.batch_size,
-            "evaluations": CLASSES * PROBES,
-            "evaluations_per_second": median(rates),
-            "network_alone_per_second": 1e3 * options.batch_size / alone["ms"],
-            "spread": [min(rates), max(rates)],
-            "against_float32": median(rates) / plain,
-            "first_call_seconds": first,
-            "relative_error": error,
-            "peak_bytes": torch.cuda.max_memory_allocated(),
-        }
-        record("classify", row)
-        del classifier, model, network
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def detect(options: argparse.Namespace) -> None:
-    """A search of one picture as the docs advise it for 24 GB; what it takes at most."""
-    for dtype in options.dtype:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        detector = LayoutDetector.from_pretrained(
-            options.directory,
-            classes=["person", "dog", "traffic light"],
-            dtype=dtype,
-            device="cuda",
-            batch_size=options.batch_size,
-        )
-        loaded = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        (found,) = detector(
-            pictures(1), max_objects=4, margin=0.0, step_probes=4, final_probes=12, rounds=1
-        )
-        seconds = time.perf_counter() - start
-        row = {
-            "family": options.family,
-            "dtype": dtype,
-            "batch_size": options.batch_size,
-            "pixels": detector.model.image_shape[1],
-            "peak_loading": loaded,
-            "peak": torch.cuda.max_memory_allocated(),
-            "reserved": torch.cuda.max_memory_reserved(),
-            "evaluations": found.evaluations,
-            "seconds": seconds,
-            "evaluations_per_second": found.evaluations / seconds,
-            "objects": len(found),
-        }
-        record("detect", row)
-        del detector
 
 
 if __name__ == "__main__":

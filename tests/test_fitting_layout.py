@@ -325,6 +325,24 @@ class TestTimesteps:
         low, high, (best, whole) = _window(logs.exp(), same, bins)
         assert (low, high) == (4, 6) and best > 10 > whole
 
+    def test_a_window_that_is_only_luckier_is_not_taken(self) -> None:
+        """All bins tell alike, of few images; the best two of them are so by chance."""
+        generator = torch.Generator().manual_seed(0)
+        # What an image's rivals have in common does not average out over bins.
+        common = torch.randn(6, 3, 1, generator=generator, dtype=torch.float64)
+        noise = torch.randn(6, 3, 40, generator=generator, dtype=torch.float64)
+        logs = torch.cat([torch.zeros(6, 1, 40), 1 + common + 0.2 * noise], dim=1)
+        same = torch.zeros(6, 3, dtype=torch.bool)
+        low, high, (best, whole) = _window(logs.exp(), same, torch.arange(40) // 2)
+        assert (low, high) == (0, 20) and best == whole
+
+    def test_one_image_has_no_standard_error(self) -> None:
+        logs = torch.cat([torch.zeros(1, 1, 40), torch.rand(1, 3, 40)], dim=1).double()
+        low, high, _ = _window(
+            logs.exp(), torch.zeros(1, 3, dtype=torch.bool), torch.arange(40) // 2
+        )
+        assert high - low >= 2
+
 
 def exact_but_for_noise(model: PictureModel):
     """Its prediction, with an error of its own, so that no loss is 0."""

@@ -91,16 +91,15 @@ class DetectorFitting(LayoutTimestepFitting):
         """
         strategy = self.layout_strategy(search.pop("strategy", None), settings_of(search))
         probes = self._count(as_probes(search.get("probes")), strategy)
-        has_margin = getattr(strategy, "margin", None) is not None
-        usual = strategy.usual_margin if has_margin else None
+        searches = [strategy]
+        if getattr(strategy, "margin", None) is not None:  # one of somebody's own need not have any
+            margins = (LEAST_MARGIN, strategy.usual_margin)
+            searches = [dataclasses.replace(strategy, margin=margin) for margin in margins]
         fits: list[SearchFit] = []
         errors: list[DiveFastError] = []
-        for margin in (LEAST_MARGIN, usual) if has_margin else (None,):
-            if margin is not None:
-                strategy = dataclasses.replace(strategy, margin=margin)
-            asked = {**search, "strategy": strategy}
+        for each in searches:
             try:
-                fits.append(self._fit_of_search(data, progress, asked, usual))
+                fits.append(self._fit_of_search(data, progress, {**search, "strategy": each}))
             except DiveFastError as error:  # the other may have found what a fit can be made of
                 errors.append(error)
         if not fits:
@@ -112,19 +111,19 @@ class DetectorFitting(LayoutTimestepFitting):
         return fit
 
     def _fit_of_search(
-        self, data: CocoDataset, progress: bool, search: dict[str, Any], usual: float | None
+        self, data: CocoDataset, progress: bool, search: dict[str, Any]
     ) -> SearchFit:
-        """What one search says; of a search with the usual margin that margin stays."""
+        """What one search says; the margin of one that was not generous stays."""
         penalty = self._nats_of_prior() if self.prior is not None else None
         observed = self._observed(data, progress, search, penalty)
         beta = self.model.inverse_temperature
         record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
         beta, weight = record.beta_after, choose_weight(observed, record.beta_after, LAPSE)
-        margin = getattr(search["strategy"], "margin", None)
-        if margin is not None and margin == usual:
-            precision, recall = judge_margin(observed, beta, weight, margin)
-        else:
+        margin = getattr(search["strategy"], "margin", LEAST_MARGIN)
+        if margin == LEAST_MARGIN:
             margin, precision, recall = choose_margin(observed, beta, weight)
+        else:
+            precision, recall = judge_margin(observed, beta, weight, margin)
         record = dataclasses.replace(record, counted="objects")
         return SearchFit(
             record, margin, weight, precision, recall, observed.annotated, observed.images

@@ -8,9 +8,9 @@ measured in all bins of timesteps. A window of bins is worth
 
 Of few images the best window is the luckiest of many, so probes are taken in the widest one whose
 d' is within a standard error (of a jackknife over images) of the best. They count as the inverse of
-the mean loss of their bin, so that each says as much as another.
-How many there are is not for such rivals to say: they are coarse, and a search has to place sides
-by differences that are much smaller.
+the mean loss of their bin, so that each says as much as another. How many there are is not for
+such rivals to say: they are coarse, and a search has to place sides by differences that are much
+smaller.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _window(losses: Tensor, same: Tensor, bins: Tensor) -> tuple[int, int, tuple
 
 def _apart(ratios: Tensor) -> float:
     """d' of the mean ratios of pairs, [P]."""
-    spread = float(ratios.std())
+    spread = float(ratios.std()) if len(ratios) > 1 else 0.0
     return float(ratios.mean()) / spread if spread > 0 else 0.0
 
 
@@ -178,9 +178,8 @@ def _standard_error(mean: Tensor, same: Tensor) -> float:
         same: bool [N, R], pairs that do not count.
     """
     n = len(mean)
-    rows = torch.arange(n)
-    without = [_apart(mean[rows != i][~same[rows != i]]) for i in range(n) if n > 1]
-    found = torch.tensor([each for each in without if math.isfinite(each)]).double()
-    if len(found) < 2:
+    if n == 1:
         return 0.0
-    return float(((len(found) - 1) * found.var(correction=0)).sqrt())
+    rows = torch.arange(n)
+    without = [_apart(mean[rows != i][~same[rows != i]]) for i in range(n)]
+    return math.sqrt((n - 1) * float(torch.tensor(without).double().var(correction=0)))

@@ -104,7 +104,7 @@ def choose_margin(
     shares, order = _shares(observed, beta, weight).sort(descending=True)
     right = (observed.labels == observed.answers)[order].double().cumsum(0)
     kept = torch.arange(1, len(shares) + 1)
-    best = int((2 * right / (kept + observed.annotated)).argmax())
+    best = int((right / (kept + observed.annotated)).argmax())  # F1 / 2
     first_out = float(shares[best + 1]) if best + 1 < len(shares) else 0.0
     margin = math.sqrt(max(LEAST_MARGIN, float(shares[best])) * max(LEAST_MARGIN, first_out))
     return margin, float(right[best] / kept[best]), float(right[best] / observed.annotated)
