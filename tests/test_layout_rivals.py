@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dive_fast.core.layouts import LayoutFormat
-from dive_fast.core.rivals import partial_layouts, rival_layouts
+from dive_fast.core.rivals import rival_layouts
 from dive_fast.training.layout_rivals import KAPPA, Contrast
 
 FORM = LayoutFormat.compact(("cat", "dog", "owl"), max_objects=3, grid=33)
@@ -77,48 +77,6 @@ def test_without_objects_and_when_full() -> None:
 def test_nothing_can_be_wrong_where_there_are_no_objects_at_all() -> None:
     rivals, same = rival_layouts(tokens_of()[None], FORM, 2, np.random.default_rng(0))
     assert same.all() and torch.equal(rivals[0, 0], tokens_of())
-
-
-def test_partial_layouts_hold_some_objects_about_where_they_are() -> None:
-    truth = [(0, (0, 0, 10, 12)), (1, (14, 8, 26, 20)), (2, (2, 20, 12, 30))]
-    tokens = tokens_of(*((c, list(box)) for c, box in truth)).repeat(300, 1)
-    rng = np.random.default_rng(0)
-    partial, changed = partial_layouts(tokens, FORM, 0.5, rng)
-    assert 0.4 < changed.double().mean() < 0.6
-    assert torch.equal(partial[~changed], tokens[~changed])
-    counts = [0, 0, 0, 0]
-    moved = total = 0
-    for row in partial[changed]:
-        found = objects_of(row)
-        counts[len(found)] += 1
-        for c, box in found:
-            total += 1
-            moved += box != truth[c][1]
-            assert overlap(box, truth[c][1]) >= 0.6
-    assert min(counts) > 0.15 * int(changed.sum())  # each number of objects is as likely
-    assert 0.35 < moved / total < 0.5
-
-
-def test_rivals_of_partial_layouts_are_worse() -> None:
-    """None of them holds what is missing, and what is moved lies further off."""
-    truth = [(0, (0, 0, 10, 12)), (1, (14, 8, 26, 20)), (2, (2, 20, 12, 30))]
-    tokens = tokens_of(*((c, list(box)) for c, box in truth)).repeat(200, 1)
-    rng = np.random.default_rng(0)
-    partial, _ = partial_layouts(tokens, FORM, 1.0, rng)
-    rivals, same = rival_layouts(partial, FORM, 3, rng, annotated=tokens)
-    for row, others, is_same in zip(partial, rivals, same.tolist(), strict=True):
-        held = objects_of(row)
-        missing = [box for c, box in truth if c not in {c for c, _ in held}]
-        for other, nothing_wrong in zip(others, is_same, strict=True):
-            found = objects_of(other)
-            assert nothing_wrong == (found == held)
-            if len(found) > len(held):
-                assert all(overlap(found[-1][1], box) < 0.1 for box in missing)
-            elif len(found) == len(held) and not nothing_wrong:
-                ((old, new),) = [(a, b) for a, b in zip(held, found, strict=True) if a != b]
-                if old[0] == new[0]:
-                    true = truth[old[0]][1]
-                    assert overlap(new[1], true) < min(0.75, overlap(old[1], true) - 0.15)
 
 
 def test_cross_entropy() -> None:

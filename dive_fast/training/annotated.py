@@ -40,7 +40,6 @@ ANNOTATED = LayoutTrainingConfig(
     max_weight=50.0,
     predicts="sample",
     contrast=0.005,
-    partial=0.5,
     raster=True,
     nameless=0.2,
 )

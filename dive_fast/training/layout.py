@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dive_fast.core.layouts import LayoutFormat
-from dive_fast.core.rivals import partial_layouts, rival_layouts
+from dive_fast.core.rivals import rival_layouts
 from dive_fast.logs import LogTo
 from dive_fast.models.files.sidecar import write_extra
 from dive_fast.models.layout_to_image.transformer import LayoutTransformerModel
@@ -39,7 +39,7 @@ from dive_fast.training.loop import train
 
 CPU = torch.device("cpu")
 HELD_OUT_AT_ONCE = 16  # images that are measured together: larger batches are slower on a CPU
-RIVALS, PARTIAL = 1, 2  # tell their draws from others of a step
+RIVALS = 1  # tells their draws from others of a step
 
 # Images, uint8 [B, c, h, w], and their layouts as tokens, int64 [B, S].
 Batch = tuple[Tensor, Tensor]
@@ -147,19 +147,14 @@ def train_layout_model(
             tokens = without_names(tokens, layout, nameless).to(device)
             return noise_loss(predict, *given, tokens, alpha_bar, config)
         rng = np.random.default_rng((config.seed, step, RIVALS))
-        annotated, partial = tokens, torch.zeros(len(tokens), dtype=torch.bool)
-        if config.partial:
-            tokens, partial = partial_layouts(tokens, layout, config.partial, rng)
-        rivals, same = rival_layouts(tokens, layout, config.rivals, rng, nameless, annotated)
+        rivals, same = rival_layouts(tokens, layout, config.rivals, rng, nameless)
         rivals = shuffle_objects(rivals.flatten(0, 1), generator)
         rivals = without_names(rivals, layout, nameless.repeat_interleave(config.rivals))
         rivals = rivals.unflatten(0, (len(tokens), -1))
         tokens = without_names(tokens, layout, nameless)
         layouts = [each.to(device) for each in (tokens, rivals)]
         errors = errors_with_rivals(predict, *given, *layouts, alpha_bar, config)
-        # A partial layout has to explain its image better than its rivals, not well.
-        counts = config.weights(alpha_bar[given[1]]) * (~partial).to(device)
-        denoised = (errors[:, 0] * counts).sum() / max(1, int((~partial).sum()))
+        denoised = (errors[:, 0] * config.weights(alpha_bar[given[1]])).mean()
         return denoised + config.contrast * model.contrast(errors, same.to(device))
 
     return train(
@@ -189,7 +184,7 @@ def held_out_losses(
     """The loss with the true and with the empty layout, on the same noises, where alpha_bar lies.
 
     With ``contrast`` also ``told_apart``, the share of images whose annotated layout explains
-    them better than a rival does, at one timestep; with ``partial`` the same of partial layouts.
+    them better than a rival does, at one timestep.
     """
     images, tokens = held_out
     generator = torch.Generator().manual_seed(config.seed)
@@ -200,11 +195,6 @@ def held_out_losses(
     if config.contrast:
         rng = np.random.default_rng((config.seed, RIVALS))
         layouts["rival"] = rival_layouts(tokens, layout, 1, rng)[0][:, 0]
-    if config.partial:
-        rng = np.random.default_rng((config.seed, PARTIAL))
-        some, _ = partial_layouts(tokens, layout, 1.0, rng)
-        rivals, _ = rival_layouts(some, layout, 1, rng, annotated=tokens)
-        layouts |= {"partial": some, "partial_rival": rivals[:, 0]}
     asked = torch.stack(list(layouts.values()), dim=1)
     given = zip(*(x.split(HELD_OUT_AT_ONCE) for x in (x0, t, eps, asked)), strict=True)
     errors = torch.cat([_errors(model, *part, alpha_bar, config) for part in given]).cpu()
@@ -212,9 +202,8 @@ def held_out_losses(
     by_name = dict(zip(layouts, errors.unbind(dim=1), strict=True))
     found = {name: float((by_name[name] * weights).mean()) for name in ("layout", "empty")}
     if config.contrast:
-        found["told_apart"] = _share_below(by_name["layout"], by_name["rival"])
-    if config.partial:
-        found["partial_told_apart"] = _share_below(by_name["partial"], by_name["partial_rival"])
+        better = by_name["layout"] < by_name["rival"]
+        found["told_apart"] = better.double().mean().item()
     return found
 
 
@@ -230,7 +219,3 @@ def _errors(
     """``errors_of`` n layouts of each image, int64 [B, n, S]: [B, n], where alpha_bar lies."""
     moved = [each.to(alpha_bar.device) for each in (x0, t, eps, layouts[:, 0], layouts[:, 1:])]
     return errors_with_rivals(model, *moved, alpha_bar, config)
-
-
-def _share_below(found: Tensor, other: Tensor) -> float:
-    return (found < other).double().mean().item()

@@ -42,8 +42,6 @@ class LayoutTrainingConfig(Course):
         predicts: "epsilon" or "sample", what the network gives.
         contrast: lambda of loss + lambda CE, see ``layout_rivals``; 0 for denoising alone.
         rivals: k, the layouts that the annotated one is told from.
-        partial: share of the images whose layout is one that a search has on its way, which is told
-            from rivals and does not denoise; see ``core.rivals``.
         raster: the network is shown the layout drawn, see ``models.layout_to_image.raster``.
         nameless: share of the images whose objects are of no known class, as they are at first in a
             search.
@@ -63,7 +61,6 @@ class LayoutTrainingConfig(Course):
     max_weight: float | None = None
     contrast: float = 0.0
     rivals: int = 3
-    partial: float = 0.0
     raster: bool = False
     nameless: float = 0.0
     predicts: Literal["epsilon", "sample"] = "epsilon"
