@@ -18,7 +18,7 @@ from PIL import Image
 from reads import Entry, Number, Picture, alive, damaged, gone, impossible, odd, unreadable
 
 from dive_fast import DiffusionClassifier
-from dive_fast.data import open_dataset
+from dive_fast.data import open_dataset, reading
 from dive_fast.data.digits import load_digits
 from dive_fast.data.images import from_bytes
 from dive_fast.data.reading import (
@@ -96,6 +96,25 @@ def test_a_killed_reader_is_told() -> None:
             for _ in images:
                 pass
         assert time.monotonic() - start < 60
+
+
+@linux
+def test_a_reader_that_is_killed_with_a_lock_is_told(monkeypatch) -> None:
+    """Held by somebody who will not give it back: the others are not waited for."""
+    started = []
+    start = reading._start
+    monkeypatch.setattr(
+        reading, "_start", lambda *given: started.append(start(*given)) or started[0]
+    )
+    monkeypatch.setattr(reading, "ENDING_SECONDS", 0.5)
+    with closing(read_ahead([(i, Number(i)) for i in range(50)], 2)) as images:
+        pids = {pid for _, (_, pid) in (next(images) for _ in range(4))}
+        started[0]._workers_done_event._cond.acquire()
+        os.kill(min(pids), signal.SIGKILL)
+        with pytest.raises(RunError, match="read images ahead was killed"):
+            for _ in images:
+                pass
+        assert gone(pids)
 
 
 @pytest.mark.parametrize("readers", [0, 1])

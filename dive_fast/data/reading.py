@@ -47,6 +47,7 @@ AHEAD, AHEAD_BYTES = 32, 32 << 20
 # and the rest of it would take several times what it takes to start them.
 SHARE, FIRST_SECONDS, FIRST_IMAGES, REST_SECONDS = 0.2, 3.0, 8, 20.0
 MOST = 4
+ENDING_SECONDS = 10.0  # for readers to end by themselves, where one of them was killed
 
 
 @dataclass(frozen=True)
@@ -240,10 +241,25 @@ def _next(results: Iterator[Any]) -> Any:
         lost = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
         if not lost or "in DataLoader worker process" in str(error):
             raise
+        _end(results)
         raise RunError(
             "a process that read images ahead was killed, perhaps for lack of memory; what was "
             "answered is kept: run again, with fewer readers or --readers 0."
         ) from error
+
+
+def _end(results: Any) -> None:
+    """Ends the workers of an iterator of a DataLoader, one of which was killed.
+
+    It may have died with the lock that telling the others to end waits for. torch interrupts such a
+    wait when a child of its own process dies; these are children of the fork server.
+    """
+    telling = threading.Thread(target=results._shutdown_workers, daemon=True)
+    telling.start()
+    telling.join(ENDING_SECONDS)
+    if telling.is_alive():
+        for worker in results._workers:
+            worker.terminate()
 
 
 class _Sent(NamedTuple):
