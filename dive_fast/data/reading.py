@@ -47,7 +47,6 @@ AHEAD, AHEAD_BYTES = 32, 32 << 20
 # and the rest of it would take several times what it takes to start them.
 SHARE, FIRST_SECONDS, FIRST_IMAGES, REST_SECONDS = 0.2, 3.0, 8, 20.0
 MOST = 4
-ENDING_SECONDS = 10.0  # for readers to end by themselves, where one of them was killed
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def _start(
 ) -> Iterator[Any]:
     """The results of ``reads`` in their order, by workers that have started."""
     methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context = _lockless("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__])
     loader = DataLoader(
@@ -231,6 +230,33 @@ def _start(
     return results
 
 
+class _Flag:
+    """An event for a DataLoader, which tells its workers to end by one, that no process locks.
+
+    A reader may be killed at any time. With the lock of ``multiprocessing.Event`` in its hands it
+    would leave the others, and this process, waiting for ever.
+    """
+
+    def __init__(self) -> None:
+        self._value = multiprocessing.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        return self._value.value == 1
+
+
+def _lockless(method: str) -> Any:
+    """The context of a start method, with a ``_Flag`` for an event."""
+
+    class Lockless(type(multiprocessing.get_context(method))):
+        def Event(self) -> _Flag:
+            return _Flag()
+
+    return Lockless()
+
+
 def _next(results: Iterator[Any]) -> Any:
     """The next result; None after the last."""
     try:
@@ -241,25 +267,10 @@ def _next(results: Iterator[Any]) -> Any:
         lost = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
         if not lost or "in DataLoader worker process" in str(error):
             raise
-        _end(results)
         raise RunError(
             "a process that read images ahead was killed, perhaps for lack of memory; what was "
             "answered is kept: run again, with fewer readers or --readers 0."
         ) from error
-
-
-def _end(results: Any) -> None:
-    """Ends the workers of an iterator of a DataLoader, one of which was killed.
-
-    It may have died with the lock that telling the others to end waits for. torch interrupts such a
-    wait when a child of its own process dies; these are children of the fork server.
-    """
-    telling = threading.Thread(target=results._shutdown_workers, daemon=True)
-    telling.start()
-    telling.join(ENDING_SECONDS)
-    if telling.is_alive():
-        for worker in results._workers:
-            worker.terminate()
 
 
 class _Sent(NamedTuple):
