@@ -58,7 +58,8 @@ from dive_fast.training.annotated import (
     draw_flipped,
 )
 from dive_fast.training.layout_losses import to_x0
-from dive_fast.training.loop import STATE, Course, prepare_directory, write_tensors
+from dive_fast.training.loop import STATE, prepare_directory
+from dive_fast.training.state import Course, write_tensors
 
 DETECTOR = "detector.pt"
 COMMAND = "python -m bench.annotated_baseline"

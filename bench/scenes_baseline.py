@@ -50,7 +50,8 @@ from dive_fast.evaluation.coco_scores import score
 from dive_fast.evaluation.machine import machine
 from dive_fast.predict.detections import Detections
 from dive_fast.training import loop
-from dive_fast.training.loop import STATE, Course, prepare_directory, write_tensors
+from dive_fast.training.loop import STATE, prepare_directory
+from dive_fast.training.state import Course, write_tensors
 
 DETECTOR = "detector.pt"
 COMMAND = "python -m bench.scenes_baseline"

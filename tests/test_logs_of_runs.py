@@ -23,7 +23,8 @@ from dive_fast.data import DataSet, Example
 from dive_fast.data.coco import CocoDataset, CocoImage
 from dive_fast.evaluation import evaluate, evaluate_detections
 from dive_fast.training import train_annotated, train_layout_prior, train_scenes, train_zoo_model
-from dive_fast.training.loop import Course, learning_rate_at, train
+from dive_fast.training.loop import train
+from dive_fast.training.state import Course, learning_rate_at
 
 N_IMAGES = 27
 

@@ -27,7 +27,8 @@ from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.training.layout import Batch, Draw, train_into
 from dive_fast.training.layout_fitting import ExpectedDetector, fitted_or_told
 from dive_fast.training.layout_losses import LayoutTrainingConfig
-from dive_fast.training.loop import Course, check_unfinished, prepare_directory
+from dive_fast.training.loop import check_unfinished, prepare_directory
+from dive_fast.training.state import Course
 
 MOST_HELD_OUT = 256
 PIXELS_PER_STEP = 2

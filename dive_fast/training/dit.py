@@ -19,7 +19,8 @@ from torch import nn
 
 from dive_fast.logs import LogTo
 from dive_fast.models.autoencoder import Autoencoder
-from dive_fast.training.loop import Course, Keep, train
+from dive_fast.training.loop import Keep, train
+from dive_fast.training.state import Course
 
 
 @dataclass(frozen=True, kw_only=True)

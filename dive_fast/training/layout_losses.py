@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dive_fast.core.schedule import Schedule
 from dive_fast.core.timesteps import BINS, TimestepWeights
-from dive_fast.training.loop import Course
+from dive_fast.training.state import Course
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,9 @@ from dive_fast.priors import LayoutPrior
 from dive_fast.priors.tokens import fitting_layouts
 from dive_fast.training.layout_fitting import EVALUATIONS, ExpectedDetector, fitted_or_told
 from dive_fast.training.layout_tokens import shuffle_objects
-from dive_fast.training.loop import Course, make_directory, train
+from dive_fast.training.loop import make_directory, train
 from dive_fast.training.scenes import SCENES_FORMAT, scene_tokens
+from dive_fast.training.state import Course
 
 SCENES = "scenes"
 N_HELD_OUT_SCENES = 512
