@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dive_fast.errors import DataError, DiveFastError, ModelError
 from dive_fast.predict.fitting_layout_timesteps import _window
 from dive_fast.predict.fitting_search import (
     LEAST_MARGIN,
+    SMALL_MARGIN,
     Observed,
     choose_margin,
     choose_weight,
@@ -169,19 +171,45 @@ class TestSearch:
         losses = torch.stack([1 - shares, torch.ones(4)], dim=1).double()
         right, half = torch.zeros(4).long(), torch.tensor([0, 0, 1, 1])
         nothing = torch.zeros(4).long()
-        margins = []
+        tried = []
 
         def observed(data, progress, search, penalty):
-            margins.append(search["strategy"].margin)
+            tried.append((search["strategy"].margin, len(search["strategy"].sizes)))
             wrong = (search["strategy"].margin == LEAST_MARGIN) == astray
             return Observed(losses, half if wrong else right, nothing, None, 4, 2)
 
         monkeypatch.setattr(detector, "_observed", observed)
         fit = detector.fit_search(data)
-        assert margins == [LEAST_MARGIN, Guided.usual_margin]
+        usual = Guided.usual_margin
+        assert tried == [(LEAST_MARGIN, 0), (usual, 0), (SMALL_MARGIN, 1), (usual, 1)]
         assert (fit.precision, fit.recall) == (1.0, 1.0)
         best = Guided.usual_margin if astray else math.sqrt(0.2 * LEAST_MARGIN)
         assert fit.margin == detector.model.detection.margin == pytest.approx(best)
+
+    def test_a_scan_is_kept_where_its_search_is_better(self, detector, data, monkeypatch) -> None:
+        """It finds three of four, others two; the windows are as large as the objects."""
+        shares = torch.tensor([0.5, 0.4, 0.3, 0.2], dtype=torch.float64)
+        losses = torch.stack([1 - shares, torch.ones(4)], dim=1).double()
+        nothing = torch.zeros(4).long()
+
+        def observed(data, progress, search, penalty):
+            strategy = search["strategy"]
+            best = strategy.sizes and strategy.margin == SMALL_MARGIN
+            labels = torch.tensor([0, 0, 0 if best else 1, 1])
+            return Observed(losses, labels, nothing, None, 4, 2)
+
+        monkeypatch.setattr(detector, "_observed", observed)
+        fit = detector.fit_search(data)
+        assert (fit.margin, fit.recall) == (SMALL_MARGIN, 0.75) and fit.sizes
+        assert detector.model.detection.sizes == fit.sizes
+        assert detector.identity()["strategy"]["sizes"] == fit.sizes
+        assert "windows that are scanned" in str(fit)
+        every = [item for scene in SCENES for item in scene]
+        widths = [
+            statistics.median(i.box.right - i.box.left for i in every if i.class_id == c) / 6
+            for c in range(3)
+        ]
+        assert fit.sizes[0][0] in [pytest.approx(width, abs=1e-4) for width in widths]
 
     def test_is_kept(self, detector, data, tmp_path: Path) -> None:
         (tmp_path / "dive_fast.json").write_text('{"mine": 1}')
@@ -189,7 +217,9 @@ class TestSearch:
         detector.save_fitted(tmp_path)
         content = json.loads((tmp_path / "dive_fast.json").read_text())
         assert content["mine"] == 1
-        assert content["detection"] == {"margin": fit.margin, "prior_weight": None, "probes": None}
+        assert content["detection"] == {
+            "margin": fit.margin, "prior_weight": None, "probes": None, "sizes": None
+        }  # fmt: skip
         other = LayoutDetector(PictureModel())
         other.load_fitted(tmp_path)
         assert other.identity() == detector.identity()

@@ -116,6 +116,7 @@ def test_the_weight_of_a_prior(tmp_path: Path) -> None:
         "margin": found.margin,
         "prior_weight": found.prior_weight,
         "probes": content["detection"]["probes"],
+        "sizes": content["detection"]["sizes"],
     }
     assert content["detector"]["n"] == 1 and content["beta"] == found.beta
     loaded = LayoutDetector.from_pretrained(model, resolve("scenes").prior)
@@ -177,6 +178,7 @@ def test_images_belong_to_annotations(tmp_path: Path, capsys) -> None:
     [
         (DetectionRule(probes=16), "search for objects: probes 16"),
         (DetectionRule(0.0125, 0.5), "search for objects: margin 1.25%, weight of the prior 0.5"),
+        (DetectionRule(sizes=((0.5, 0.25), (1, 1))), "windows of 50% x 25% and 100% x 100%"),
         (DetectionRule(), "search for objects: nothing fitted"),
     ],
 )

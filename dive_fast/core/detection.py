@@ -10,7 +10,10 @@ from dive_fast.core.config import LARGEST, LARGEST_FLOAT
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.errors import DiveFastError, shown
 
-_FIELDS = ("margin", "prior_weight", "probes")
+_FIELDS = {"margin", "prior_weight", "probes", "sizes"}
+_LATER = {"sizes"}  # which files of earlier versions lack
+
+Size = tuple[float, float]  # width and height, shares of the image
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class DetectionRule:
         margin: share of the loss that an object has to explain, in [0, 1); None where not fitted.
         prior_weight: w of the prior that the fit had; None where it had none.
         probes: K of the search that it was fitted with; None for the usual number.
+        sizes: usual ones of objects, widths and heights as shares of the image in (0, 1], of which
+            windows are scanned; None where the search goes without.
 
     Raises:
         DiveFastError: a value that is none of its kind.
@@ -29,6 +34,7 @@ class DetectionRule:
     margin: float | None = None
     prior_weight: float | None = None
     probes: int | None = None
+    sizes: tuple[Size, ...] | None = None
 
     def __post_init__(self) -> None:
         margin = self.margin
@@ -39,6 +45,8 @@ class DetectionRule:
             raise DiveFastError(f"prior_weight must be at least 0, got {shown(weight)}.")
         if self.probes is not None and not (is_whole(self.probes, 1) and self.probes <= LARGEST):
             raise DiveFastError(f"probes must be at least 1, got {shown(self.probes)}.")
+        if self.sizes is not None:
+            object.__setattr__(self, "sizes", as_sizes(self.sizes))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DetectionRule:
@@ -47,10 +55,30 @@ class DetectionRule:
         Raises:
             DiveFastError: other fields, or values that are none of their kind.
         """
-        if not isinstance(content, Mapping) or set(content) != set(_FIELDS):
-            raise DiveFastError(f"expected {', '.join(_FIELDS)}, got {shown(content)}.")
+        if not isinstance(content, Mapping) or not _FIELDS - _LATER <= set(content) <= _FIELDS:
+            raise DiveFastError(f"expected {', '.join(sorted(_FIELDS))}, got {shown(content)}.")
         return cls(**content)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def as_sizes(sizes: Any) -> tuple[Size, ...]:
+    """Widths and heights as shares of an image, in tuples.
+
+    Raises:
+        DiveFastError: they are no pairs of numbers in (0, 1].
+    """
+    pairs = sizes if isinstance(sizes, list | tuple) else [None]
+    for pair in pairs:
+        if not (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(is_number(share, 0) and 0 < share <= 1 for share in pair)
+        ):
+            raise DiveFastError(
+                "sizes must be pairs of a width and a height, shares of the image in (0, 1], got "
+                f"{shown(sizes)}."
+            )
+    return tuple((float(width), float(height)) for width, height in pairs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dive_fast.core.detection import DetectionRule
+from dive_fast.core.detection import DetectionRule, Size
 from dive_fast.data.coco import (
     CocoDataset,
     CocoImage,
@@ -30,6 +30,8 @@ from dive_fast.predict.fitting_search import (
     choose_weight,
     f1,
     judge_margin,
+    searches,
+    usual_sizes,
 )
 from dive_fast.predict.matching import match
 from dive_fast.priors import LayoutPenalty
@@ -82,22 +84,19 @@ class DetectorFitting(LayoutTimestepFitting):
     def fit_search(self, data: CocoDataset, *, progress: bool = False, **search: Any) -> SearchFit:
         """Fits what counts as found to annotated images: beta, the margin and the prior's weight.
 
-        One search with a margin of 0.002 and without the prior finds more than there is, another
-        has the usual margin; which of that is right decides all three
-        (``predict.fitting_search``). They are set on the model, ``save_fitted`` keeps them. A
-        search that is given no margin takes the fitted one, and as many probes as the fit had.
+        One search with a margin of 0.002 and without the prior finds more than there is, others
+        have larger margins, with and without a scan of windows; which of what they find is right
+        decides all of it (``predict.fitting_search``). They are set on the model, ``save_fitted``
+        keeps them. A search that is given no margin or sizes takes the fitted ones, and as many
+        probes as the fit had.
 
         Args, Raises: as ``calibrate``.
         """
         strategy = self.layout_strategy(search.pop("strategy", None), settings_of(search))
         probes = self._count(as_probes(search.get("probes")), strategy)
-        searches = [strategy]
-        if getattr(strategy, "margin", None) is not None:  # one of somebody's own need not have any
-            margins = (LEAST_MARGIN, strategy.usual_margin)
-            searches = [dataclasses.replace(strategy, margin=margin) for margin in margins]
         fits: list[SearchFit] = []
         errors: list[DiveFastError] = []
-        for each in searches:
+        for each in searches(strategy, self._usual_sizes(data)):
             try:
                 fits.append(self._fit_of_search(data, progress, {**search, "strategy": each}))
             except DiveFastError as error:  # the other may have found what a fit can be made of
@@ -107,8 +106,13 @@ class DetectorFitting(LayoutTimestepFitting):
         fit = max(fits, key=lambda found: f1(found.precision, found.recall))
         self.model.inverse_temperature = fit.calibration.beta_after
         count = probes if isinstance(probes, int) else None
-        self.model.detection = DetectionRule(fit.margin, fit.prior_weight, count)
+        self.model.detection = DetectionRule(fit.margin, fit.prior_weight, count, fit.sizes or None)
         return fit
+
+    def _usual_sizes(self, data: Any) -> tuple[Size, ...]:
+        """Those of the annotated objects whose classes the detector knows."""
+        known = enumerate(class_categories(_dataset(data), self.names))
+        return usual_sizes(data, {number: c for c, number in known if number is not None})
 
     def _fit_of_search(
         self, data: CocoDataset, progress: bool, search: dict[str, Any]
@@ -125,9 +129,9 @@ class DetectorFitting(LayoutTimestepFitting):
         else:
             precision, recall = judge_margin(observed, beta, weight, margin)
         record = dataclasses.replace(record, counted="objects")
-        return SearchFit(
-            record, margin, weight, precision, recall, observed.annotated, observed.images
-        )
+        sizes = getattr(search["strategy"], "sizes", None) or ()
+        counts = observed.annotated, observed.images
+        return SearchFit(record, margin, weight, sizes, precision, recall, *counts)
 
     def _observed(
         self,
@@ -141,9 +145,7 @@ class DetectorFitting(LayoutTimestepFitting):
         Args:
             penalty: -log p of layouts in nats, to be asked of what was found; None for no prices.
         """
-        if not isinstance(data, CocoDataset):
-            raise DiveFastError(f"expected a CocoDataset to calibrate on, got {shown(data)}.")
-        data.expect_objects("to fit beta to")
+        _dataset(data).expect_objects("to fit beta to")
         categories = class_categories(data, self.names)
         expect_fitting_images(data)
         if (mirrored := mirrored_images(data)) is not None:
@@ -187,6 +189,17 @@ class DetectorFitting(LayoutTimestepFitting):
     def _nats_of_prior(self) -> LayoutPenalty:
         """-log p of layouts, in nats."""
         return LayoutPenalty(self.prior, 1.0, self.prior_probes, self.model.layout_format)
+
+
+def _dataset(data: Any) -> CocoDataset:
+    """The data set that was given.
+
+    Raises:
+        DiveFastError: it is none.
+    """
+    if not isinstance(data, CocoDataset):
+        raise DiveFastError(f"expected a CocoDataset to calibrate on, got {shown(data)}.")
+    return data
 
 
 def settings_of(search: dict[str, Any]) -> dict[str, Any]:

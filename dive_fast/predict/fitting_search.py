@@ -11,22 +11,29 @@ The prior's weight w gives the labels of the objects the highest likelihood unde
 and the margin makes F1 = 2 TP / (found + annotated) of the objects with a larger share highest.
 
 A generous search may go astray, where objects that it need not have found explain parts of others.
-So one with the usual margin is judged beside it, and the margin of the higher F1 is kept.
+So others with larger margins are judged beside it, some of which scan windows of the usual sizes of
+the annotated objects, and what the search of the highest F1 had is kept.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dive_fast.core.detection import Size
+from dive_fast.data.coco import CocoDataset
 from dive_fast.predict.calibration import Calibration
+from dive_fast.strategies.layout import Guided
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # of a prior, that are tried
 LEAST_MARGIN = 0.002  # of the search whose objects are judged
+SMALL_MARGIN = 0.02  # between it and the usual one
+MOST_SIZES, ALIKE = 3, 0.5  # usual sizes at most; overlap beyond which two are one
 
 
 class Observed(NamedTuple):
@@ -57,6 +64,7 @@ class SearchFit:
         calibration: of beta.
         margin: share of the loss that an object has to explain.
         prior_weight: w; None without a prior.
+        sizes: of the windows that were scanned; none without a scan.
         precision, recall: of the objects beyond the margin, on the images of the fit.
         annotated, images: how many were fitted to.
     """
@@ -64,6 +72,7 @@ class SearchFit:
     calibration: Calibration
     margin: float
     prior_weight: float | None
+    sizes: tuple[Size, ...]
     precision: float
     recall: float
     annotated: int
@@ -73,11 +82,61 @@ class SearchFit:
         lines = [str(self.calibration), f"{'margin':28}{self.margin:10.2%}"]
         if self.prior_weight is not None:
             lines.append(f"{'weight of the prior':28}{self.prior_weight:10g}")
+        if self.sizes:
+            sizes = ", ".join(f"{width:.0%} x {height:.0%}" for width, height in self.sizes)
+            lines.append(f"windows that are scanned    {sizes} of an image")
         lines.append(
             f"so {self.recall:.0%} of the {self.annotated} annotated objects of {self.images} "
             f"images are found by name, and {self.precision:.0%} of what is found is right"
         )
         return "\n".join(lines)
+
+
+def searches(strategy: Any, sizes: tuple[Size, ...]) -> list[Any]:
+    """The searches that are judged: the generous one first, those that scan last.
+
+    One of somebody's own need not have a margin, and is judged as it is.
+    """
+    if getattr(strategy, "margin", None) is None:
+        return [strategy]
+    with_margin = [replace(strategy, margin=m) for m in (LEAST_MARGIN, strategy.usual_margin)]
+    if not isinstance(strategy, Guided):
+        return with_margin
+    found = [replace(each, sizes=()) for each in with_margin]
+    margins = (SMALL_MARGIN, strategy.usual_margin) if sizes else ()
+    return found + [replace(strategy, margin=margin, sizes=sizes) for margin in margins]
+
+
+def usual_sizes(data: CocoDataset, class_of: Mapping[int, int]) -> tuple[Size, ...]:
+    """Median width and height of each class's annotated objects, shares of their images.
+
+    Of the most frequent class first; of sizes that nearly are the same one, the first.
+
+    Args:
+        class_of: the detector's class of each category that it knows.
+    """
+    by_class: dict[int, list[Tensor]] = {}
+    for image in data.images:
+        sides = (image.boxes[:, 2:] - image.boxes[:, :2]).double() / torch.tensor(image.size)
+        for category, share, crowd in zip(
+            image.class_ids.tolist(), sides, image.crowd.tolist(), strict=True
+        ):
+            if not crowd and (c := class_of.get(data.category_ids[category])) is not None:
+                by_class.setdefault(c, []).append(share)
+    sizes: list[Size] = []
+    for shares in sorted(by_class.values(), key=len, reverse=True):
+        # The mean of the two in the middle.
+        middle = torch.stack(shares).quantile(0.5, dim=0).clamp(max=1.0)
+        size = tuple(round(share, 4) for share in middle.tolist())
+        if min(size) > 0 and all(_alike(size, other) < ALIKE for other in sizes):
+            sizes.append(size)
+    return tuple(sizes[:MOST_SIZES])
+
+
+def _alike(a: Size, b: Size) -> float:
+    """Intersection over union of two windows around one point."""
+    inside = min(a[0], b[0]) * min(a[1], b[1])
+    return inside / (a[0] * a[1] + b[0] * b[1] - inside)
 
 
 def choose_weight(observed: Observed, beta: float, lapse: float) -> float | None:

@@ -19,18 +19,22 @@ class LayoutChoice(Predictor):
     def layout_strategy(
         self, strategy: str | LayoutStrategy | None, settings: dict[str, Any]
     ) -> LayoutStrategy:
-        """The search that a caller asked for, with the margin that was fitted unless it has one.
+        """The search that a caller asked for, with margin and sizes as fitted unless it has some.
 
         Raises:
             DiveFastError: an unknown name or setting.
         """
         chosen = resolve_layout_strategy(strategy, settings)
-        # One of somebody's own need not have a margin.
-        if not isinstance(chosen, LayoutProbes) or getattr(chosen, "margin", 0) is not None:
+        if not isinstance(chosen, LayoutProbes):
             return chosen
         rule = optional(self.model, "detection") or DetectionRule()
-        margin = chosen.least_share if rule.margin is None else rule.margin
-        return dataclasses.replace(chosen, margin=margin)
+        fitted: dict[str, Any] = {}
+        # One of somebody's own need not have a margin.
+        if getattr(chosen, "margin", 0) is None:
+            fitted["margin"] = chosen.least_share if rule.margin is None else rule.margin
+        if isinstance(chosen, Guided) and chosen.sizes is None:
+            fitted["sizes"] = rule.sizes or ()
+        return dataclasses.replace(chosen, **fitted) if fitted else chosen
 
     def _count(self, probes: int | ProbeList | None, strategy: Any) -> int | ProbeList | None:
         """As many as margin and beta were fitted with, where nobody says."""

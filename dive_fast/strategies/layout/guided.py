@@ -13,12 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dive_fast.core.detection import Size, as_sizes
 from dive_fast.errors import DiveFastError
 from dive_fast.strategies.layout.board import ANY, Board, Item, LayoutProbes, Steps
 from dive_fast.strategies.layout.boxes import Box
 from dive_fast.strategies.layout.invert import InvertLayout
 from dive_fast.strategies.layout.nothing import nothing_found
 from dive_fast.strategies.layout.residual import regions, residual
+from dive_fast.strategies.layout.scan import promising
 from dive_fast.strategies.layout.settle import drop_duplicates, settle
 from dive_fast.strategies.layout.state import State
 
@@ -44,8 +46,9 @@ class Guided(LayoutProbes):
        yet; the best one is added if the loss falls by more than ``margin`` of it. Then 2 again.
     4. On more probes every object gets a class, two that touch become one of any class where that
        costs no more than ``margin``, one that leaves much of its place unexplained two of any
-       classes where that helps by more; sides are moved once more, and every object is decided: of
-       another class, or not there (``settle``).
+       classes where that helps by more. Where ``sizes`` are known, windows of these sizes all over
+       the image are tried beside what was found, and added as in 3 (``scan``). Sides are moved
+       once more, and every object is decided: of another class, or not there (``settle``).
 
     Attributes:
         starts: of a relaxed search (``InvertLayout``) whose best layouts compete with the regions;
@@ -59,6 +62,8 @@ class Guided(LayoutProbes):
             model, else 0.05.
         max_objects: of an answer, where the model's own number is larger; None for the model's.
             Layouts beyond it are not looked at, so that it bounds what an image costs.
+        sizes: usual widths and heights of objects, shares of the image, of which windows are
+            scanned; None for what was fitted to the model, () for no scan.
         loss: "l2", "l1" or "huber".
     """
 
@@ -74,6 +79,7 @@ class Guided(LayoutProbes):
     final_probes: int | None = None
     margin: float | None = None
     max_objects: int | None = None
+    sizes: tuple[Size, ...] | None = None
     loss: str = "l2"
 
     def __post_init__(self) -> None:
@@ -86,6 +92,8 @@ class Guided(LayoutProbes):
             raise DiveFastError(f"max_objects must be at least 1, got {self.max_objects}.")
         if not self.learning_rate > 0:
             raise DiveFastError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.sizes is not None:
+            object.__setattr__(self, "sizes", as_sizes(self.sizes))
         self.check_margin()
 
     def counted(self, k: int) -> Guided:
@@ -113,6 +121,8 @@ class Guided(LayoutProbes):
         yield from state.classify()
         yield from state.join_as_class()
         yield from self._divide(state)
+        if (yield from self._scan(state)):
+            yield from state.classify()
         for i in range(len(state.items)):
             yield from state.slide(i, step=1)
         answer = yield from settle(board, state.items, final, self.least_share)
@@ -173,6 +183,15 @@ class Guided(LayoutProbes):
             boxes = regions(left, LEVELS[1] * state.peak)[:PROPOSALS]
             if not boxes or not (yield from state.add(boxes, FAR * state.small_step)):
                 break
+        return len(state.items) > before
+
+    def _scan(self, state: State) -> Steps:
+        """Objects in windows all over the image; whether there were any."""
+        before = len(state.items)
+        if self.sizes and not state.is_full:
+            for box in (yield from promising(state, self.sizes, PROPOSALS)):
+                if not state.is_full:
+                    yield from state.add([box], FAR * state.small_step)
         return len(state.items) > before
 
     def _divide(self, state: State) -> Steps:
