@@ -45,9 +45,10 @@ were not in the model's training, or it will be too sure. The data say what is f
     timesteps   where probes tell annotated layouts from others with one thing wrong, and what
                 each counts (only if --what names it)
     search      when an object counts as found: the margin, the weight of the prior (if the model
-                has one) and beta, fitted to what --strategy (default: guided) finds with a low
-                margin and with the usual one, without prior, on --probes, which later searches
-                have too; of the scenes in the first 100 (--limit takes up to 1,000)
+                has one), whether windows of the usual sizes of objects are scanned, and beta,
+                fitted to what --strategy (default: guided) finds with low margins and with the
+                usual one, without prior, on --probes, which later searches have too; of the
+                scenes in the first 100 (--limit takes up to 1,000)
     beta        only the temperature of the confidences, for the margin that is in use"""
 
 OF_DETECTORS = ("timesteps", "search", "beta")

@@ -203,7 +203,8 @@ class Diagnosis:
         if self.search_gap >= GAP:
             found.append(
                 f"In {self.search_gap:.0%} of the images the annotated layout explains the picture "
-                "better than what was found: the search is a gap. Search harder: more probes "
+                "better than what was found: the search is a gap. Search harder: windows of the "
+                "usual sizes of objects (dive-fast fit says whether they help), more probes "
                 "(--probes), more rounds (--set rounds=4), a relaxed search beside it "
                 "(--set starts=1)."
             )
