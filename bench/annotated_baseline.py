@@ -173,11 +173,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    dataset = read_coco(options.data, options.images)
-    dataset = dataclasses.replace(dataset, images=dataset.images[: options.limit])
+    # The same images as evaluate --limit takes.
+    dataset = read_coco(options.data, options.images).select(options.limit)
     row = {
         "model": f"one-stage detector, {options.tag}" if options.tag else "one-stage detector",
-        "data": {"source": dataset.source, "count": len(dataset.images)},
+        "data": dataset.identity(),
         **score(options.model, dataset),
         "command": f"{COMMAND} score --model DIR --data {options.data.name} --images TILES/images",
     }
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, required=True, help="directory of the detector")
     command.add_argument("--data", type=Path, required=True)
     command.add_argument("--images", required=True)
-    command.add_argument("--limit", type=int, help="the first N images")
+    command.add_argument("--limit", type=int, help="N images, those of evaluate --limit")
     command.add_argument("--tag", help="what the model is called in the row")
     command.add_argument("--result", type=Path, default=RESULTS / "blood_cells.jsonl")
     command.set_defaults(run=_score)

@@ -18,7 +18,7 @@ from dive_fast.predict.detector import LayoutDetector
 from dive_fast.predict.fitting_search import SearchFit
 
 log = logging.getLogger(__name__)
-EVALUATIONS = 4000  # of one image, about, for the budget
+EVALUATIONS = 10_000  # of one image, about: a fit takes several searches of it, a figure one
 PROBES = 24  # of a search: half of the usual number, on a CPU
 FEWEST, MOST = 8, 100  # images that are fitted to, and that are measured
 
