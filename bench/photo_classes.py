@@ -180,6 +180,7 @@ def score_model(model: str, crops: Path) -> dict[str, Any]:
         "seconds": sum(a.seconds for a in answers) / len(answers),
         "cpu_minutes": extra["cpu_seconds"] / 60,
         "config": extra["config"],
+        "x0": list(classifier.model.latent_shape),
         "stated": extra["expected"],
         # Not where it lies.
         "environment": {**environment(classifier), "model": "train-classes"},
