@@ -4,10 +4,12 @@
     dive-fast train-classes --data CROPS/train --out MODEL
     python -m bench.photo_classes score --crops CROPS --model MODEL
     python -m bench.photo_classes cnn --crops CROPS --minutes 20
+    python -m bench.photo_classes vae --data FILE.zip --vae DIR
 
 The pictures are objects of COCO's validation photographs, cut out by their boxes: up to 60 of a
 class to learn from and up to 30 to measure on, of other photographs. ``cnn --validate`` measures on
-a fifth of the training photographs instead, for choosing settings.
+a fifth of the training photographs instead, for choosing settings. ``vae`` encodes and decodes
+every 20th photograph, at its size.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from dive_fast import DiffusionClassifier
 from dive_fast.data import open_dataset
 from dive_fast.data.images import from_bytes, image_bytes
 from dive_fast.evaluation.machine import environment, machine
+from dive_fast.models.autoencoder import encode_latents, image_shape
 from dive_fast.training.augmentation import Augmentation
+from dive_fast.training.classes_latents import decoded, load_autoencoder
 
 GROUPS = {
     "animal": ["horse", "elephant", "dog", "cow", "sheep", "zebra", "giraffe", "cat", "bear"],
@@ -180,6 +184,7 @@ def score_model(model: str, crops: Path) -> dict[str, Any]:
         "seconds": sum(a.seconds for a in answers) / len(answers),
         "cpu_minutes": extra["cpu_seconds"] / 60,
         "config": extra["config"],
+        "x0": list(classifier.model.latent_shape),
         "stated": extra["expected"],
         # Not where it lies.
         "environment": {**environment(classifier), "model": "train-classes"},
@@ -202,6 +207,36 @@ def score_cnn(crops: Path, size: int, minutes: float, width: int, validate: bool
         "width": width,
         "validation": validate,
         "trained_on": accuracy(network, train_x, train_y),
+    }
+
+
+def round_trip(archive: str, source: str) -> dict[str, Any]:
+    """What an autoencoder loses of every 20th photograph, and what it takes.
+
+    PSNR = -10 log10 mean (x - decoded)^2, x in [0, 1].
+    """
+    vae = load_autoencoder(source)
+    factor = image_shape((1, 1, 1), vae)[1]
+    psnr, encoding, decoding = [], [], []
+    with zipfile.ZipFile(archive) as file:
+        for name in sorted(n for n in file.namelist() if n.startswith("images/"))[::20]:
+            photograph = Image.open(io.BytesIO(file.read(name)))
+            width, height = (side // factor * factor for side in photograph.size)
+            pixels = np.array(photograph.convert("RGB").crop((0, 0, width, height)))
+            x = from_bytes(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+            began = time.process_time()
+            x0 = encode_latents(vae, x, torch.device("cpu"))
+            between = time.process_time()
+            found = decoded(vae, x0)
+            encoding.append(between - began)
+            decoding.append(time.process_time() - between)
+            psnr.append(-10 * ((found - x) / 2).square().mean().log10().item())
+    return {
+        "autoencoder": type(vae).__name__,
+        "n": len(psnr),
+        "psnr": {"mean": float(np.mean(psnr)), "least": min(psnr), "most": max(psnr)},
+        "encode_cpu_seconds": float(np.median(encoding)),
+        "decode_cpu_seconds": float(np.median(decoding)),
     }
 
 
@@ -228,8 +263,12 @@ def main() -> None:
     cnn.add_argument("--size", type=int, default=32)
     cnn.add_argument("--width", type=int, default=32)
     cnn.add_argument("--validate", action="store_true", help="on a fifth of the training crops")
+    vae = commands.add_parser("vae", help="photographs through an autoencoder and back")
+    vae.add_argument("--data", required=True, metavar="FILE.zip")
+    vae.add_argument("--vae", required=True, metavar="DIR|HUB_ID")
     for command in (score, cnn):
         command.add_argument("--crops", required=True, type=Path)
+    for command in (score, cnn, vae):
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--results", default="photo_classes", help="of bench/results")
     options = parser.parse_args()
@@ -241,6 +280,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.command == "score":
         row = score_model(options.model, options.crops)
+    elif options.command == "vae":
+        row = round_trip(options.data, options.vae)
     else:
         row = score_cnn(
             options.crops, options.size, options.minutes, options.width, options.validate

@@ -295,7 +295,7 @@ class TestBadInput:
             ("grey", "takes pictures of 1 channels, but they have 3"),
             ("four", "of pictures of 1 or 3 channels in .*, got 4"),
             ("empty", "expected config.json in .* or its folder vae, found none"),
-            ("other", "expected a AutoencoderKL or AutoencoderTiny in .*, got 'VQModel'"),
+            ("other", "expected a AutoencoderKL or .* or AutoencoderTAEF2 in .*, got 'VQModel'"),
         ):
             with pytest.raises(ModelError, match=message):
                 train(folder, tmp_path / "out", vae=tmp_path / vae)

@@ -112,7 +112,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vae",
         metavar="DIR|HUB_ID",
-        help="learn the latents of this AutoencoderTiny or AutoencoderKL (default: pixels)",
+        help="learn the latents of this AutoencoderTiny, TAEF2 or AutoencoderKL (default: pixels)",
     )
     group.add_argument(
         "--objective",

@@ -17,19 +17,21 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
 from dive_fast.core.numbers import is_number
 from dive_fast.errors import ModelError, shown
+from dive_fast.models.tiny_autoencoder import AutoencoderTAEF2
 
 ENCODE_BATCH = 16
 AUTOENCODERS = {
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
+    "AutoencoderTAEF2": AutoencoderTAEF2,
     "AutoencoderDC": AutoencoderDC,
     "VQModel": VQModel,
 }
 
 # Pipelines that are published with the first run with the second, too: a distilled one (TAESD).
-KL_OR_TINY = ("AutoencoderKL", "AutoencoderTiny")
+KL_OR_TINY = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderTAEF2")
 
-Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC | VQModel
+Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2 | AutoencoderDC | VQModel
 
 # What diffusers' pipelines do not apply, although a VAE may state it: read from their sources.
 _ALL = ("shift_factor", "latents_mean", "latents_std")
@@ -124,7 +126,7 @@ def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device)
     """x0 as the top of this file has it, float32 [B, C, h, w].
 
     Of a ``VQModel`` the latents before quantisation stand for the posterior mean, of an
-    ``AutoencoderDC`` or an ``AutoencoderTiny`` its only latents.
+    ``AutoencoderDC``, an ``AutoencoderTiny`` or an ``AutoencoderTAEF2`` its only latents.
 
     Args:
         images: [B, channels, size, size] in [-1, 1].
@@ -144,7 +146,7 @@ def encode_latents(vae: Autoencoder, images: torch.Tensor, device: torch.device)
 
 
 def _posterior_mean(vae: Autoencoder, encoded: Any) -> torch.Tensor:
-    if isinstance(vae, VQModel | AutoencoderTiny):
+    if isinstance(vae, VQModel | AutoencoderTiny | AutoencoderTAEF2):
         return encoded.latents
     return encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mean
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dive_fast.data.images import from_bytes
 from dive_fast.errors import ModelError, shown
+from dive_fast.models import taef2
 from dive_fast.models.autoencoder import (
     AUTOENCODERS,
     ENCODE_BATCH,
@@ -35,19 +36,16 @@ def load_autoencoder(source: str | Path) -> Autoencoder:
     """An autoencoder whose latents a DiT can learn: its own scaling is taken off.
 
     Args:
-        source: its folder, with ``config.json`` and weights; a model directory with such a folder
-            ``vae``; or a hub id of either.
+        source: its folder, with ``config.json`` and weights, or with TAEF2's weights as
+            ``taef2.SETS`` has them; a model directory with a folder ``vae`` of the first kind; or a
+            hub id of any of them.
 
     Raises:
-        ModelError: there is none, it is of another class than AutoencoderKL or AutoencoderTiny, or
-            it takes no pictures of 1 or 3 channels.
+        ModelError: there is none, it is of another class than those of ``KL_OR_TINY``, it is
+            damaged, or it takes no pictures of 1 or 3 channels.
     """
-    folder = find_part(str(source), "vae")
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name")
-    if name not in KL_OR_TINY:
-        raise ModelError(f"expected a {' or '.join(KL_OR_TINY)} in {folder}, got {shown(name)}.")
-    vae = load_component(AUTOENCODERS[name], folder, allow_pickle=False)
+    folder = find_part(str(source), "vae", taef2.FILES)
+    vae = _load(folder)
     if vae.config.in_channels not in (1, 3):
         raise ModelError(
             f"expected an autoencoder of pictures of 1 or 3 channels in {folder}, got "
@@ -55,6 +53,16 @@ def load_autoencoder(source: str | Path) -> Autoencoder:
         )
     set_scale(vae, 1.0)
     return vae
+
+
+def _load(folder: Path) -> Autoencoder:
+    if not (folder / "config.json").is_file():
+        return taef2.load_taef2(folder)
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name not in KL_OR_TINY:
+        raise ModelError(f"expected a {' or '.join(KL_OR_TINY)} in {folder}, got {shown(name)}.")
+    return load_component(AUTOENCODERS[name], folder, allow_pickle=False)
 
 
 def set_scale(vae: Autoencoder, scale: float) -> None:

@@ -215,6 +215,12 @@ def write_model(
         "id2label": {str(i): name for i, name in enumerate(names)},
         "scheduler": ["diffusers", type(scheduler).__name__],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
+        "vae": [None, None] if vae is None else [_library(vae), type(vae).__name__],
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _library(part: nn.Module) -> str:
+    """Where diffusers finds the class: in itself, or in the module that has it."""
+    module = type(part).__module__
+    return "diffusers" if module.split(".")[0] == "diffusers" else module

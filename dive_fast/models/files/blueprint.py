@@ -76,17 +76,19 @@ def check_fits(
     found: Mapping[str, Entry],
     ignored: Callable[[str], bool],
     directory: Path,
+    stated: str,
 ) -> None:
     """That weights of these names, shapes and types fill a model on the meta device.
 
     Args:
         ignored: whether a surplus weight is no harm.
+        stated: what made the model, for sentences, such as "its config.json".
 
     Raises:
         ModelError: they do not, or the model computes tables beyond ``MAX_COMPUTED``.
     """
     expected = model.state_dict()
-    misfit = f"the weights in {directory} do not fit its config.json:"
+    misfit = f"the weights in {directory} do not fit {stated}:"
     missing = sorted(expected.keys() - found.keys())
     surplus = sorted(name for name in found.keys() - expected.keys() if not ignored(name))
     if adapters := [name for name in surplus if _ADAPTER.search(name)]:
@@ -114,7 +116,7 @@ def check_fits(
     computed = sum(b.numel() for name, b in model.named_buffers() if name not in expected)
     if computed > MAX_COMPUTED:
         raise ModelError(
-            f"the config.json in {directory} makes tables of {computed} numbers beside the "
+            f"in {directory} {stated} makes tables of {computed} numbers beside the "
             f"weights, expected at most {MAX_COMPUTED}."
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dive_fast.models.files.adapters import (
 )
 from dive_fast.models.files.blueprint import build_within, check_fits, check_values
 from dive_fast.models.files.materialise import weights_elsewhere, with_memory
-from dive_fast.models.files.reading import first_line, read_config, read_json
+from dive_fast.models.files.reading import first_line, read_config, read_json, root_cause
 from dive_fast.models.files.tensors import Entry, PickledTensors, SafeTensors
 from dive_fast.models.files.weights import find_weights
 
@@ -134,16 +134,49 @@ def load_component(
         raise ModelError(
             f"{directory} cannot be loaded as {model_class.__name__}: {error}"
         ) from error
+    return load_weights(
+        model_class,
+        config.content,
+        lambda: with_adapter(_tensors(directory, allow_pickle, variant, library), directory),
+        directory,
+        library=library,
+        dtype=dtype,
+        keep=keep,
+    )
+
+
+def load_weights(
+    model_class: type,
+    config: Mapping[str, Any],
+    open_tensors: Callable[[], Tensors],
+    directory: Path,
+    *,
+    stated: str = "its config.json",
+    library: Library = DIFFUSERS,
+    dtype: torch.dtype = torch.float32,
+    keep: Collection[str] = (),
+) -> torch.nn.Module:
+    """``load_component`` where configuration and weights are not in a folder's usual files.
+
+    Args:
+        open_tensors: opens the files; what it raises becomes a sentence on the folder.
+        directory: what sentences name.
+        stated: what they say that the weights must fit.
+
+    Raises:
+        ModelError: as ``load_component``.
+    """
     try:
-        tensors = with_adapter(_tensors(directory, allow_pickle, variant, library), directory)
+        tensors = open_tensors()
         dtype = library.dtype(tensors.entries, dtype)
-        model = _filled(model_class, config.content, tensors, directory, library, dtype, keep)
+        model = _filled(model_class, config, tensors, directory, stated, library, dtype, keep)
     except ModelError:
         raise
     # safetensors, pickle, zip, torch and every constructor raise their own kinds.
     except Exception as error:
+        cause = first_line(root_cause(error))
         raise ModelError(
-            f"{directory} cannot be loaded as {model_class.__name__}: {first_line(_root(error))}"
+            f"{directory} cannot be loaded as {model_class.__name__}: {cause}"
         ) from error
     for name, value in model.state_dict().items():
         if not all(piece.isfinite().all() for piece in value.reshape(-1).split(AT_ONCE)):
@@ -186,6 +219,7 @@ def _filled(
     config: Mapping[str, Any],
     tensors: Tensors,
     directory: Path,
+    stated: str,
     library: Library,
     dtype: torch.dtype,
     keep: Collection[str],
@@ -195,11 +229,11 @@ def _filled(
     blueprint = build_within(lambda: library.build(model_class, config), n)
     if blueprint is None:
         raise ModelError(
-            f"the weights in {directory} do not fit its config.json: it makes far more than the "
+            f"the weights in {directory} do not fit {stated}: it makes far more than the "
             f"{n} weights that are there."
         )
     found = library.named(blueprint, tensors.entries)
-    check_fits(blueprint, found, lambda name: library.ignored(blueprint, name), directory)
+    check_fits(blueprint, found, lambda name: library.ignored(blueprint, name), directory, stated)
     keep = (*keep, *library.kept(blueprint, dtype))
     model = library.materialise(model_class, config, dtype, keep)
     # By what the file calls it: a key and its file belong to one weight.
@@ -256,13 +290,6 @@ def fingerprint(module: torch.nn.Module) -> str:
             start += len(piece)
         digest.update(f"{name} {total:.6e} {ordered:.6e}".encode())
     return digest.hexdigest()[:16]
-
-
-def _root(error: BaseException) -> BaseException:
-    """What went wrong first: diffusers says of every unreadable file that it is unreadable."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
 
 
 @contextmanager

@@ -61,11 +61,13 @@ def find(
     return download(source, folders_of, allow_pickle, variant)
 
 
-def find_part(source: str, folder: str) -> Path:
+def find_part(source: str, folder: str, others: Sequence[str] = ()) -> Path:
     """The folder of one component, by itself or within a model; fetched if it is on the hub.
 
     Args:
         source: a directory or a hub id, of the component or of a model that has it in ``folder``.
+        others: files of which one is enough in ``source``, where there is no ``config.json``; of
+            the hub safetensors only.
 
     Raises:
         ModelError: there is none.
@@ -76,11 +78,15 @@ def find_part(source: str, folder: str) -> Path:
             raise ModelError(
                 f"expected the directory or hub id of a {folder}, got {shown(source)}."
             )
-        directory = _snapshot(source, [*patterns([folder]), "config.json", *STEM_FILES])
+        safe = [name for name in others if name.endswith(".safetensors")]
+        directory = _snapshot(source, [*patterns([folder]), "config.json", *STEM_FILES, *safe])
     for found in (directory, directory / folder):
         if (found / "config.json").is_file():
             return found
-    raise ModelError(f"expected config.json in {source} or its folder {folder}, found none.")
+    if any((directory / name).is_file() for name in others):
+        return directory
+    nor = f", nor any of {', '.join(others)}" if others else ""
+    raise ModelError(f"expected config.json in {source} or its folder {folder}, found none{nor}.")
 
 
 def _snapshot(hub_id: str, allowed: Sequence[str]) -> Path:

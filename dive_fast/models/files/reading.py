@@ -56,3 +56,10 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, KeyError):  # its message is the key alone
         line = f"{line} is not known"
     return line if line.endswith(".") else line + "."
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What went wrong first: diffusers says of every unreadable file that it is unreadable."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
