@@ -201,7 +201,7 @@ def _learner(
             return copies[copy, rows].float()
 
     torch.manual_seed(config.seed)
-    transformer = build_transformer(config, CLASS_STD).to(device)
+    transformer = build_transformer(config, CLASS_STD, config.self_condition).to(device)
     return Learner(
         transformer, draw, labels, held_out, pictures.labels[away], pictures.names, vae, config
     )
