@@ -171,8 +171,11 @@ def read_part(folder: Path, size: int) -> tuple[torch.Tensor, torch.Tensor, list
     return x, torch.from_numpy(pictures.labels), photographs
 
 
-def score_model(model: str, crops: Path) -> dict[str, Any]:
-    """The test crops by ``auto`` with what was fitted, and what the model's training took."""
+def score_model(model: str, crops: Path, probe: bool) -> dict[str, Any]:
+    """The test crops by ``auto`` with what was fitted, and what the model's training took.
+
+    With ``probe`` also by a linear probe of its features.
+    """
     classifier = DiffusionClassifier.from_pretrained(model)
     pictures = open_dataset(crops / "test", classifier.names)
     answers = classifier([example.load() for example in pictures.examples], strategy="auto")
@@ -185,10 +188,26 @@ def score_model(model: str, crops: Path) -> dict[str, Any]:
         "cpu_minutes": extra["cpu_seconds"] / 60,
         "config": extra["config"],
         "x0": list(classifier.model.latent_shape),
+        "losses": extra["losses"],
         "stated": extra["expected"],
+        **({"probe": linear_probe(classifier, crops)} if probe else {}),
         # Not where it lies.
         "environment": {**environment(classifier), "model": "train-classes"},
     }
+
+
+def linear_probe(classifier: DiffusionClassifier, crops: Path) -> dict[str, Any]:
+    """Learned from the training crops as ``dive-fast probe`` does, on the test crops."""
+    train, test = (open_dataset(crops / part, classifier.names) for part in ("train", "test"))
+    x0, test_x0 = (
+        classifier.encode([example.load() for example in part.examples]) for part in (train, test)
+    )
+    fitted = classifier.fit_head(latents=x0, labels=train.labels, seed=0)
+    head = fitted.head
+    found = classifier.head_scores(head, latents=test_x0, seed=1).argmax(dim=1)
+    right = int((found == torch.from_numpy(test.labels)).sum())
+    chosen = {"layer": head.layer, "timestep": head.timestep, "grid": head.grid}
+    return {**measured(right, len(found)), **chosen, "penalty": fitted.penalty}
 
 
 def score_cnn(crops: Path, size: int, minutes: float, width: int, validate: bool) -> dict[str, Any]:
@@ -258,6 +277,7 @@ def main() -> None:
     crops.add_argument("--out", required=True, type=Path)
     score = commands.add_parser("score", help="a model of train-classes on the test crops")
     score.add_argument("--model", required=True)
+    score.add_argument("--probe", action="store_true", help="measure its features as well")
     cnn = commands.add_parser("cnn", help="train and score the yardstick")
     cnn.add_argument("--minutes", type=float, default=20.0, help="of CPU time")
     cnn.add_argument("--size", type=int, default=32)
@@ -279,7 +299,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     if options.command == "score":
-        row = score_model(options.model, options.crops)
+        row = score_model(options.model, options.crops, options.probe)
     elif options.command == "vae":
         row = round_trip(options.data, options.vae)
     else:

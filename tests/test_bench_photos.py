@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_classes import NAMES, train, write_colours
 
-from bench.photo_classes import GROUPS, SmallNetwork, cut_out, measured, write_crops
+from bench.photo_classes import (
+    GROUPS,
+    SmallNetwork,
+    cut_out,
+    measured,
+    score_model,
+    write_crops,
+)
+from dive_fast import DiffusionClassifier
 
 
 @pytest.mark.parametrize(
@@ -76,3 +85,22 @@ def test_the_standard_error() -> None:
         "standard_error": pytest.approx((0.75 * 0.25 / 40) ** 0.5),
         "n": 40,
     }
+
+
+def test_a_model_and_its_features_are_scored_on_the_test_crops(tmp_path: Path) -> None:
+    """As one finds by asking the classifier crop by crop."""
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        write_colours(tmp_path / part)
+    trained = train(tmp_path / "train", tmp_path / "model")
+    row = score_model(str(tmp_path / "model"), tmp_path, probe=True)
+    assert row["losses"] == trained.losses and row["config"]["self_condition"] is False
+    classifier = DiffusionClassifier.from_pretrained(tmp_path / "model")
+    files = [tmp_path / "test" / name / f"{i}.png" for name in NAMES for i in range(8)]
+    right = sum(classifier(file)[0].label == file.parent.name for file in files)
+    assert (row["n"], row["accuracy"]) == (24, right / 24)
+    probe = row["probe"]
+    assert probe["layer"] in classifier.layers and probe["n"] == 24
+    # Three colours are told apart by what any features hold.
+    assert probe["accuracy"] > 0.9
+    assert "probe" not in score_model(str(tmp_path / "model"), tmp_path, probe=False)

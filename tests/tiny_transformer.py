@@ -20,10 +20,11 @@ def make_transformer(
     channels: int = CHANNELS,
     size: int = SIZE,
     layers: int = 2,
+    kind: type[DiTTransformer2DModel] = DiTTransformer2DModel,
 ) -> DiTTransformer2DModel:
     """Blocks of width 16; with ``tied`` the blocks' embedders hold equal copies."""
     torch.manual_seed(seed)
-    model = DiTTransformer2DModel(
+    model = kind(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=channels,

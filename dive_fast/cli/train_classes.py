@@ -108,6 +108,11 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     ):
         text = f"{text} (default: {default})"
         group.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
+    group.add_argument(
+        "--self-condition",
+        action="store_true",
+        help="features of the network's middle condition its later blocks",
+    )
     group.add_argument("--grey", action="store_true", help="one channel instead of three")
     group.add_argument(
         "--vae",
@@ -188,6 +193,7 @@ def _config(options: argparse.Namespace) -> ClassTrainingConfig:
         width=options.width,
         layers=options.layers,
         heads=options.heads,
+        self_condition=options.self_condition,
         objective=options.objective,
         augmentation=Augmentation(
             flip=not options.no_flip, crop=options.crop, colour=options.colour

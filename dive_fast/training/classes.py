@@ -210,6 +210,6 @@ def _learner(
             return copies[copy, rows].float()
 
     torch.manual_seed(config.seed)
-    transformer = build_transformer(config, CLASS_STD).to(device)
+    transformer = build_transformer(config, CLASS_STD, config.self_condition).to(device)
     held_out = HeldOut(x0, pictures.labels[away], judging)
     return Learner(transformer, draw, labels, held_out, pictures.names, vae, config)

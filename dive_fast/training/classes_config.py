@@ -30,6 +30,8 @@ class ClassTrainingConfig(TransformerConfig):
     Attributes:
         image_size: side of the pictures, in pixels.
         grey: one channel of pictures instead of three.
+        self_condition: features of the network's middle condition its later blocks, see
+            ``models.dit.self_conditioned``.
         objective: "ddpm", "flow" or "x0": what is predicted, eps, eps - x0 or x0.
         contrast: lambda of loss + lambda CE, see ``classes_rivals``; 0 for denoising alone.
         rivals: k, other classes that the right one is told from.
@@ -47,6 +49,7 @@ class ClassTrainingConfig(TransformerConfig):
     width: int = 128
     heads: int = 4
     layers: int = 4
+    self_condition: bool = False
     objective: str = "x0"
     contrast: float = 0.1
     rivals: int = 3

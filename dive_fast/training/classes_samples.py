@@ -35,7 +35,7 @@ def draw_samples(
         RunError: it cannot be written.
     """
     # A DiT takes the embedders out of its network.
-    copy = DiTTransformer2DModel.from_config(transformer.config)
+    copy = type(transformer).from_config(transformer.config)
     copy.load_state_dict(transformer.state_dict())
     model = DiT(
         copy.eval().requires_grad_(False), vae, convention.schedule, names, convention=convention

@@ -19,6 +19,7 @@ from torch import nn
 
 from dive_fast.logs import LogTo
 from dive_fast.models.autoencoder import Autoencoder
+from dive_fast.models.dit.self_conditioned import SelfConditionedDiT
 from dive_fast.training.loop import Keep, train
 from dive_fast.training.state import Course
 
@@ -85,7 +86,9 @@ OMNIGLOT = TrainingConfig(
 )
 
 
-def build_transformer(config: TransformerConfig, class_std: float = 0.02) -> DiTTransformer2DModel:
+def build_transformer(
+    config: TransformerConfig, class_std: float = 0.02, self_condition: bool = False
+) -> DiTTransformer2DModel:
     """A ``DiTTransformer2DModel`` whose blocks share one timestep and label embedder.
 
     diffusers gives every block a copy of its own. Shared copies stay equal, so that the condition
@@ -93,8 +96,10 @@ def build_transformer(config: TransformerConfig, class_std: float = 0.02) -> DiT
 
     Args:
         class_std: of the class embeddings at the start; the original DiT's unless said.
+        self_condition: a ``SelfConditionedDiT``, whose other weights start alike.
     """
-    model = DiTTransformer2DModel(
+    kind = SelfConditionedDiT if self_condition else DiTTransformer2DModel
+    model = kind(
         num_attention_heads=config.heads,
         attention_head_dim=config.width // config.heads,
         in_channels=config.in_channels,
@@ -203,7 +208,8 @@ def write_model(
         scheduler: of the training; DDPM's with linear betas if None.
     """
     # Shared embedders cannot be written as safetensors: a fresh model takes equal copies.
-    copy = DiTTransformer2DModel.from_config(transformer.config)
+    kind = type(transformer)
+    copy = kind.from_config(transformer.config)
     copy.load_state_dict(transformer.state_dict())
     copy.save_pretrained(out / "transformer")
     scheduler = DDPMScheduler(beta_schedule="linear") if scheduler is None else scheduler
@@ -214,7 +220,7 @@ def write_model(
         "_class_name": "DiTPipeline",
         "id2label": {str(i): name for i, name in enumerate(names)},
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "transformer": [_library(transformer), kind.__name__],
         "vae": [None, None] if vae is None else [_library(vae), type(vae).__name__],
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

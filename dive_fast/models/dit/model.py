@@ -10,7 +10,6 @@ every place where it looked its label up.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dive_fast.core.vocabulary import Vocabulary
 from dive_fast.errors import ModelError
 from dive_fast.models.autoencoder import KL_OR_TINY, Autoencoder
 from dive_fast.models.base import LatentModel, check_sizes
+from dive_fast.models.dit.self_conditioned import SelfConditionedDiT, output, through
 from dive_fast.models.files.checkpoint import read_class_names
 from dive_fast.models.pipeline import Pipeline
 from dive_fast.models.protocol import State
@@ -122,30 +122,29 @@ class DiT(LatentModel):
         return (condition.to(self.dtype).unflatten(1, (-1, self.width)),)
 
     def encoder(self, prefix: State, projected: State) -> State:
-        """The first ``encoder_blocks`` blocks: tokens [M, tokens, D], and temb(t) again."""
+        """The first ``encoder_blocks`` blocks: tokens [M, tokens, D], and temb(t) again.
+
+        Of a self-conditioned network whose middle is among them also its features [M, D].
+        """
         tokens, temb = prefix
-        blocks = self.transformer.transformer_blocks[: self.encoder_blocks]
-        return self._through(blocks, tokens, temb + projected[0]), temb
+        tokens, features = through(
+            self.transformer, tokens, temb + projected[0], last=self.encoder_blocks
+        )
+        return (tokens, temb) if features is None else (tokens, temb, features)
 
     def decoder(self, encoded: State, projected: State) -> torch.Tensor:
         """The other blocks and the final layer, which puts the patches together again."""
-        tokens, temb = encoded
-        network, c = self.transformer, temb + projected[0]
-        tokens = self._through(network.transformer_blocks[self.encoder_blocks :], tokens, c)
+        tokens, temb, *known = encoded
+        c = temb + projected[0]
+        tokens, features = through(
+            self.transformer,
+            tokens,
+            c,
+            first=self.encoder_blocks,
+            features=known[0] if known else None,
+        )
         # The first block's embedder also serves the final layer.
-        shift, scale = network.proj_out_1(torch.nn.functional.silu(c[:, 0])).chunk(2, dim=1)
-        tokens = network.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None]
-        side, patch = math.isqrt(tokens.shape[1]), network.patch_size
-        patches = network.proj_out_2(tokens).unflatten(2, (patch, patch, -1))
-        # [M, row, column, y, x, C] to [M, C, row, y, column, x].
-        grid = patches.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
-        return self.convention.signed(grid.flatten(4, 5).flatten(2, 3))
-
-    @staticmethod
-    def _through(blocks, tokens: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        for block in blocks:
-            tokens = block(tokens, class_labels=c)
-        return tokens
+        return self.convention.signed(output(self.transformer, tokens, c[:, 0], features))
 
     def _conditioning(self, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """c = temb(t) + y for every copy of the embedders, [M, copies, D]."""
@@ -165,6 +164,9 @@ class DiT(LatentModel):
 def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> DiT:
     """Reads what ``DiTPipeline.save_pretrained`` writes; without a ``vae`` it is a model of pixels.
 
+    The transformer is diffusers' own, or where ``model_index.json`` says so a
+    ``SelfConditionedDiT``.
+
     An optional ``dive_fast.json`` beside ``model_index.json`` may state ``timestep_embedding``, and
     of a flow ``time`` and ``predicts``: "1 - sigma" and "data - noise" for a converted SiT.
 
@@ -182,7 +184,9 @@ def load(directory: Path, *, timestep_embedding: str = "auto", **asked: Any) -> 
             f"expected a scheduler that states its betas, or a flow's, beside the transformer in "
             f"{directory}, got {pipeline.scheduler_config.get('_class_name')}."
         )
-    transformer = pipeline.network(DiTTransformer2DModel, "transformer", keep=("norm1.emb",))
+    rerouted = pipeline.part("transformer") == SelfConditionedDiT.__name__
+    kind = SelfConditionedDiT if rerouted else DiTTransformer2DModel
+    transformer = pipeline.network(kind, "transformer", keep=("norm1.emb",))
     config = transformer.config
     vae = None
     if pipeline.part("vae") is not None:
