@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_layout_strategies import SCENES, drive, make_board, run
+from layout_searches import SCENES, drive, make_board, run
 from toy_layout import PictureModel, ToyLayoutModel
 
 from dive_fast import LayoutDetector

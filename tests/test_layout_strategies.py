@@ -7,11 +7,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from layout_searches import SCENES, drive, make_board, run
 from toy_layout import ToyLayoutModel
 
-from dive_fast.core.probes import low_discrepancy_probes
-from dive_fast.engine import Engine, Job
-from dive_fast.engine.objective import Objective
 from dive_fast.errors import DiveFastError
 from dive_fast.strategies.layout import (
     ANY,
@@ -27,34 +25,13 @@ from dive_fast.strategies.layout import (
 )
 from dive_fast.strategies.layout.board import LayoutProbes, measure, with_class
 from dive_fast.strategies.layout.boxes import halves, neighbours, overlap, touching, union
-from dive_fast.strategies.layout.residual import residual
 from dive_fast.strategies.layout.settle import decide, drop_duplicates, settle
 from dive_fast.strategies.layout.state import State
-
-SCENES = (
-    (Item(0, Box(0, 1, 2, 4)),),
-    (Item(1, Box(1, 0, 3, 2)), Item(2, Box(3, 3, 6, 6))),
-    (Item(2, Box(0, 0, 2, 2)), Item(0, Box(3, 1, 5, 3)), Item(1, Box(1, 4, 4, 6))),
-    (),
-)
 
 
 @pytest.fixture(scope="module")
 def toy_layout() -> ToyLayoutModel:
     return ToyLayoutModel()
-
-
-def make_board(model: ToyLayoutModel, penalty=None) -> Board:
-    probes = low_discrepancy_probes(24, 1000, model.latent_shape)
-    return Board(model.vocabulary.table, model.layout_format, probes, penalty=penalty)
-
-
-def run(model: ToyLayoutModel, board: Board, strategy, scenes=SCENES, batch_size: int = 256):
-    """Answers and evaluations, in the order of the scenes."""
-    pictures = model.picture(board.conditions(scenes).flatten(1))
-    jobs = [Job(i, x0, strategy.search(board)) for i, x0 in enumerate(pictures)]
-    found = Engine(model, batch_size).run(jobs, board.probes, Objective())
-    return [(f.answer, f.evaluations) for f in sorted(found, key=lambda f: f.key)]
 
 
 def test_conditions_are_tokens_of_the_layout(toy_layout) -> None:
@@ -135,27 +112,6 @@ class Company:
 
     def of_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.price * (tokens[:, ::3] != self.none).sum(dim=1).double()
-
-
-def drive(model: ToyLayoutModel, scene, begin, move, penalty=None) -> State:
-    """Where a move of ``State`` leads from a layout, on the image of a scene."""
-
-    class Search:
-        def search(self, board: Board):
-            probe_ids = torch.arange(6)
-            unexplained = yield from residual(board, (), probe_ids)
-            state = State(board, probe_ids, 0.02, unexplained)
-            yield from state.choose([begin])
-            changed = yield from move(state)
-            answer = yield from settle(board, (), torch.arange(1), 0.0)
-            answer.trace.update(state=state, changed=changed)
-            return answer
-
-    ((answer, _),) = run(model, make_board(model, penalty), Search(), (scene,))
-    state, changed = answer.trace["state"], answer.trace["changed"]
-    # What a move says of itself, where it says anything.
-    assert changed in (None, state.items != begin)
-    return state
 
 
 def test_slide_finds_the_sides(toy_layout) -> None:
