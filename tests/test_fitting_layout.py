@@ -201,7 +201,9 @@ class TestSearch:
         monkeypatch.setattr(detector, "_observed", observed)
         fit = detector.fit_search(data)
         assert (fit.margin, fit.recall) == (SMALL_MARGIN, 0.75) and fit.sizes
-        assert detector.model.detection.sizes == fit.sizes
+        assert fit.final_margin == pytest.approx(math.sqrt(0.3 * 0.2))  # between right and wrong
+        rule = detector.model.detection
+        assert (rule.sizes, rule.final_margin) == (fit.sizes, fit.final_margin)
         assert detector.identity()["strategy"]["sizes"] == fit.sizes
         assert "windows that are scanned" in str(fit)
         every = [item for scene in SCENES for item in scene]
@@ -218,7 +220,8 @@ class TestSearch:
         content = json.loads((tmp_path / "dive_fast.json").read_text())
         assert content["mine"] == 1
         assert content["detection"] == {
-            "margin": fit.margin, "prior_weight": None, "probes": None, "sizes": None
+            "margin": fit.margin, "prior_weight": None, "probes": None, "sizes": None,
+            "final_margin": None,
         }  # fmt: skip
         other = LayoutDetector(PictureModel())
         other.load_fitted(tmp_path)

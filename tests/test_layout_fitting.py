@@ -117,6 +117,7 @@ def test_the_weight_of_a_prior(tmp_path: Path) -> None:
         "prior_weight": found.prior_weight,
         "probes": content["detection"]["probes"],
         "sizes": content["detection"]["sizes"],
+        "final_margin": content["detection"]["final_margin"],
     }
     assert content["detector"]["n"] == 1 and content["beta"] == found.beta
     loaded = LayoutDetector.from_pretrained(model, resolve("scenes").prior)

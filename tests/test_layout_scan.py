@@ -17,8 +17,9 @@ from dive_fast.core.detection import DetectionRule
 from dive_fast.data.coco import read_coco
 from dive_fast.errors import DiveFastError
 from dive_fast.predict.fitting_search import LEAST_MARGIN, SMALL_MARGIN, searches, usual_sizes
-from dive_fast.strategies.layout import ANY, Box, Guided, InvertLayout, Item
+from dive_fast.strategies.layout import ANY, Box, Guided, InvertLayout, Item, guided
 from dive_fast.strategies.layout.scan import MOST_WINDOWS, promising, windows
+from dive_fast.strategies.layout.settle import settle
 
 
 class Faint(ToyLayoutModel):
@@ -103,6 +104,25 @@ class TestSearch:
         ((answer, _),) = run(model, make_board(model), strategy, (self.SCENE,))
         assert len(answer.items) == 1
 
+    def test_in_the_end_more_may_be_asked(self, monkeypatch) -> None:
+        """The last decision takes ``final_margin``, else the margin."""
+        asked = []
+
+        def noted(board, items, probe_ids, margin):
+            asked.append(margin)
+            return (yield from settle(board, items, probe_ids, margin))
+
+        monkeypatch.setattr(guided, "settle", noted)
+        model = ToyLayoutModel()
+        for strategy in (Guided(), Guided(margin=0.1), Guided(margin=0.1, final_margin=0.2)):
+            ((answer, _),) = run(model, make_board(model), strategy, (self.SCENE,))
+            assert set(answer.items) == set(self.SCENE)
+        assert asked == [0.05, 0.1, 0.2]
+        with pytest.raises(DiveFastError, match=r"final_margin must be in \[0, 1\), got 1"):
+            Guided(final_margin=1.0)
+        with pytest.raises(DiveFastError, match=r"final_margin must be in \[0, 1\), got 1"):
+            DetectionRule(final_margin=1.0)
+
     @pytest.mark.parametrize(
         "sizes",
         [3, "wide", ((0.5,),), ((0.5, 0.0),), ((0.5, 1.5),), ((math.nan, 0.5),), ((True, 1),)],
@@ -173,20 +193,22 @@ class TestFit:
     def test_a_detector_takes_the_fitted_sizes(self) -> None:
         detector = LayoutDetector(PictureModel())
         assert detector.layout_strategy("guided", {}).sizes == ()
-        detector.model.detection = DetectionRule(0.1, None, None, ((0.5, 0.25),))
+        detector.model.detection = DetectionRule(0.1, None, None, ((0.5, 0.25),), 0.2)
         taken = detector.layout_strategy("guided", {})
-        assert (taken.margin, taken.sizes) == (0.1, ((0.5, 0.25),))
+        assert (taken.margin, taken.sizes, taken.final_margin) == (0.1, ((0.5, 0.25),), 0.2)
         taken = detector.layout_strategy("guided", {"margin": 0.3})
-        assert (taken.margin, taken.sizes) == (0.3, ((0.5, 0.25),))
+        assert (taken.margin, taken.sizes, taken.final_margin) == (0.3, ((0.5, 0.25),), None)
+        taken = detector.layout_strategy("guided", {"final_margin": 0.4})
+        assert (taken.margin, taken.final_margin) == (0.1, 0.4)
         assert detector.layout_strategy("guided", {"sizes": ()}).sizes == ()
         assert "sizes" not in dataclasses.asdict(detector.layout_strategy("invert", {}))
 
     def test_rules_of_earlier_versions_are_read(self) -> None:
         old = {"margin": 0.1, "prior_weight": None, "probes": 24}
         assert DetectionRule.from_dict(old) == DetectionRule(0.1, None, 24)
-        rule = DetectionRule(0.1, None, 24, ((0.5, 0.25),))
+        rule = DetectionRule(0.1, None, 24, ((0.5, 0.25),), 0.2)
         assert DetectionRule.from_dict(rule.to_dict()) == rule
-        with pytest.raises(DiveFastError, match="expected margin, prior_weight, probes, sizes"):
+        with pytest.raises(DiveFastError, match="expected final_margin, margin, prior_weight"):
             DetectionRule.from_dict(old | {"more": 1})
 
 

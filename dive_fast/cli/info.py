@@ -75,6 +75,7 @@ def fitted_text(directory: str) -> str:
             "probes": None if rule.probes is None else str(rule.probes),
             "margin": None if rule.margin is None else f"{rule.margin:.2%}",
             "weight of the prior": None if rule.prior_weight is None else f"{rule.prior_weight:g}",
+            "margin in the end": None if rule.final_margin is None else f"{rule.final_margin:.2%}",
             "windows of": rule.sizes and " and ".join(f"{w:.0%} x {h:.0%}" for w, h in rule.sizes),
         }
         fitted = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)

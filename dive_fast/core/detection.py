@@ -10,8 +10,8 @@ from dive_fast.core.config import LARGEST, LARGEST_FLOAT
 from dive_fast.core.numbers import is_number, is_whole
 from dive_fast.errors import DiveFastError, shown
 
-_FIELDS = {"margin", "prior_weight", "probes", "sizes"}
-_LATER = {"sizes"}  # which files of earlier versions lack
+_FIELDS = {"margin", "prior_weight", "probes", "sizes", "final_margin"}
+_LATER = {"sizes", "final_margin"}  # which files of earlier versions lack
 
 Size = tuple[float, float]  # width and height, shares of the image
 
@@ -26,6 +26,8 @@ class DetectionRule:
         probes: K of the search that it was fitted with; None for the usual number.
         sizes: usual ones of objects, widths and heights as shares of the image in (0, 1], of which
             windows are scanned; None where the search goes without.
+        final_margin: share of the loss that an object has to explain in the end, in [0, 1); None
+            where that is ``margin``.
 
     Raises:
         DiveFastError: a value that is none of its kind.
@@ -35,11 +37,13 @@ class DetectionRule:
     prior_weight: float | None = None
     probes: int | None = None
     sizes: tuple[Size, ...] | None = None
+    final_margin: float | None = None
 
     def __post_init__(self) -> None:
-        margin = self.margin
-        if margin is not None and not (is_number(margin, 0) and margin < 1):
-            raise DiveFastError(f"margin must be in [0, 1), got {shown(self.margin)}.")
+        for name in ("margin", "final_margin"):
+            margin = getattr(self, name)
+            if margin is not None and not (is_number(margin, 0) and margin < 1):
+                raise DiveFastError(f"{name} must be in [0, 1), got {shown(margin)}.")
         weight = self.prior_weight
         if weight is not None and not (is_number(weight, 0) and weight <= LARGEST_FLOAT):
             raise DiveFastError(f"prior_weight must be at least 0, got {shown(weight)}.")

@@ -106,7 +106,9 @@ class DetectorFitting(LayoutTimestepFitting):
         fit = max(fits, key=lambda found: f1(found.precision, found.recall))
         self.model.inverse_temperature = fit.calibration.beta_after
         count = probes if isinstance(probes, int) else None
-        self.model.detection = DetectionRule(fit.margin, fit.prior_weight, count, fit.sizes or None)
+        self.model.detection = DetectionRule(
+            fit.margin, fit.prior_weight, count, fit.sizes or None, fit.final_margin
+        )
         return fit
 
     def _usual_sizes(self, data: Any) -> tuple[Size, ...]:
@@ -123,15 +125,18 @@ class DetectorFitting(LayoutTimestepFitting):
         beta = self.model.inverse_temperature
         record = calibrate(observed.losses, observed.labels, beta, observed.answers, LAPSE)
         beta, weight = record.beta_after, choose_weight(observed, record.beta_after, LAPSE)
-        margin = getattr(search["strategy"], "margin", LEAST_MARGIN)
+        margin, final = getattr(search["strategy"], "margin", LEAST_MARGIN), None
+        sizes = getattr(search["strategy"], "sizes", None) or ()
         if margin == LEAST_MARGIN:
             margin, precision, recall = choose_margin(observed, beta, weight)
+        elif sizes:
+            line, precision, recall = choose_margin(observed, beta, weight)
+            final = max(margin, line)
         else:
             precision, recall = judge_margin(observed, beta, weight, margin)
         record = dataclasses.replace(record, counted="objects")
-        sizes = getattr(search["strategy"], "sizes", None) or ()
         counts = observed.annotated, observed.images
-        return SearchFit(record, margin, weight, sizes, precision, recall, *counts)
+        return SearchFit(record, margin, weight, sizes, final, precision, recall, *counts)
 
     def _observed(
         self,

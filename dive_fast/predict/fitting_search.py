@@ -12,7 +12,9 @@ and the margin makes F1 = 2 TP / (found + annotated) of the objects with a large
 
 A generous search may go astray, where objects that it need not have found explain parts of others.
 So others with larger margins are judged beside it, some of which scan windows of the usual sizes of
-the annotated objects, and what the search of the highest F1 had is kept.
+the annotated objects, and what the search of the highest F1 had is kept. One that scans looks for
+little and answers with what lies beyond the line (``final_margin``): what it need not have found
+explains nothing of the others, and without it what it has found would lie elsewhere.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class SearchFit:
         margin: share of the loss that an object has to explain.
         prior_weight: w; None without a prior.
         sizes: of the windows that were scanned; none without a scan.
+        final_margin: share that an object has to explain in the end, with a scan.
         precision, recall: of the objects beyond the margin, on the images of the fit.
         annotated, images: how many were fitted to.
     """
@@ -73,6 +76,7 @@ class SearchFit:
     margin: float
     prior_weight: float | None
     sizes: tuple[Size, ...]
+    final_margin: float | None
     precision: float
     recall: float
     annotated: int
@@ -85,6 +89,8 @@ class SearchFit:
         if self.sizes:
             sizes = ", ".join(f"{width:.0%} x {height:.0%}" for width, height in self.sizes)
             lines.append(f"windows that are scanned    {sizes} of an image")
+        if self.final_margin is not None:
+            lines.append(f"{'margin in the end':28}{self.final_margin:10.2%}")
         lines.append(
             f"so {self.recall:.0%} of the {self.annotated} annotated objects of {self.images} "
             f"images are found by name, and {self.precision:.0%} of what is found is right"

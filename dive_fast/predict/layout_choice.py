@@ -34,6 +34,9 @@ class LayoutChoice(Predictor):
             fitted["margin"] = chosen.least_share if rule.margin is None else rule.margin
         if isinstance(chosen, Guided) and chosen.sizes is None:
             fitted["sizes"] = rule.sizes or ()
+        # It was fitted beside the margin: with another one it says nothing.
+        if isinstance(chosen, Guided) and chosen.final_margin is None and "margin" in fitted:
+            fitted["final_margin"] = rule.final_margin
         return dataclasses.replace(chosen, **fitted) if fitted else chosen
 
     def _count(self, probes: int | ProbeList | None, strategy: Any) -> int | ProbeList | None:

@@ -60,6 +60,8 @@ class Guided(LayoutProbes):
             and a half of the list if None.
         margin: share of the loss that an object has to explain; None for what was fitted to the
             model, else 0.05.
+        final_margin: share that it has to explain in the last decision, where a search that looks
+            for little shall not answer with it; None for what was fitted, else ``margin``.
         max_objects: of an answer, where the model's own number is larger; None for the model's.
             Layouts beyond it are not looked at, so that it bounds what an image costs.
         sizes: usual widths and heights of objects, shares of the image, of which windows are
@@ -80,6 +82,7 @@ class Guided(LayoutProbes):
     margin: float | None = None
     max_objects: int | None = None
     sizes: tuple[Size, ...] | None = None
+    final_margin: float | None = None
     loss: str = "l2"
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class Guided(LayoutProbes):
         if self.sizes is not None:
             object.__setattr__(self, "sizes", as_sizes(self.sizes))
         self.check_margin()
+        if self.final_margin is not None and not 0 <= self.final_margin < 1:
+            raise DiveFastError(f"final_margin must be in [0, 1), got {self.final_margin}.")
 
     def counted(self, k: int) -> Guided:
         """With numbers of probes in place of None, for a list of k."""
@@ -125,11 +130,11 @@ class Guided(LayoutProbes):
             yield from state.classify()
         for i in range(len(state.items)):
             yield from state.slide(i, step=1)
-        answer = yield from settle(board, state.items, final, self.least_share)
+        least = self.least_share if self.final_margin is None else self.final_margin
+        answer = yield from settle(board, state.items, final, least)
         answer.trace.update(begun=begun, placed=placed)
         if not answer.items:
             boxes = regions(unexplained, LEVELS[1] * state.peak)[:PROPOSALS]
-            least = self.least_share
             answer.trace["nothing"] = yield from nothing_found(board, boxes, steps, least)
         return answer
 
