@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 import threading
@@ -13,71 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from cut_off import cut_off
+from loop_runs import COURSE, Crash, Net, crash_at, lines, run, same
 from torch import Tensor, nn
 
 from dive_fast.errors import RunError
-from dive_fast.training.loop import Finished, Keep, doubling_steps, train
-from dive_fast.training.state import Course, learning_rate_at
-
-COURSE = Course(steps=9, batch_size=4, learning_rate=0.05, warmup_steps=2, ema_decay=0.7)
-
-
-class Net(nn.Module):
-    """Two layers, a batch norm between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def run(
-    out: Path,
-    course: Course = COURSE,
-    at: Callable[[int], object] = lambda step: None,
-    seen: list | None = None,
-    **options,
-) -> tuple[nn.Module, Finished]:
-    """A training; ``at`` is called in the middle of every step, ``seen`` takes its predictions."""
-    out.mkdir(exist_ok=True)
-    net = Net()
-
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        x = torch.randn(course.batch_size, 3, generator=generator)
-        with course.autocast(x.device):
-            prediction = net(x)
-        at(step)
-        if seen is not None:
-            seen.append((prediction.dtype, [p.detach().clone() for p in net.parameters()]))
-        return (prediction.float() - x.sum(dim=1, keepdim=True)).square().mean()
-
-    return net, train(net.train(), loss_of, course, out, progress=False, **options)
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    """In everything but the count of batches, which the average leaves alone."""
-    a, b = one.state_dict(), other.state_dict()
-    return all(torch.equal(a[name], b[name]) for name in a if "num_batches" not in name)
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
-
-
-class Crash(Exception):
-    """The process ends here, without a word."""
-
-
-def crash_at(last: int) -> Callable[[int], None]:
-    def at(step: int) -> None:
-        if step == last:
-            raise Crash
-
-    return at
+from dive_fast.training.loop import Keep, doubling_steps, train
+from dive_fast.training.state import learning_rate_at
 
 
 def test_the_average_is_the_one_of_the_docstring(tmp_path: Path) -> None:
@@ -324,85 +264,6 @@ class TestHeldOut:
         single, _ = run(tmp_path / "single", dataclasses.replace(COURSE, steps=1))
         assert lines(tmp_path / "single") == [first]
         assert abs(second["loss"] - first["loss"]) < 0.05 * first["loss"]
-
-
-class TestLowest:
-    """The weights of the logged step whose held-out loss was the lowest."""
-
-    LOSSES = (3.0, math.nan, 1.0, 2.0, 1.0)  # after steps 2, 4, 6, 8 and 9
-
-    def trained(
-        self, out: Path, losses: tuple[float, ...] = LOSSES, **options
-    ) -> tuple[nn.Module, Finished]:
-        by_step = dict(zip((2, 4, 6, 8, 9), losses, strict=True))
-        done = [0]
-
-        def held_out() -> dict[str, float]:
-            return {"step": float(done[0]), "elsewhere": by_step[done[0]]}
-
-        at = options.pop("at", lambda step: None)
-
-        def note(step: int) -> None:
-            done[0] = step + 1
-            at(step)
-
-        options = {"log_every": 2, "lowest": "elsewhere", **options}
-        if (out / "training.pt").exists():
-            done[0] = torch.load(out / "training.pt", weights_only=True)["step"]
-        return run(out, at=note, held_out=held_out, **options)
-
-    def test_is_what_the_model_ends_with(self, tmp_path: Path) -> None:
-        """The averages of step 6, the first of two as low; statistics of the batch norm, too."""
-        net, found = self.trained(tmp_path / "best")
-        kept: dict[int, list[Tensor]] = {}
-        with pytest.raises(Crash):
-            run(tmp_path / "cut", at=crash_at(6), state_every=6)
-        state = torch.load(tmp_path / "cut" / "training.pt", weights_only=True)
-        kept[6] = state["ema"]["shadow_params"]
-        tensors = [x for x in (*net.parameters(), *net.buffers()) if x.is_floating_point()]
-        assert all(torch.equal(a, b) for a, b in zip(tensors, kept[6], strict=True))
-        assert found.step == 6 and found.held_out == {"step": 6.0, "elsewhere": 1.0}
-        assert not net.training
-        assert [row["elsewhere"] for row in lines(tmp_path / "best")][2:] == [1.0, 2.0, 1.0]
-
-    def test_the_last_step_may_be_it(self, tmp_path: Path) -> None:
-        plain, last = run(tmp_path / "plain")
-        found, finished = self.trained(tmp_path / "falling", (5.0, 4.0, 3.0, 2.0, 1.0))
-        assert same(found, plain) and finished.step == last.step == 9
-        found, finished = self.trained(tmp_path / "lost", (math.nan,) * 5)
-        assert same(found, plain) and finished.step == 9
-
-    @pytest.mark.parametrize("cut", [6, 7, 8])
-    @pytest.mark.parametrize("state_every", [3, 6])
-    def test_of_a_run_that_was_cut_off(self, cut: int, state_every: int, tmp_path: Path) -> None:
-        uncut, expected = self.trained(tmp_path / "uncut")
-        with pytest.raises(Crash):
-            self.trained(tmp_path / "cut", at=crash_at(cut), state_every=state_every)
-        net, found = self.trained(tmp_path / "cut", state_every=state_every)
-        assert same(net, uncut)
-        assert (found.step, found.held_out) == (expected.step, expected.held_out)
-
-    def test_after_ctrl_c_at_that_step(self, tmp_path: Path) -> None:
-        uncut, _ = self.trained(tmp_path / "uncut")
-        with cut_off() as ctrl_c:
-            self.trained(tmp_path / "cut", at=lambda step: ctrl_c() if step == 5 else None)
-        net, found = self.trained(tmp_path / "cut")
-        assert same(net, uncut) and found.step == 6
-
-    def test_of_a_run_that_was_finished(self, tmp_path: Path) -> None:
-        first, expected = self.trained(tmp_path)
-        again, found = self.trained(tmp_path)
-        assert same(again, first) and found.step == expected.step == 6
-
-    def test_of_a_state_of_an_earlier_version(self, tmp_path: Path) -> None:
-        """It goes on, and knows of no step before."""
-        with pytest.raises(Crash):
-            self.trained(tmp_path, at=crash_at(7), state_every=7)
-        saved = torch.load(tmp_path / "training.pt", weights_only=True)
-        del saved["best"]
-        torch.save(saved, tmp_path / "training.pt")
-        _, found = self.trained(tmp_path)
-        assert found.step == 9
 
 
 def test_the_bar_shows_losses_and_what_is_left(tmp_path: Path, capsys) -> None:
