@@ -211,7 +211,7 @@ class Diagnosis:
         if self.model_gap >= GAP:
             found.append(
                 f"In {self.model_gap:.0%} of the images the model prefers what was found to what "
-                "is annotated: a longer search would not help. Train longer or with more pixels, "
+                "is annotated: no search would end there. Train longer or with more pixels, "
                 "and look whether objects are left unannotated."
             )
         return found
