@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,8 @@ from tiny_classes import TINY, train, weights, write_colours
 
 from dive_fast import DiffusionClassifier
 from dive_fast.errors import DiveFastError
-from dive_fast.training import classes
-from dive_fast.training.classes_learner import HeldOut, Learner, spread_timesteps
-from dive_fast.training.classes_rivals import KAPPA, Contrast, lowest_cross_entropy, with_rivals
+from dive_fast.training.classes_learner import Learner
+from dive_fast.training.classes_rivals import KAPPA, Contrast, with_rivals
 from dive_fast.training.dit import build_transformer
 
 
@@ -34,8 +31,7 @@ def learner(**changes: object) -> Learner:
     transformer = build_transformer(config)
     torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
     names = ("a", "b", "c", "d")
-    held_out = HeldOut(x0, y, torch.tensor([1, 4, 7]))
-    return Learner(transformer, lambda rows, g: x0[rows], y, held_out, names, None, config)
+    return Learner(transformer, lambda rows, g: x0[rows], y, x0, y, names, None, config)
 
 
 def test_rivals_are_others() -> None:
@@ -124,58 +120,3 @@ def test_bad_input(folder: Path, tmp_path: Path, capsys) -> None:
     for option, value in (("--contrast", "-1"), ("--rivals", "0"), ("--threads", "none")):
         said = call(capsys, "train-classes", *where, option, value)
         assert_refused(said, f"{option}: expected a (whole )?number")
-
-
-def test_the_lowest_cross_entropy() -> None:
-    """That of the best kappa on a grid, or log(1 + k) where the losses tell nothing."""
-    errors = 0.5 + 0.1 * torch.randn(300, 3)
-    errors[:, 0] -= 0.1
-    grid = torch.logspace(-2, 5, 2000, dtype=torch.float64)
-    by_kappa = (-grid[:, None, None] * errors.double()).log_softmax(dim=2)[:, :, 0].mean(dim=1)
-    assert lowest_cross_entropy(errors) == pytest.approx(-by_kappa.max().item(), rel=1e-3)
-    assert lowest_cross_entropy(errors.roll(1, dims=1)) <= math.log(3) + 1e-3
-    assert lowest_cross_entropy(torch.full((4, 5), 0.3)) == pytest.approx(math.log(5))
-    assert lowest_cross_entropy(torch.tensor([[0.1, math.nan]])) == math.inf
-
-
-class TestTheJudgement:
-    def test_is_that_of_the_formula(self) -> None:
-        """Probe by probe, of the pictures that may judge and of no others."""
-        made = learner(contrast=0.1)
-        with torch.no_grad():
-            found = made._cross_entropy(torch.Generator().manual_seed(3))
-            generator = torch.Generator().manual_seed(3)
-            x0, y = made.held_out.x0[[1, 4, 7]], made.held_out.labels[[1, 4, 7]]
-            asked = with_rivals(y, 4, 9, generator)
-            t = spread_timesteps(12, 1000, generator).view(4, 3)
-            eps = torch.randn(12, 3, 8, 8, generator=generator).view(4, 3, 3, 8, 8)
-            errors = torch.zeros(3, 4, dtype=torch.float64)
-            for i in range(3):
-                for c in range(4):
-                    for p in range(4):
-                        one = made.errors(
-                            x0[i, None], asked[i, c, None], t[p, i, None], eps[p, i, None]
-                        )
-                        errors[i, c] += one.item() / 4
-        assert found == pytest.approx(lowest_cross_entropy(errors), rel=1e-4)
-
-    def test_keeps_the_step_that_told_best(self, folder: Path, tmp_path: Path) -> None:
-        """Of what is logged every step; the directory says which."""
-        config = dataclasses.replace(TINY, contrast=1.0, learning_rate=0.02, steps=6)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(classes, "LOG_EVERY", 1)
-            found = train(folder, tmp_path / "out", config=config)
-        rows = [
-            json.loads(row) for row in (tmp_path / "out/training.jsonl").read_text().splitlines()
-        ]
-        told = [row["cross_entropy"] for row in rows]
-        assert found.step == 1 + told.index(min(told)) and len(told) == 6
-        assert round(found.losses["cross_entropy"], 5) == min(told)
-        written = json.loads((tmp_path / "out/dive_fast.json").read_text())
-        assert written["step"] == found.step
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(classes, "LOG_EVERY", 1)
-            again = train(
-                folder, tmp_path / "plain", config=dataclasses.replace(config, contrast=0)
-            )
-        assert again.step == 6 and "cross_entropy" not in again.losses

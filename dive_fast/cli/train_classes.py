@@ -214,14 +214,11 @@ def as_text(out: str, trained: TrainedClasses) -> str:
     """What came out, and what to expect."""
     losses, expected = trained.losses, trained.expected
     n_train, n_fit, n_test = trained.parts
-    told = ""
-    if "cross_entropy" in losses:
-        told = f"; kept are the weights after step {trained.step}, which tell classes apart best"
     return "\n".join(
         [
             f"{out}: learned from {n_train} pictures in {trained.seconds / 60:.1f} minutes; loss "
             f"of held-out pictures {losses['held_out']:.4f} with their class, "
-            f"{losses['none']:.4f} with none{told}",
+            f"{losses['none']:.4f} with none",
             f"fitted to {n_fit} pictures; of {expected.n} others, neither learned nor fitted to, "
             f"{expected.accuracy:.1%} +- {expected.standard_error:.1%} are right by "
             f"{expected.strategy} (guessing: {1 / trained.n_classes:.1%}), "

@@ -28,7 +28,7 @@ from dive_fast.training.classes_config import SCHEDULERS, ClassTrainingConfig, c
 from dive_fast.training.classes_data import Pictures, open_classes, read_pictures
 from dive_fast.training.classes_fitting import Expected, fit_and_measure
 from dive_fast.training.classes_latents import CPU, encode_copies, load_autoencoder
-from dive_fast.training.classes_learner import CROSS_ENTROPY, HeldOut, Learner
+from dive_fast.training.classes_learner import Learner
 from dive_fast.training.classes_parts import Parts, divided, divided_by_group, groups_of
 from dive_fast.training.dit import build_transformer, write_model
 from dive_fast.training.loop import (
@@ -49,9 +49,7 @@ class TrainedClasses(NamedTuple):
     """What came out.
 
     Attributes:
-        losses: of held-out pictures, with their class ("held_out") and with none ("none"); with
-            rivals how well they are told from them ("cross_entropy", nats), too.
-        step: after which the averaged weights were those that were kept.
+        losses: of held-out pictures, with their class ("held_out") and with none ("none").
         expected: of the classifier, on pictures that were neither trained on nor fitted to.
         n_classes: of the model.
         parts: how many pictures were learned from, fitted to, and measured on.
@@ -59,7 +57,6 @@ class TrainedClasses(NamedTuple):
     """
 
     losses: dict[str, float]
-    step: int
     expected: Expected
     n_classes: int
     parts: tuple[int, int, int]
@@ -149,7 +146,6 @@ def train_classes(
         out,
         identity=identity,
         held_out=lambda: learner.measured(out),
-        lowest=CROSS_ENTROPY if config.contrast else None,
         keep=Keep(
             doubling_steps(checkpoints, config.steps),
             lambda step: write(checkpoint_folder(out, step)),
@@ -165,16 +161,13 @@ def train_classes(
         "config": dataclasses.asdict(config),
         "data": identity["data"],
         "losses": finished.held_out,
-        "step": finished.step,
         "seconds": round(finished.seconds, 1),
         "cpu_seconds": round(finished.cpu_seconds, 1),
     }
     budget = config.steps * config.batch_size
     expected = fit_and_measure(out, pictures, parts, budget, facts, config.seed, place, progress)
     sizes = tuple(map(len, parts))
-    return TrainedClasses(
-        finished.held_out, finished.step, expected, len(names), sizes, finished.seconds
-    )
+    return TrainedClasses(finished.held_out, expected, len(names), sizes, finished.seconds)
 
 
 def _learner(
@@ -191,10 +184,8 @@ def _learner(
     # In a random order, of which the first are measured often.
     generator = torch.Generator().manual_seed(config.seed)
     away = away[torch.randperm(len(away), generator=generator)[:MOST_HELD_OUT]]
-    # What the final figure is measured on decides nothing.
-    judging = torch.isin(away, parts.fit).nonzero()[:, 0]
     if vae is None:
-        x0 = from_bytes(pictures.pixels[away])
+        held_out = from_bytes(pictures.pixels[away])
 
         def draw(rows: Tensor, generator: torch.Generator) -> Tensor:
             return config.augmentation(from_bytes(pixels[rows]), generator)
@@ -203,7 +194,7 @@ def _learner(
         copies = encode_copies(
             vae, pixels, config.augmentation, config.copies, config.seed, progress
         )
-        x0 = encode_latents(vae, from_bytes(pictures.pixels[away]), CPU)
+        held_out = encode_latents(vae, from_bytes(pictures.pixels[away]), CPU)
 
         def draw(rows: Tensor, generator: torch.Generator) -> Tensor:
             copy = torch.randint(len(copies), (len(rows),), generator=generator)
@@ -211,5 +202,6 @@ def _learner(
 
     torch.manual_seed(config.seed)
     transformer = build_transformer(config, CLASS_STD, config.self_condition).to(device)
-    held_out = HeldOut(x0, pictures.labels[away], judging)
-    return Learner(transformer, draw, labels, held_out, pictures.names, vae, config)
+    return Learner(
+        transformer, draw, labels, held_out, pictures.labels[away], pictures.names, vae, config
+    )

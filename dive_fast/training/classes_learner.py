@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -19,29 +19,11 @@ from torch import Tensor, nn
 from dive_fast.core.convention import Convention
 from dive_fast.models.autoencoder import Autoencoder
 from dive_fast.training.classes_config import SCHEDULERS, ClassTrainingConfig
-from dive_fast.training.classes_rivals import Contrast, lowest_cross_entropy, with_rivals
+from dive_fast.training.classes_rivals import Contrast, with_rivals
 from dive_fast.training.classes_samples import draw_samples
 
 # x0 float32 [B, C, h, w] of the pictures at rows int64 [B].
 Draw = Callable[[Tensor, torch.Generator], Tensor]
-
-# The course is judged by so many held-out pictures, rivals of their classes, and probes.
-JUDGED, JUDGED_RIVALS, JUDGED_PROBES = 64, 9, 4
-CROSS_ENTROPY = "cross_entropy"
-
-
-class HeldOut(NamedTuple):
-    """Pictures that are never trained on.
-
-    Attributes:
-        x0: float32 [N, C, h, w].
-        labels: int64 [N].
-        judging: the rows of those that may decide which step's weights are kept, int64 [M].
-    """
-
-    x0: Tensor
-    labels: Tensor
-    judging: Tensor
 
 
 class Learner:
@@ -50,6 +32,7 @@ class Learner:
     Args:
         draw: x0 of training pictures by their rows.
         labels: of the training pictures.
+        held_out, held_out_labels: x0 and classes of pictures that are never trained on.
     """
 
     def __init__(
@@ -57,13 +40,14 @@ class Learner:
         transformer: DiTTransformer2DModel,
         draw: Draw,
         labels: Tensor,
-        held_out: HeldOut,
+        held_out: Tensor,
+        held_out_labels: Tensor,
         names: tuple[str, ...],
         vae: Autoencoder | None,
         config: ClassTrainingConfig,
     ) -> None:
         self.transformer, self.draw, self.labels = transformer, draw, labels
-        self.held_out = held_out
+        self.held_out, self.held_out_labels = held_out, held_out_labels
         self.names, self.vae, self.config = names, vae, config
         scheduler = SCHEDULERS[config.objective]()
         stated: dict[str, Any] = {"_class_name": type(scheduler).__name__, **scheduler.config}
@@ -106,52 +90,20 @@ class Learner:
         return (found.float() - target.to(self.device)).square().mean(dim=(1, 2, 3))
 
     def measured(self, out: Path) -> dict[str, float]:
-        """Of held-out pictures the loss with their class and with none; sometimes draws samples.
-
-        With rivals ``CROSS_ENTROPY`` as well, see ``_cross_entropy``.
-        """
+        """The loss of held-out pictures with their class and with none; sometimes draws samples."""
         if self.done % self.config.samples_every == 0 or self.done == self.config.steps:
             draw_samples(self.transformer, self.convention, self.names, self.vae, out, self.done)
-        x0, labels, _ = self.held_out
         generator = torch.Generator().manual_seed(self.config.seed)
-        t = spread_timesteps(len(x0), len(self.convention.schedule), generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        none = torch.full_like(labels, self.config.num_classes)
-        asked = {"held_out": labels, "none": none}
-        found = {name: self._each(x0, y, t, eps).mean().item() for name, y in asked.items()}
-        if self.contrast is not None:
-            found[CROSS_ENTROPY] = self._cross_entropy(generator)
-        return found
+        t = spread_timesteps(len(self.held_out), len(self.convention.schedule), generator)
+        eps = torch.randn(self.held_out.shape, generator=generator)
+        none = torch.full_like(self.held_out_labels, self.config.num_classes)
+        labels = {"held_out": self.held_out_labels, "none": none}
+        return {name: self._mean_loss(y, t, eps) for name, y in labels.items()}
 
-    def _cross_entropy(self, generator: torch.Generator) -> float:
-        """How well pictures are told from rivals by a few probes each, in nats.
-
-        e(y) is the mean over the probes, whose timesteps and noises all classes share.
-        """
-        rows = self.held_out.judging[:JUDGED]
-        x0, y = self.held_out.x0[rows], self.held_out.labels[rows]
-        asked = with_rivals(y, self.config.num_classes, JUDGED_RIVALS, generator)
-        n, k = asked.shape
-        t = spread_timesteps(n * JUDGED_PROBES, len(self.convention.schedule), generator)
-        eps = torch.randn(n * JUDGED_PROBES, *x0.shape[1:], generator=generator)
-        by_probe = [
-            self._each(x0.repeat_interleave(k, dim=0), asked.flatten(), *both).view(n, k)
-            for both in zip(
-                *(each.view(JUDGED_PROBES, n, *each.shape[1:]) for each in (t, eps)), strict=True
-            )
-        ]
-        return lowest_cross_entropy(torch.stack(by_probe).mean(dim=0))
-
-    def _each(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """``errors`` of any number of pictures, float32 [B] on the CPU.
-
-        Args:
-            t, eps: of as many, or of every so many pictures in a row the same.
-        """
-        k = len(x0) // len(t)
-        t, eps = t.repeat_interleave(k, dim=0), eps.repeat_interleave(k, dim=0)
-        split = (each.split(self.config.batch_size) for each in (x0, y, t, eps))
-        return torch.cat([self.errors(*part).cpu() for part in zip(*split, strict=True)])
+    def _mean_loss(self, y: Tensor, t: Tensor, eps: Tensor) -> float:
+        split = (x.split(self.config.batch_size) for x in (self.held_out, y, t, eps))
+        parts = zip(*split, strict=True)
+        return sum(self.errors(*part).sum().item() for part in parts) / len(y)
 
 
 def spread_timesteps(n: int, n_timesteps: int, generator: torch.Generator) -> Tensor:

@@ -15,8 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dive_fast.predict.calibration import fit_beta
-
 KAPPA = 300.0  # at the beginning
 
 
@@ -35,22 +33,6 @@ class Contrast(nn.Module):
         """
         logits = -self.log_kappa.exp() * errors
         return -logits.log_softmax(dim=1)[:, 0].sum() / max(1, len(errors))
-
-
-def lowest_cross_entropy(errors: Tensor) -> float:
-    """The mean of -log p(right class) with the kappa that suits these pictures best, in nats.
-
-    At most log(1 + k), that of a kappa of 0, but for what ``fit_beta`` adds to its targets;
-    infinite of errors that are not finite.
-
-    Args:
-        errors: e, float [B, 1 + k], the right class first.
-    """
-    if not errors.isfinite().all():
-        return torch.inf
-    errors = errors.double().cpu()
-    kappa = fit_beta(errors, torch.zeros(len(errors), dtype=torch.long))
-    return -(-kappa * errors).log_softmax(dim=1)[:, 0].mean().item()
 
 
 def with_rivals(y: Tensor, n_classes: int, count: int, generator: torch.Generator) -> Tensor:

@@ -43,18 +43,11 @@ class Keep(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What is known at the end.
-
-    Attributes:
-        held_out: the losses of the weights that the model ends with.
-        seconds, cpu_seconds: of all sittings together.
-        step: after which the averages had these weights.
-    """
+    """What is known at the end: the held-out losses, and the time of all sittings together."""
 
     held_out: dict[str, float]
     seconds: float
     cpu_seconds: float
-    step: int
 
 
 def train(
@@ -65,7 +58,6 @@ def train(
     *,
     identity: Mapping[str, Any] | None = None,
     held_out: Callable[[], dict[str, float]] = dict,
-    lowest: str | None = None,
     keep: Keep | None = None,
     log_to: LogTo | None = None,
     log_every: int = LOG_EVERY,
@@ -88,8 +80,6 @@ def train(
         identity: what else tells this training from others, in plain values.
         held_out: measures the model, which is in eval mode and has its averaged weights then; no
             gradients are kept. By default nothing is measured.
-        lowest: one of the held-out losses; the model ends with the averaged weights of the logged
-            step where it was lowest. None: with the last ones.
         keep: checkpoints, if any. They are no part of the course: a run may go on with others.
         log_to: where these losses and the learning rate go as well, see ``logs.check_log_to``.
         progress: shows a bar with the losses and the time that is left.
@@ -118,9 +108,6 @@ def train(
             for step in bar:
                 state.advance(loss_of(step, state.generator), course)
                 done, stop = state.step, interrupted()
-                if done % log_every == 0 and done < course.steps:
-                    measured = state.measure(held_out, lowest)
-                    _log(out, logger, state, course, measured)
                 if keep is not None and done in keep.steps:
                     with state.averages():  # before the state: a kill in between writes it again
                         keep.write(done)
@@ -128,17 +115,17 @@ def train(
                     state.write(out / STATE)
                 if stop:
                     raise KeyboardInterrupt
+                if done % log_every == 0 and done < course.steps:
+                    measured = state.measure(held_out)
+                    _log(out, logger, state, course, measured)
                 losses = {"loss": state.loss, **measured}
                 shown = {name: f"{loss:.4f}" for name, loss in losses.items()}
                 bar.set_postfix(shown, refresh=False)
-        measured = state.measure(held_out, lowest)
-        _log(out, logger, state, course, measured)
+        state.ema.copy_to(state.averaged)
         model.eval()
-        state.end()
-        if state.best is not None:
-            measured = state.best.held_out
-        step = state.step if state.best is None else state.best.step
-        finished = Finished(measured, *state.spent(), step)
+        measured = state.measure(held_out)
+        _log(out, logger, state, course, measured)
+        finished = Finished(measured, *state.spent())
         logger.finish({"loss": state.loss, **measured, "seconds": finished.seconds})
     return finished
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +55,6 @@ def learning_rate_at(step: int, course: Course) -> float:
     return course.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / course.steps))
 
 
-class Best(NamedTuple):
-    """The averaged weights of a step, and the held-out losses that they were measured by."""
-
-    step: int
-    held_out: dict[str, float]
-    weights: list[Tensor]
-
-
 class State:
     """All that a step changes."""
 
@@ -82,7 +74,6 @@ class State:
         self.ema = EMAModel(self.averaged, decay=course.ema_decay, foreach=True)
         self.generator = torch.Generator().manual_seed(course.seed)
         self.step, self.loss = 0, math.nan
-        self.best: Best | None = None
         self._began = (time.perf_counter(), time.process_time())
 
     def advance(self, loss: Tensor, course: Course) -> None:
@@ -98,27 +89,10 @@ class State:
         self.loss = new if self.step == 0 else 0.99 * self.loss + 0.01 * new
         self.step += 1
 
-    def measure(
-        self, held_out: Callable[[], dict[str, float]], lowest: str | None
-    ) -> dict[str, float]:
-        """What ``held_out`` says of the averaged weights, which are noted if they are the best."""
+    def measure(self, held_out: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What ``held_out`` says of the averaged weights."""
         with self.averages():
-            measured = held_out()
-            # Not a number is never lower.
-            if lowest is not None and measured[lowest] < self._least(lowest):
-                weights = [tensor.detach().clone() for tensor in self.averaged]
-                self.best = Best(self.step, measured, weights)
-        return measured
-
-    def _least(self, name: str) -> float:
-        return math.inf if self.best is None else self.best.held_out[name]
-
-    def end(self) -> None:
-        """The model has its averaged weights for good: the best, or the last ones."""
-        self.ema.copy_to(self.averaged)
-        if self.best is not None:
-            for tensor, best in zip(self.averaged, self.best.weights, strict=True):
-                tensor.data.copy_(best)
+            return held_out()
 
     @contextlib.contextmanager
     def averages(self) -> Iterator[None]:
@@ -168,9 +142,6 @@ class State:
         self.ema.load_state_dict(saved["ema"])
         self.generator.set_state(saved["generator"].cpu())
         self.step, self.loss = saved["step"], saved["loss"]
-        # A state of an earlier version has none.
-        if (best := saved.get("best")) is not None:
-            self.best = Best(*best)
         wall, cpu = self._began
         self._began = (wall - saved["seconds"], cpu - saved["cpu_seconds"])
 
@@ -191,7 +162,6 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
             "generator": self.generator.get_state(),
-            "best": None if self.best is None else tuple(self.best),
         }
         write_tensors(path, content)
 
