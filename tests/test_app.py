@@ -350,6 +350,8 @@ def test_objects_come_and_are_stopped(page, pictures) -> None:
     assert page.get_by_label("guided").is_checked()
     assert page.get_by_label("Show where").count() == 0
     upload(page, pictures / "scene.png")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Probes").fill("144")  # so that it is not done before it is stopped
     page.get_by_role("button", name="Find objects").click()
     page.locator("#drawn img").wait_for()
     page.get_by_role("button", name="Stop").click()
