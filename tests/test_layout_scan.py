@@ -18,7 +18,7 @@ from dive_fast.data.coco import read_coco
 from dive_fast.errors import DiveFastError
 from dive_fast.predict.fitting_search import LEAST_MARGIN, SMALL_MARGIN, searches, usual_sizes
 from dive_fast.strategies.layout import ANY, Box, Guided, InvertLayout, Item, guided
-from dive_fast.strategies.layout.scan import MOST_WINDOWS, promising, windows
+from dive_fast.strategies.layout.scan import MOST_WINDOWS, promising, scanned, windows
 from dive_fast.strategies.layout.settle import settle
 
 
@@ -53,6 +53,8 @@ class TestWindows:
         assert windows([small, usual, small], 33) == windows([usual], 33)
         assert 0 < len(windows([usual, (0.3, 0.6)], 33)) <= MOST_WINDOWS
         assert windows([], 33) == []
+        assert scanned([small, usual, small, (0.3, 0.6)], 33) == (usual, (0.3, 0.6))
+        assert scanned([usual, usual], 33) == (usual,) and scanned([], 33) == ()
 
 
 class TestPromising:

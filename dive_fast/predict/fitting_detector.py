@@ -38,6 +38,7 @@ from dive_fast.priors import LayoutPenalty
 from dive_fast.strategies.layout import Board, Items, LayoutAnswer
 from dive_fast.strategies.layout.board import with_class, without
 from dive_fast.strategies.layout.nothing import Nothing
+from dive_fast.strategies.layout.scan import scanned
 
 log = logging.getLogger(__name__)
 LAPSE = 0.05  # share of objects at places where the search went astray, whatever their losses
@@ -112,9 +113,10 @@ class DetectorFitting(LayoutTimestepFitting):
         return fit
 
     def _usual_sizes(self, data: Any) -> tuple[Size, ...]:
-        """Those of the annotated objects whose classes the detector knows."""
+        """Those of annotated objects of known classes that are not too small for a scan."""
         known = enumerate(class_categories(_dataset(data), self.names))
-        return usual_sizes(data, {number: c for c, number in known if number is not None})
+        sizes = usual_sizes(data, {number: c for c, number in known if number is not None})
+        return scanned(sizes, self.model.layout_format.grid)
 
     def _fit_of_search(
         self, data: CocoDataset, progress: bool, search: dict[str, Any]

@@ -30,7 +30,8 @@ from torch import Tensor
 from dive_fast.core.detection import Size
 from dive_fast.data.coco import CocoDataset
 from dive_fast.predict.calibration import Calibration
-from dive_fast.strategies.layout import Guided
+from dive_fast.strategies.layout import Box, Guided
+from dive_fast.strategies.layout.boxes import overlap
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # of a prior, that are tried
 LEAST_MARGIN = 0.002  # of the search whose objects are judged
@@ -134,15 +135,11 @@ def usual_sizes(data: CocoDataset, class_of: Mapping[int, int]) -> tuple[Size, .
         # The mean of the two in the middle.
         middle = torch.stack(shares).quantile(0.5, dim=0).clamp(max=1.0)
         size = tuple(round(share, 4) for share in middle.tolist())
-        if min(size) > 0 and all(_alike(size, other) < ALIKE for other in sizes):
+        # Of windows around one point the intersection over union is that of ones in one corner.
+        alike = (overlap(Box(0, 0, *size), Box(0, 0, *other)) for other in sizes)
+        if min(size) > 0 and max(alike, default=0) < ALIKE:
             sizes.append(size)
     return tuple(sizes[:MOST_SIZES])
-
-
-def _alike(a: Size, b: Size) -> float:
-    """Intersection over union of two windows around one point."""
-    inside = min(a[0], b[0]) * min(a[1], b[1])
-    return inside / (a[0] * a[1] + b[0] * b[1] - inside)
 
 
 def choose_weight(observed: Observed, beta: float, lapse: float) -> float | None:

@@ -40,8 +40,17 @@ def windows(sizes: Sequence[Size], grid: int) -> list[Box]:
     return list(found)
 
 
+def scanned(sizes: Sequence[Size], grid: int) -> tuple[Size, ...]:
+    """Those of the sizes that ``windows`` does not leave out."""
+    kept: tuple[Size, ...] = ()
+    for size in sizes:
+        if len(windows((*kept, size), grid)) > len(windows(kept, grid)):
+            kept = (*kept, size)
+    return kept
+
+
 def _places(share: float, grid: int) -> list[tuple[int, int]]:
-    """First and last line of a window at each place along an axis."""
+    """First and last line of a window at each place along an axis, in order."""
     last = grid - 1
     side = min(max(1, round(share * last)), last)
     stride = max(1, side // STRIDE)
